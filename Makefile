@@ -1,0 +1,53 @@
+# One entry for people and machines. `make demo` on a fresh machine needs Python >= 3.11 and make, nothing else.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The interpreter that makes $(VENV): the first of these that exists, or `make PYTHON=/path/to/python install`.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3 python,$(shell command -v $(p) 2>/dev/null)))
+# Where torch comes from, if not from pip's own index: a CPU-only or another CUDA build (`make TORCH_INDEX_URL=... install`).
+TORCH_INDEX_URL ?=
+# More arguments for didr: `make demo ARGS='--set run.steps=50'`.
+ARGS ?=
+
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep -m1 '^torch==' requirements.lock)
+
+.PHONY: help demo install test lint types check-python clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: install ## align the bundled tiny generator with its bundled reward, through Ray and MLflow; results under runs/
+	@$(BIN)/didr align --recipe tiny $(ARGS)
+
+install: $(STAMP) ## create .venv from requirements.lock (does nothing when it is up to date)
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(MAKE) --no-print-directory check-python
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "installing into $(VENV): $(TORCH) first, then the lock"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+check-python:
+	@test -n "$(PYTHON)" || { echo "error: no python found. Install Python 3.11 or newer, or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "error: %s is Python %d.%d; DIDR needs 3.11 or newer. Install one, or say make PYTHON=/path/to/python3.11" % ((sys.executable,) + v))'
+	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || test -x $(BIN)/python || { echo "error: $(PYTHON) cannot make environments (no ensurepip). On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+test: lint types ## lint, format, types and every test
+	@$(BIN)/python -m pytest -q
+
+lint: install ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: install ## mypy: strict where the maths and the contracts are
+	@$(BIN)/mypy
+
+clean: ## remove the environment and caches (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

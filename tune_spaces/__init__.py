@@ -1,0 +1,1 @@
+"""Search spaces for `didr sweep`, one `def space() -> dict` a file."""
