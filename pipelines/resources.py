@@ -3,11 +3,12 @@
 A plan is groups of equal processes (training workers, actor pools, Ray Data's listing task), each process with what it reserves. Every
 process must fit on one node as a whole, so totals are not enough: two GPUs with four CPUs each cannot hold one worker of 1 GPU + 8 CPUs.
 
-    fit = check(plan, cluster)        # PlanDoesNotFit names what is needed, what there is, and the setting to change
+    fit = check(align_plan(config.workers, cluster), cluster)   # PlanDoesNotFit says what is short and which setting to change
     console.print(fit.table())
 
-The role names below are the ones `cluster.yaml` gives its nodes. A plan asks for a role only where the cluster knows it
-(:func:`role_resources`), so the same recipe runs on one machine without any.
+The role names below are the ones `cluster.yaml` gives its nodes. A process asks for a role only where the cluster knows it
+(:func:`role_resources`), so the same recipe runs on one machine without any. What a process reserves is computed once, here:
+`train_need(...).amounts()` is Ray Train's `resources_per_worker`, and a pool takes `num_cpus=need.cpus, resources=need.custom`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
+from didr_core.config import Workers
 from didr_core.contracts import DIDRError
 
 TRAINER_RESOURCE = "trainer"
@@ -142,6 +144,51 @@ def role_resources(cluster: ClusterView, role: str) -> dict[str, float]:
     return {role: 1.0} if offered else {}
 
 
+def train_need(workers: Workers, cluster: ClusterView) -> Need:
+    """What one training worker reserves."""
+    custom = role_resources(cluster, TRAINER_RESOURCE) | workers.train_resources
+    return Need(workers.train_cpus, workers.train_gpus, custom=custom)
+
+
+def encoder_need(workers: Workers, cluster: ClusterView) -> Need:
+    """What one prompt-encoder actor reserves."""
+    custom = role_resources(cluster, REWARD_RESOURCE) | workers.actor_resources
+    return Need(workers.encoder_cpus, workers.encoder_gpus, custom=custom)
+
+
+def reward_need(workers: Workers, cluster: ClusterView) -> Need:
+    """What one reward-model actor reserves."""
+    custom = role_resources(cluster, REWARD_RESOURCE) | workers.actor_resources
+    return Need(workers.reward_cpus, workers.reward_gpus, custom=custom)
+
+
+def align_plan(workers: Workers, cluster: ClusterView, with_rewards: bool = True) -> Plan:
+    """All that `didr align` runs at once. `with_rewards=False`: an algorithm without a reward has no reward actors."""
+    groups = [
+        Group(
+            "training worker",
+            workers.train,
+            train_need(workers, cluster),
+            "workers.train",
+            "workers.train_cpus or .train_gpus",
+        ),
+        Group(
+            "encoder actor",
+            workers.encoders,
+            encoder_need(workers, cluster),
+            "workers.encoders",
+            "workers.encoder_cpus or .encoder_gpus",
+        ),
+        Group("listing of the shards", 1, Need(cpus=1)),
+    ]
+    if with_rewards:
+        need = reward_need(workers, cluster)
+        groups.insert(
+            2, Group("reward actor", workers.rewards, need, "workers.rewards", "workers.reward_cpus or .reward_gpus")
+        )
+    return Plan(tuple(groups))
+
+
 def check(plan: Plan, cluster: ClusterView) -> Fit:
     """Find room for every process of `plan`.
 
@@ -200,8 +247,8 @@ def _hint(cluster: ClusterView, short: Iterable[str]) -> str:
     """What else may be the matter, by the kind of cluster."""
     if cluster.local and CPU in short:
         return (
-            " On one machine these CPUs are a promise Ray keeps, not cores: `--num-cpus N` raises it."
-            " One CPU is for Ray Data's listing of the shards."
+            " On one machine these CPUs are slots that Ray hands out, not cores: `--set workers.local_cpus=N` gives it more."
+            " One is for Ray Data's listing of the shards."
         )
     if not cluster.local:
         return " Nodes that are still starting do not count yet: `ray status` shows them."

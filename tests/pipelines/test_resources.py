@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from didr_core.config import Workers
 from pipelines.resources import (
     REWARD_RESOURCE,
     TRAINER_RESOURCE,
@@ -19,6 +20,7 @@ from pipelines.resources import (
     Node,
     Plan,
     PlanDoesNotFit,
+    align_plan,
     check,
     role_resources,
 )
@@ -43,7 +45,14 @@ def test_tiny_plan_fits_four_cpus_and_not_three() -> None:
     with pytest.raises(PlanDoesNotFit) as error:
         check(tiny_plan(), cluster({"CPU": 3}, local=True))
     message = str(error.value)
-    for part in ("needs 4 CPU", "has 3", "2 x 1 training worker", "train.workers", "data.encoders", "--num-cpus"):
+    for part in (
+        "needs 4 CPU",
+        "has 3",
+        "2 x 1 training worker",
+        "train.workers",
+        "data.encoders",
+        "workers.local_cpus",
+    ):
         assert part in message
 
 
@@ -96,6 +105,30 @@ def test_roles_are_asked_for_only_where_offered() -> None:
     assert role_resources(cluster({"CPU": 0}, {"CPU": 4, TRAINER_RESOURCE: 4}), TRAINER_RESOURCE) == {
         TRAINER_RESOURCE: 1.0
     }
+
+
+def test_align_plan_of_the_default_workers_fits_the_default_local_ray() -> None:
+    workers = Workers(train=2)
+    here = cluster({"CPU": float(workers.local_cpus)}, local=True)
+    fit = check(align_plan(workers, here), here)
+    assert fit.plan.totals() == {"CPU": 4.0}
+    with pytest.raises(PlanDoesNotFit, match=r"needs 5 CPU and the cluster has 4.*workers\.train.*workers\.local_cpus"):
+        check(align_plan(Workers(train=3), here), here)
+    assert "reward actor" not in {g.name for g in align_plan(workers, here, with_rewards=False).groups}
+
+
+def test_align_plan_sends_processes_to_the_nodes_of_their_role() -> None:
+    view = cluster({"CPU": 0}, {"CPU": 16, "GPU": 2, TRAINER_RESOURCE: 2}, {"CPU": 16, "GPU": 1, REWARD_RESOURCE: 16})
+    workers = Workers(train=2, train_cpus=4, train_gpus=1, encoders=4, rewards=2, actor_resources={"big_memory": 1})
+    plan = align_plan(workers, view)
+    train, encoder, reward, listing = plan.groups
+    assert train.need.amounts() == {"CPU": 4.0, "GPU": 1.0, TRAINER_RESOURCE: 1.0}
+    assert encoder.need.custom == reward.need.custom == {REWARD_RESOURCE: 1.0, "big_memory": 1}
+    assert listing.need.amounts() == {"CPU": 1.0}
+    placement = check(align_plan(workers.model_copy(update={"actor_resources": {}}), view), view).placement
+    assert placement[0] == (0, 0, 0, 0)
+    assert placement[1][:3] == (2, 0, 0)
+    assert placement[2][:3] == (0, 4, 2)
 
 
 def test_missing_role_and_memory_are_named() -> None:
