@@ -1,0 +1,315 @@
+"""One iteration of DIDR: n updates of the teaching assistant, one of the generator. No I/O, no Ray.
+
+Every random number is tied to its sample (:mod:`didr_core.noise`) and gradients are averaged over ranks, so the same seed and global batch
+give the same update for any number of workers and micro-batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from didr_core import drp, losses
+from didr_core.anchor import AnchorPairs
+from didr_core.config import Config, Optim, build
+from didr_core.contracts import Backbone, Batch, Condition, NonFiniteError, Parallel, Reward, StepReport
+from didr_core.noise import Noise
+from didr_core.parallel import Single
+from didr_core.schedule import coeffs_like, diffuse
+
+Which = Literal["generator", "ema", "start", "reference"]
+
+
+class Learner:
+    """Networks, optimizers, reward scale and the update. Built from a Config alone."""
+
+    def __init__(self, config: Config, *, device: torch.device | str = "cpu", parallel: Parallel | None = None) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.parallel: Parallel = parallel or Single()
+        self.backbone: Backbone = build("backbones", config.backbone)
+        self.algorithm = build("algorithms", config.algorithm)
+        self.generator_net = self._network("generator").requires_grad_(True)
+        self.assistant_net = self._network("assistant").requires_grad_(True)
+        self.reference_net = self._network("reference").requires_grad_(False)
+        self.ema_net = copy.deepcopy(self.generator_net).requires_grad_(False)
+        self.reward: Reward | None = None
+        if self.algorithm.needs_reward and config.reward is not None:
+            self.reward = build("rewards", config.reward)
+            self.reward.load(self.device)
+            self.backbone.load_decoder()
+            getattr(self.backbone, "to", lambda _: None)(self.device)
+        self.anchor = AnchorPairs(config.train.anchor, self.device) if config.train.anchor else None
+        self.generator_opt = _adam(self.generator_net, config.generator)
+        self.assistant_opt = _adam(self.assistant_net, config.assistant)
+        self.scale = RewardScale(self.device)
+        self.step_count = 0
+
+    def _network(self, role: str) -> nn.Module:
+        return self.backbone.load_network(role).to(self.device)
+
+    def generator(self, which: Which = "ema") -> nn.Module:
+        """The trained generator, its running average, the one training started from, or the reference."""
+        if which == "start":
+            return self._network("generator").requires_grad_(False)
+        return {"generator": self.generator_net, "ema": self.ema_net, "reference": self.reference_net}[which]
+
+    def step(self, batch: Batch) -> StepReport:
+        """One iteration on this rank's share of the global batch.
+
+        Raises:
+            NonFiniteError: a loss or reward is NaN or infinite on any rank; the update that saw it is not applied.
+        """
+        batch = batch.to(self.device)
+        noise = Noise(self.config.seed)
+        if self.reward is not None:
+            self.scale.update(batch.spread, self.parallel)
+        metrics: dict[str, float] = {}
+        for k in range(self.config.train.assistant_updates):
+            metrics |= self._update_assistant(batch, noise, f"ta{k}")
+        if self.step_count >= self.config.train.assistant_warmup:
+            metrics |= self._update_generator(batch, noise)
+        self.step_count += 1
+        return StepReport(self.step_count, metrics)
+
+    def _update_assistant(self, batch: Batch, noise: Noise, tag: str) -> dict[str, float]:
+        """Stage I: denoising score matching on fresh samples of the current generator."""
+
+        def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            shape = self.backbone.latent_shape
+            with torch.no_grad():
+                z = noise.normal(part.index, shape, f"{tag}/z")
+                x0 = self.backbone.generate(self.generator_net, z, part.condition)
+            t = noise.uniform(part.index, f"{tag}/t", *self.config.times.assistant)
+            x_t = diffuse(self.backbone.schedule, x0, noise.normal(part.index, shape, f"{tag}/eps"), t)
+            prediction = _guided(self.backbone, self.assistant_net, x_t, t, part.condition, 1.0)
+            alpha, sigma = coeffs_like(self.backbone.schedule, t, x_t)
+            return losses.denoising_score_matching(prediction, x0, alpha, sigma), {}
+
+        return self._apply("assistant", batch, loss, self.assistant_net, self.assistant_opt, self.config.assistant)
+
+    def _update_generator(self, batch: Batch, noise: Noise) -> dict[str, float]:
+        """Stage II: follow the algorithm's loss; EMA after it."""
+
+        def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            ctx = _Pass(self, part, noise)
+            value, metrics = self.algorithm.generator_loss(ctx)
+            x0 = ctx.x0.detach()
+            metrics |= ctx.metrics | {"latent/mean": x0.flatten(1).mean(1), "latent/std": x0.flatten(1).std(1)}
+            return value, metrics
+
+        extra = self._anchor_loss if self.anchor else None
+        metrics = self._apply("generator", batch, loss, self.generator_net, self.generator_opt, self.config.generator, extra)
+        if "drs/rms" in metrics:
+            metrics["drs/ratio"] = metrics["drs/rms"] / max(metrics["matching/rms"], 1e-12)
+        with torch.no_grad():
+            decay = min(self.config.train.ema, (1 + self.step_count) / (10 + self.step_count))
+            for mean, value in zip(self.ema_net.parameters(), self.generator_net.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
+        return metrics
+
+    def _anchor_loss(self) -> Tensor:
+        """Weighted regression to this rank's share of stored pairs (mean over the global anchor batch)."""
+        assert self.anchor is not None
+        z, x0, condition = self.anchor.draw(self.config.seed, self.step_count, self.parallel)
+        predicted = self.backbone.generate(self.generator_net, z, condition)
+        return self.anchor.config.weight * self.anchor.loss(predicted, x0)
+
+    def _apply(
+        self,
+        name: str,
+        batch: Batch,
+        loss: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: Optim,
+        extra: Callable[[], Tensor] | None = None,
+    ) -> dict[str, float]:
+        """Accumulate micro-batches, average over ranks, refuse non-finite values, clip, update."""
+        optimizer.zero_grad(set_to_none=False)
+        sums: dict[str, Tensor] = {}
+        bad: list[str] = []
+        size = self.config.sizes.micro_batch
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            value, metrics = loss(part)
+            finite = torch.isfinite(value.detach())
+            for metric in metrics.values():
+                finite &= torch.isfinite(metric)
+            bad += [i for i, ok in zip(part.ids, finite.tolist(), strict=True) if not ok]
+            value.sum().div(len(batch)).backward()
+            for key, metric in {f"loss/{name}": value.detach(), **metrics}.items():
+                sums[key] = sums.get(key, torch.zeros((), device=self.device)) + metric.detach().sum() / len(batch)
+        if extra is not None:
+            value = extra()
+            value.backward()
+            sums["loss/anchor"] = value.detach()
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in network.parameters() if p.requires_grad]
+        flags = torch.tensor(float(len(bad)), device=self.device)
+        self.parallel.mean_([flags, *sums.values(), *gradients])
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if flags > 0 or not math.isfinite(norm.item()):
+            where = f"prompt ids {bad}" if bad else "its gradient, or another worker's samples"
+            raise NonFiniteError(
+                f"step {self.step_count + 1}: non-finite {name} loss or reward at {where}. The update was not applied and the last good "
+                f"checkpoint is kept. Look at these prompts and the reward; lower {name}.lr (now {settings.lr:g}) or set drp.clip."
+            )
+        torch.nn.utils.clip_grads_with_norm_(network.parameters(), settings.clip, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * _rate(settings, self.step_count, self.config.train.steps)
+        optimizer.step()
+        return {k: v.item() for k, v in sums.items()} | {f"grad/{name}": norm.item()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs."""
+        return {
+            "generator": self.generator_net.state_dict(),
+            "assistant": self.assistant_net.state_dict(),
+            "ema": self.ema_net.state_dict(),
+            "generator_opt": self.generator_opt.state_dict(),
+            "assistant_opt": self.assistant_opt.state_dict(),
+            "scale": self.scale.state_dict(),
+            "step_count": self.step_count,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.generator_net.load_state_dict(state["generator"])
+        self.assistant_net.load_state_dict(state["assistant"])
+        self.ema_net.load_state_dict(state["ema"])
+        self.generator_opt.load_state_dict(state["generator_opt"])
+        self.assistant_opt.load_state_dict(state["assistant_opt"])
+        self.scale.load_state_dict(state["scale"])
+        self.step_count = state["step_count"]
+
+
+class RewardScale:
+    """Within-prompt standard deviation of the starting generator's reward: pooled over every prompt seen so far, on all ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of batch means of the variance, number of batches
+
+    def update(self, spread: Tensor | None, parallel: Parallel) -> None:
+        """Add a batch's variances ``[B]``. A non-finite one comes with a non-finite baseline, which is refused with its prompt id later."""
+        if spread is None:
+            return
+        mean = torch.where(spread.isfinite(), spread, 0.0).double().mean()
+        parallel.mean_([mean])
+        self.total += torch.stack([mean, torch.ones_like(mean)])
+
+    @property
+    def value(self) -> Tensor:
+        """Scalar standard deviation; 1 before any was seen."""
+        return torch.where(self.total[1] > 0, (self.total[0] / self.total[1].clamp_min(1)).sqrt().clamp_min(1e-6), 1.0).float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums."""
+        return {"total": self.total.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.total.copy_(state["total"])
+
+
+class _Pass:
+    """:class:`didr_core.contracts.GeneratorContext` for one micro-batch: what is asked for is computed once."""
+
+    def __init__(self, learner: Learner, batch: Batch, noise: Noise) -> None:
+        self.learner, self.batch, self.noise = learner, batch, noise
+        backbone, config = learner.backbone, learner.config
+        shape = backbone.latent_shape
+        z = noise.normal(batch.index, shape, "g/z")
+        self.x0 = backbone.generate(learner.generator_net, z, batch.condition)
+        self.t = noise.uniform(batch.index, "g/t", *config.times.generator)
+        self.x_t = diffuse(backbone.schedule, self.x0.detach(), noise.normal(batch.index, shape, "g/eps"), self.t)
+        self.alpha, self.sigma = coeffs_like(backbone.schedule, self.t, self.x_t)
+        self.metrics: dict[str, Tensor] = {}
+        self._reference: Tensor | None = None
+
+    def assistant(self) -> Tensor:
+        """``D_psi(x_t)`` without grad."""
+        learner = self.learner
+        with torch.no_grad():
+            return _guided(learner.backbone, learner.assistant_net, self.x_t, self.t, self.batch.condition, learner.config.guidance.assistant)
+
+    def _denoise(self, x: Tensor, t: Tensor, guidance: float) -> Tensor:
+        condition = self.batch.condition.tile(len(x) // len(self.batch))
+        return _guided(self.learner.backbone, self.learner.reference_net, x, t, condition, guidance)
+
+    def reference(self) -> Tensor:
+        """Guided ``D~_ref(x_t)`` without grad."""
+        if self._reference is None:
+            with torch.no_grad():
+                self._reference = self._denoise(self.x_t, self.t, self.learner.config.guidance.reference)
+        return self._reference
+
+    def drs(self) -> Tensor:
+        """``s_r(x_t)``, gated and clipped."""
+        config = self.learner.config
+        inner = config.guidance.reference if config.drp.guidance is None else config.drp.guidance
+        problem = drp.Problem(
+            x=self.x_t,
+            t=self.t,
+            schedule=self.learner.backbone.schedule,
+            denoise=lambda x, t: self._denoise(x, t, inner),
+            reward=self.reward,
+            noise=self._particles,
+            beta=config.drp.beta,
+        )
+        estimate = drp.estimate(config.drp, problem)
+        if inner == config.guidance.reference:
+            self._reference = estimate.x0
+        drs = estimate.score
+        if config.drp.snr_gate:
+            drs = drs * self.alpha.square()
+        if config.drp.clip is not None:
+            limit = config.drp.clip * losses.rms((self.alpha * self.reference() - self.x_t) / self.sigma.square())
+            drs, self.metrics["drs/clipped"] = losses.clip_rms(drs, limit)
+        self.metrics["reward/proxy"] = estimate.reward
+        with torch.no_grad():
+            self.metrics["reward/gain"] = self.reward(self.x0.detach(), watch=True)
+        return drs
+
+    def reward(self, latent: Tensor, watch: bool = False) -> Tensor:
+        """Standardised reward of clean latents ``[M * B]``: 0 is the starting generator's mean, 1 its standard deviation."""
+        learner, batch = self.learner, self.batch
+        assert learner.reward is not None, "the algorithm declares needs_reward"
+        times = len(latent) // len(batch)
+        inputs = {k: v.repeat(times, *([1] * (v.dim() - 1))) for k, v in batch.reward_inputs.items()}
+        images = learner.backbone.decode(latent)
+        raw = learner.reward.score(images, inputs)
+        if watch:
+            self.metrics["reward/raw"] = raw
+            self.metrics["image/clipped"] = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
+        baseline = torch.zeros_like(raw) if batch.baseline is None else batch.baseline.repeat(times)
+        return (raw - baseline) / learner.scale.value
+
+    def _particles(self, tag: str, times: int) -> Tensor:
+        shape = self.learner.backbone.latent_shape
+        return torch.cat([self.noise.normal(self.batch.index, shape, f"{tag}/{m}") for m in range(times)])
+
+
+def _guided(backbone: Backbone, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, w: float) -> Tensor:
+    """``D(null) + w (D(c) - D(null))``, both halves in one call."""
+    if w == 1.0:
+        return backbone.x0(network, x, t, condition)
+    both = backbone.x0(network, torch.cat([x, x]), torch.cat([t, t]), condition.cat(backbone.null(condition)))
+    conditional, unconditional = both.chunk(2)
+    return unconditional + w * (conditional - unconditional)
+
+
+def _adam(network: nn.Module, settings: Optim) -> torch.optim.Optimizer:
+    parameters: Iterable[Tensor] = [p for p in network.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+
+
+def _rate(settings: Optim, step: int, total: int) -> float:
+    """Share of the learning rate at ``step``: linear warm-up, then constant, then linear to zero over the last `decay` of the run."""
+    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    left = (total - step) / (settings.decay * total) if settings.decay else 1.0
+    return warm * min(1.0, left)

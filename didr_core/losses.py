@@ -1,0 +1,48 @@
+"""The loss maths, pure: tensors in, tensors out. Section and equation numbers are those of DIDR (arXiv 2605.24001) as in docs/method.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def per_sample(x: Tensor) -> Tensor:
+    """Mean over everything but the batch: ``[B, ...] -> [B]``."""
+    return x.flatten(1).mean(1)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square per sample ``[B]``."""
+    return per_sample(x.square()).sqrt()
+
+
+def denoising_score_matching(x0_hat: Tensor, x0: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Stage I, the teaching assistant's loss per sample ``[B]``: ``(alpha/sigma)^2 ||D_psi(x_t) - x0||^2``, the eps loss written in x0."""
+    return per_sample((alpha / sigma).square() * (x0_hat - x0).square())
+
+
+def normalizer(x0: Tensor, reference: Tensor) -> Tensor:
+    """DMD's weight per sample, ``1 / mean |x0 - D~_ref|`` (arXiv 2311.18828, eq. 8), shaped to broadcast."""
+    return 1 / per_sample((x0 - reference).abs()).clamp_min(1e-4).view(-1, *([1] * (x0.dim() - 1)))
+
+
+def tilted_target(reference: Tensor, drs: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Denoiser of the tilted law: ``D_target = D~_ref + (sigma^2 / alpha) s_r``."""
+    return reference + sigma.square() / alpha * drs
+
+
+def matching(x0: Tensor, direction: Tensor) -> Tensor:
+    """Stage II per sample ``[B]``: ``0.5 ||x0 - sg(x0 - direction)||^2``; its gradient in ``x0`` is ``direction`` over the element count."""
+    return 0.5 * per_sample((x0 - (x0 - direction).detach()).square())
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine per sample ``[B]``; 0 where either is zero."""
+    return torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
+
+
+def clip_rms(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each sample down to ``rms <= limit [B]``; returns the result and which samples were clipped ``[B]`` (0/1)."""
+    size = rms(x)
+    factor = (limit / size.clamp_min(1e-12)).clamp_max(1)
+    return x * factor.view(-1, *([1] * (x.dim() - 1))), (factor < 1).float()

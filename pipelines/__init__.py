@@ -1,0 +1,1 @@
+"""Where Ray and MLflow live: prompt streaming, training, sweeps, reports and the command line."""
