@@ -7,12 +7,15 @@ it acts in the main thread of a POSIX system; elsewhere pytest's `faulthandler_t
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
 import sys
 import threading
 from collections.abc import Generator
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: threads cost more than they give, on a shared machine above all
 
 LIMIT_S = 120.0
 LONG_LIMIT_S = 300.0
