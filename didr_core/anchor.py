@@ -21,14 +21,20 @@ class AnchorPairs:
 
         path = locate(config.pairs)
         if not path.is_file():
-            raise DIDRError(f"train.anchor.pairs={config.pairs!r}: no such file. Make it with `python -m didr_core.zoo.build pairs`.")
+            raise DIDRError(
+                f"train.anchor.pairs={config.pairs!r}: no such file. Make it with `python -m didr_core.zoo.build pairs`."
+            )
         tensors = load_file(path)
         if missing := {"z", "x0"} - tensors.keys():
-            raise DIDRError(f"train.anchor.pairs={config.pairs!r}: tensors {sorted(missing)} are missing; found {sorted(tensors)[:6]}")
+            raise DIDRError(
+                f"train.anchor.pairs={config.pairs!r}: tensors {sorted(missing)} are missing; found {sorted(tensors)[:6]}"
+            )
         self.config = config
         self.device = torch.device(device)
         self.z, self.x0 = tensors["z"], tensors["x0"]
-        self.condition = Condition({k.removeprefix("condition."): v for k, v in tensors.items() if k.startswith("condition.")})
+        self.condition = Condition(
+            {k.removeprefix("condition."): v for k, v in tensors.items() if k.startswith("condition.")}
+        )
 
     def draw(self, seed: int, step: int, parallel: Parallel) -> tuple[Tensor, Tensor, Condition]:
         """This rank's rows of the step's global batch, float32."""

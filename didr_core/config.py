@@ -69,23 +69,31 @@ class DRP(Strict):
     """The diffused reward proxy: how s_r is estimated (math.md section 3)."""
 
     estimator: Literal["tweedie", "ode", "truncated", "stochastic", "importance"] = "tweedie"
-    beta: float = Field(1.0, gt=0, description="reward-tilt temperature, in standard deviations of the starting generator's reward")
+    beta: float = Field(
+        1.0, gt=0, description="reward-tilt temperature, in standard deviations of the starting generator's reward"
+    )
     steps: int = Field(1, ge=1, description="K, denoising steps from x_t to x0")
     particles: int = Field(4, ge=1, description="M, for stochastic and importance")
     guidance: float | None = Field(None, ge=0, description="guidance scale inside the proxy; none = the reference's")
     snr_gate: bool = Field(False, description="multiply s_r by alpha_t^2: silent where the posterior has many modes")
     clip: float | None = Field(
-        None, gt=0, description="cap of the rms of s_r per sample, as a multiple of the rms of the reference's own score"
+        None,
+        gt=0,
+        description="cap of the rms of s_r per sample, as a multiple of the rms of the reference's own score",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> DRP:
         if self.estimator == "tweedie" and self.steps != 1:
-            raise ValueError(f"drp.steps={self.steps}: tweedie is one step; use ode or truncated for K > 1, or drp.steps=1")
+            raise ValueError(
+                f"drp.steps={self.steps}: tweedie is one step; use ode or truncated for K > 1, or drp.steps=1"
+            )
         if self.estimator == "importance" and self.particles < 2:
             raise ValueError(f"drp.particles={self.particles}: importance compares particles, so it needs at least 2")
         if self.estimator == "importance" and self.steps < 2:
-            raise ValueError(f"drp.steps={self.steps}: with one step all particles of importance are equal; use drp.steps >= 2")
+            raise ValueError(
+                f"drp.steps={self.steps}: with one step all particles of importance are equal; use drp.steps >= 2"
+            )
         return self
 
 
@@ -119,7 +127,9 @@ class Optim(Strict):
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(10.0, gt=0, description="gradient norm")
     warmup: int = Field(0, ge=0, description="updates of linear warm-up")
-    decay: float = Field(0.0, ge=0, le=1, description="share of the run, at its end, over which the rate falls linearly to zero")
+    decay: float = Field(
+        0.0, ge=0, le=1, description="share of the run, at its end, over which the rate falls linearly to zero"
+    )
 
 
 class Anchor(Strict):
@@ -135,7 +145,9 @@ class Train(Strict):
 
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
-    micro_batch: int | None = Field(None, ge=1, description="samples a forward pass; none = the whole share of a worker")
+    micro_batch: int | None = Field(
+        None, ge=1, description="samples a forward pass; none = the whole share of a worker"
+    )
     assistant_updates: int = Field(2, ge=1, description="TA updates a generator update")
     assistant_warmup: int = Field(0, ge=0, description="first iterations that train the TA alone")
     ema: float = Field(0.98, ge=0, lt=1)
@@ -175,7 +187,9 @@ class Evaluation(Strict):
     grid: int = Field(16, ge=1, description="held-out prompts in the before/after grid")
     prompts: int = Field(256, ge=0, description="held-out prompts scored at the end; 0 = none")
     seeds: int = Field(1, ge=1)
-    world: Literal["none", "tiny"] = Field("none", description="'tiny': captions of the bundled world, so the analytic checker judges too")
+    world: Literal["none", "tiny"] = Field(
+        "none", description="'tiny': captions of the bundled world, so the analytic checker judges too"
+    )
     every: int = Field(0, ge=0, description="steps between grids during training; 0 = start and end only")
 
 
@@ -196,7 +210,9 @@ class Config(Strict):
     backbone: Annotated[SerializeAsAny[Component], _component("backbones")]
     algorithm: Annotated[SerializeAsAny[Component], _component("algorithms")]
     reward: Annotated[SerializeAsAny[Component] | None, _component("rewards")] = None
-    judge: Annotated[SerializeAsAny[Component] | None, _component("rewards")] = Field(None, description="held-out reward; never trained on")
+    judge: Annotated[SerializeAsAny[Component] | None, _component("rewards")] = Field(
+        None, description="held-out reward; never trained on"
+    )
     drp: DRP = DRP()
     guidance: Guidance = Guidance()
     times: Times = Times()
@@ -220,7 +236,9 @@ class Config(Strict):
             )
         share = self.train.batch // self.workers.train
         if self.train.micro_batch and share % self.train.micro_batch:
-            raise ValueError(f"train.micro_batch={self.train.micro_batch} does not divide a worker's share of {share} samples")
+            raise ValueError(
+                f"train.micro_batch={self.train.micro_batch} does not divide a worker's share of {share} samples"
+            )
         return self
 
     @property
@@ -228,7 +246,13 @@ class Config(Strict):
         """Sizes that follow from the rest."""
         share = self.train.batch // self.workers.train
         micro = self.train.micro_batch or share
-        return Sizes(share, micro, share // micro, self.train.batch * self.train.steps, self.train.assistant_updates + 1)
+        return Sizes(
+            share=share,
+            micro_batch=micro,
+            accumulation=share // micro,
+            total_prompts=self.train.batch * self.train.steps,
+            updates_per_step=self.train.assistant_updates + 1,
+        )
 
 
 class Sizes(Strict):
@@ -239,15 +263,6 @@ class Sizes(Strict):
     accumulation: int
     total_prompts: int
     updates_per_step: int
-
-    def __init__(self, share: int, micro_batch: int, accumulation: int, total_prompts: int, updates_per_step: int) -> None:
-        super().__init__(
-            share=share,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            total_prompts=total_prompts,
-            updates_per_step=updates_per_step,
-        )
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -313,15 +328,24 @@ def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        renamed = isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("name", old.get("name")) != old.get("name")
-        merged[key] = _merge(dict(old), value) if isinstance(value, Mapping) and isinstance(old, Mapping) and not renamed else value
+        renamed = (
+            isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and value.get("name", old.get("name")) != old.get("name")
+        )
+        merged[key] = (
+            _merge(dict(old), value)
+            if isinstance(value, Mapping) and isinstance(old, Mapping) and not renamed
+            else value
+        )
     return merged
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     head, _, rest = key.partition(".")
     if not rest:
-        tree.update(_merge(tree, {head: {"name": value} if head in ("algorithm", "reward", "judge", "backbone") and isinstance(value, str) else value}))
+        named = isinstance(value, str) and head in ("algorithm", "reward", "judge", "backbone")
+        tree.update(_merge(tree, {head: {"name": value} if named else value}))
         return
     below = tree.setdefault(head, {})
     if not isinstance(below, dict):
@@ -340,7 +364,9 @@ def _explain(error: Any, where: str) -> str:
     if error["type"] == "missing":
         return f"{where}: {key!r} is missing; it has no default."
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {key}: {message}" + (f" (got {error['input']!r})" if not isinstance(error["input"], Mapping) else "")
+    return f"{where}: {key}: {message}" + (
+        f" (got {error['input']!r})" if not isinstance(error["input"], Mapping) else ""
+    )
 
 
 def _known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Differentiable picture preparation, shared by the rewards. Everything in float32: antialiased bicubic has no half-precision CPU kernel."""
+"""Differentiable picture preparation, shared by the rewards. In float32: antialiased bicubic has no half-precision CPU kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def clamp_straight_through(images: Tensor) -> Tensor:
 
 
 def clip_pixels(images: Tensor, size: int) -> Tensor:
-    """``[B, 3, H, W]`` in [0, 1] -> ``[B, 3, size, size]`` as CLIP-like towers see them: shortest edge to ``size``, centre crop, normalise."""
+    """``[B, 3, H, W]`` in [0, 1] -> ``[B, 3, size, size]`` for CLIP-like towers: resize shortest edge, centre crop, normalise."""
     images = images.float()
     height, width = images.shape[-2:]
     if min(height, width) != size:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from didr_core import drp, losses
 from didr_core.anchor import AnchorPairs
 from didr_core.config import Config, Optim, build
-from didr_core.contracts import Backbone, Batch, Condition, NonFiniteError, Parallel, Reward, StepReport
+from didr_core.contracts import Backbone, Batch, NonFiniteError, Parallel, Reward, StepReport
 from didr_core.noise import Noise
 from didr_core.parallel import Single
+from didr_core.sampling import guided_x0
 from didr_core.schedule import coeffs_like, diffuse
 
 Which = Literal["generator", "ema", "start", "reference"]
@@ -87,7 +88,7 @@ class Learner:
                 x0 = self.backbone.generate(self.generator_net, z, part.condition)
             t = noise.uniform(part.index, f"{tag}/t", *self.config.times.assistant)
             x_t = diffuse(self.backbone.schedule, x0, noise.normal(part.index, shape, f"{tag}/eps"), t)
-            prediction = _guided(self.backbone, self.assistant_net, x_t, t, part.condition, 1.0)
+            prediction = guided_x0(self.backbone, self.assistant_net, x_t, t, part.condition, 1.0)
             alpha, sigma = coeffs_like(self.backbone.schedule, t, x_t)
             return losses.denoising_score_matching(prediction, x0, alpha, sigma), {}
 
@@ -104,7 +105,9 @@ class Learner:
             return value, metrics
 
         extra = self._anchor_loss if self.anchor else None
-        metrics = self._apply("generator", batch, loss, self.generator_net, self.generator_opt, self.config.generator, extra)
+        metrics = self._apply(
+            "generator", batch, loss, self.generator_net, self.generator_opt, self.config.generator, extra
+        )
         if "drs/rms" in metrics:
             metrics["drs/ratio"] = metrics["drs/rms"] / max(metrics["matching/rms"], 1e-12)
         with torch.no_grad():
@@ -149,7 +152,9 @@ class Learner:
             value = extra()
             value.backward()
             sums["loss/anchor"] = value.detach()
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in network.parameters() if p.requires_grad]
+        gradients = [
+            p.grad if p.grad is not None else torch.zeros_like(p) for p in network.parameters() if p.requires_grad
+        ]
         flags = torch.tensor(float(len(bad)), device=self.device)
         self.parallel.mean_([flags, *sums.values(), *gradients])
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -192,7 +197,9 @@ class RewardScale:
     """Within-prompt standard deviation of the starting generator's reward: pooled over every prompt seen so far, on all ranks."""
 
     def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of batch means of the variance, number of batches
+        self.total = torch.zeros(
+            2, dtype=torch.float64, device=device
+        )  # sum of batch means of the variance, number of batches
 
     def update(self, spread: Tensor | None, parallel: Parallel) -> None:
         """Add a batch's variances ``[B]``. A non-finite one comes with a non-finite baseline, which is refused with its prompt id later."""
@@ -205,7 +212,9 @@ class RewardScale:
     @property
     def value(self) -> Tensor:
         """Scalar standard deviation; 1 before any was seen."""
-        return torch.where(self.total[1] > 0, (self.total[0] / self.total[1].clamp_min(1)).sqrt().clamp_min(1e-6), 1.0).float()
+        return torch.where(
+            self.total[1] > 0, (self.total[0] / self.total[1].clamp_min(1)).sqrt().clamp_min(1e-6), 1.0
+        ).float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums."""
@@ -235,11 +244,18 @@ class _Pass:
         """``D_psi(x_t)`` without grad."""
         learner = self.learner
         with torch.no_grad():
-            return _guided(learner.backbone, learner.assistant_net, self.x_t, self.t, self.batch.condition, learner.config.guidance.assistant)
+            return guided_x0(
+                learner.backbone,
+                learner.assistant_net,
+                self.x_t,
+                self.t,
+                self.batch.condition,
+                learner.config.guidance.assistant,
+            )
 
     def _denoise(self, x: Tensor, t: Tensor, guidance: float) -> Tensor:
         condition = self.batch.condition.tile(len(x) // len(self.batch))
-        return _guided(self.learner.backbone, self.learner.reference_net, x, t, condition, guidance)
+        return guided_x0(self.learner.backbone, self.learner.reference_net, x, t, condition, guidance)
 
     def reference(self) -> Tensor:
         """Guided ``D~_ref(x_t)`` without grad."""
@@ -294,18 +310,11 @@ class _Pass:
         return torch.cat([self.noise.normal(self.batch.index, shape, f"{tag}/{m}") for m in range(times)])
 
 
-def _guided(backbone: Backbone, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, w: float) -> Tensor:
-    """``D(null) + w (D(c) - D(null))``, both halves in one call."""
-    if w == 1.0:
-        return backbone.x0(network, x, t, condition)
-    both = backbone.x0(network, torch.cat([x, x]), torch.cat([t, t]), condition.cat(backbone.null(condition)))
-    conditional, unconditional = both.chunk(2)
-    return unconditional + w * (conditional - unconditional)
-
-
 def _adam(network: nn.Module, settings: Optim) -> torch.optim.Optimizer:
     parameters: Iterable[Tensor] = [p for p in network.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
 
 
 def _rate(settings: Optim, step: int, total: int) -> float:

@@ -32,7 +32,7 @@ def tilted_target(reference: Tensor, drs: Tensor, alpha: Tensor, sigma: Tensor) 
 
 
 def matching(x0: Tensor, direction: Tensor) -> Tensor:
-    """Stage II per sample ``[B]``: ``0.5 ||x0 - sg(x0 - direction)||^2``; its gradient in ``x0`` is ``direction`` over the element count."""
+    """Stage II per sample ``[B]``: ``0.5 ||x0 - sg(x0 - direction)||^2``; its gradient in ``x0`` is ``direction`` over the size."""
     return 0.5 * per_sample((x0 - (x0 - direction).detach()).square())
 
 

@@ -33,7 +33,9 @@ def find(kind: str, name: str) -> type[Any]:
         try:
             found = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError) as error:
-            raise DIDRError(f"{kind}: cannot import {name!r} ({error}). Expected 'package.module:Class' on PYTHONPATH.") from error
+            raise DIDRError(
+                f"{kind}: cannot import {name!r} ({error}). Expected 'package.module:Class' on PYTHONPATH."
+            ) from error
         if not hasattr(found, "Config"):
             raise DIDRError(f"{kind}: {name!r} has no nested Config class. See the README of didr_core/{kind}.")
         return found  # type: ignore[no-any-return]

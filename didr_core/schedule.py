@@ -19,7 +19,9 @@ class VariancePreserving:
         self.alphas_cumprod = alphas_cumprod.double()
 
     @classmethod
-    def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> VariancePreserving:
+    def scaled_linear(
+        cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000
+    ) -> VariancePreserving:
         """SDXL's betas: linear in their square roots."""
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
         return cls(torch.cumprod(1 - betas, 0))
@@ -85,7 +87,9 @@ def score(schedule: Schedule, x0_hat: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return (alpha * x0_hat - x) / sigma**2
 
 
-def step(schedule: Schedule, x: Tensor, x0_hat: Tensor, t: Tensor, s: Tensor, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
+def step(
+    schedule: Schedule, x: Tensor, x0_hat: Tensor, t: Tensor, s: Tensor, eta: float = 0.0, noise: Tensor | None = None
+) -> Tensor:
     """One denoising step ``t -> s``: DDIM at ``eta = 0`` (Euler for rectified flow), ancestral sampling at ``eta = 1``.
 
     With ``a = alpha_t / alpha_s`` and ``b^2 = sigma_t^2 - a^2 sigma_s^2`` the posterior variance is ``sigma_s^2 b^2 / sigma_t^2``

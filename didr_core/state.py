@@ -36,7 +36,9 @@ def save(folder: Path, learner: Learner, extra: dict[str, Any]) -> None:
         partial.unlink(missing_ok=True)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "write" in str(error).lower()
         if isinstance(error, OSError) and not full:
-            raise DIDRError(f"checkpoint {folder}: cannot write ({error}). Check permissions of the output folder.") from error
+            raise DIDRError(
+                f"checkpoint {folder}: cannot write ({error}). Check permissions of the output folder."
+            ) from error
         if not full:
             raise
         needed, free = _bytes(state), shutil.disk_usage(folder).free

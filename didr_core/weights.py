@@ -17,16 +17,24 @@ def check_folder(key: str, folder: Path, file: str, field: str, expected: Sequen
     """
     path = folder / file
     if not folder.is_dir():
-        raise DIDRError(f"{key}={str(folder)!r}: no such folder. Expected a folder with {file} ({' or '.join(expected)}).")
+        raise DIDRError(
+            f"{key}={str(folder)!r}: no such folder. Expected a folder with {file} ({' or '.join(expected)})."
+        )
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise DIDRError(f"{key}={str(folder)!r}: {file} is missing (found: {found}). Expected {' or '.join(expected)} saved by save_pretrained.")
+        raise DIDRError(
+            f"{key}={str(folder)!r}: {file} is missing (found: {found}). Expected {' or '.join(expected)} saved by save_pretrained."
+        )
     try:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise DIDRError(f"{key}={str(folder)!r}: {file} is not valid JSON ({error}). Was the download cut short?") from error
+        raise DIDRError(
+            f"{key}={str(folder)!r}: {file} is not valid JSON ({error}). Was the download cut short?"
+        ) from error
     if content.get(field) not in expected:
-        raise DIDRError(f"{key}={str(folder)!r}: {file} says {field}={content.get(field)!r}; expected {' or '.join(expected)}.")
+        raise DIDRError(
+            f"{key}={str(folder)!r}: {file} says {field}={content.get(field)!r}; expected {' or '.join(expected)}."
+        )
     return content  # type: ignore[no-any-return]
 
 

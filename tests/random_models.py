@@ -14,12 +14,17 @@ def byte_tokenizer(folder: Path, length: int = 16) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     letters = [chr(c) for c in range(33, 127)]
-    vocab = {token: i for i, token in enumerate([*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])}
+    vocab = {
+        token: i
+        for i, token in enumerate([*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])
+    }
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length, pad_token="<|endoftext|>")
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length, pad_token="<|endoftext|>"
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -65,9 +70,14 @@ def sdxl_folder(folder: Path, seed: int = 0, sample_size: int = 8) -> Path:
     )
     channels = (8, 8, 8)
     vae = AutoencoderTiny(
-        encoder_block_out_channels=channels, decoder_block_out_channels=channels, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1)
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
     )
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
     pipe = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(_text_config(tokenizer, 16, 16)),
@@ -90,7 +100,13 @@ def clip_folder(folder: Path, seed: int = 1, size: int = 32) -> Path:
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(byte_tokenizer(folder))
     vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=size, patch_size=8, projection_dim=16
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=8,
+        projection_dim=16,
     )
     text = _text_config(tokenizer, 16, 16)
     model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16))  # type: ignore[attr-defined]

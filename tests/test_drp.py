@@ -75,7 +75,9 @@ def test_importance_converges_to_the_exact_score_as_particles_and_steps_grow() -
 
 def test_importance_needs_no_gradient_of_the_reward() -> None:
     p = problem(4, 0.6)
-    black_box = drp.Problem(**{**vars(p), "reward": lambda x0: torch.tensor([math.copysign(1, float(v)) for v in x0.detach()[:, 0]])})
+    black_box = drp.Problem(
+        **{**vars(p), "reward": lambda x0: torch.tensor([math.copysign(1, float(v)) for v in x0.detach()[:, 0]])}
+    )
     got = drp.estimate(DRP(estimator="importance", steps=4, particles=16), black_box)
     assert torch.isfinite(got.score).all() and got.score.abs().max() > 0
     with pytest.raises(RuntimeError):
@@ -96,7 +98,12 @@ def test_gradients_equal_finite_differences(estimator: str, steps: int) -> None:
     schedule = Exact.scaled_linear()
     x = torch.randn(1, 3, dtype=torch.float64)
     base = problem(1, 0.5, dims=3)
-    fields = {**vars(base), "schedule": schedule, "denoise": lambda x, t: torch.tanh(x @ mix), "reward": lambda x0: x0.pow(3).sum(1)}
+    fields = {
+        **vars(base),
+        "schedule": schedule,
+        "denoise": lambda x, t: torch.tanh(x @ mix),
+        "reward": lambda x0: x0.pow(3).sum(1),
+    }
     config = DRP(estimator=estimator, steps=steps)  # type: ignore[arg-type]
     got = drp.estimate(config, drp.Problem(**{**fields, "x": x})).score
     h = 1e-5

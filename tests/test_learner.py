@@ -44,7 +44,9 @@ def batch(of: Learner, spread: float = 0.25) -> Batch:
         of.backbone.load_text()
     inputs = of.reward.prepare(PROMPTS) if of.reward else {}
     n = len(PROMPTS)
-    return Batch(torch.arange(n), PROMPTS, PROMPTS, of.backbone.encode(PROMPTS), inputs, torch.zeros(n), torch.full((n,), spread))
+    return Batch(
+        torch.arange(n), PROMPTS, PROMPTS, of.backbone.encode(PROMPTS), inputs, torch.zeros(n), torch.full((n,), spread)
+    )
 
 
 def weights(of: Learner) -> torch.Tensor:
@@ -53,7 +55,13 @@ def weights(of: Learner) -> torch.Tensor:
 
 @pytest.mark.parametrize("estimator", ["tweedie", "stochastic", "importance"])
 def test_micro_batches_do_not_change_the_update(folders: tuple[Path, Path], estimator: str) -> None:
-    drp = {"estimator": estimator, "steps": 1 if estimator == "tweedie" else 3, "particles": 2, "snr_gate": True, "clip": 0.5}
+    drp = {
+        "estimator": estimator,
+        "steps": 1 if estimator == "tweedie" else 3,
+        "particles": 2,
+        "snr_gate": True,
+        "clip": 0.5,
+    }
     rates = {"generator": {"lr": 0.1}, "assistant": {"lr": 0.1}}
     whole, parts = learner(folders, drp=drp, **rates), learner(folders, drp=drp, train={"micro_batch": 1}, **rates)
     # SGD in place of Adam, whose first update is the gradient's sign and so blows up rounding
@@ -136,7 +144,9 @@ def test_clip_caps_only_what_is_above_the_limit() -> None:
     assert share.tolist() == [1.0, 0.0]
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subject = learner(folders)
     state.save(tmp_path, subject, {"n": 1})
 

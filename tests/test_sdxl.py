@@ -36,7 +36,14 @@ def test_one_step_equals_the_stock_pipeline_with_lcm(folder: Path) -> None:
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     size = ours.pixels
     theirs = pipe(
-        prompts, latents=z, num_inference_steps=1, guidance_scale=0, timesteps=[399], output_type="pt", height=size, width=size
+        prompts,
+        latents=z,
+        num_inference_steps=1,
+        guidance_scale=0,
+        timesteps=[399],
+        output_type="pt",
+        height=size,
+        width=size,
     ).images
     assert theirs.shape == mine.shape == (2, 3, size, size)
     assert (mine - theirs).abs().max() < 1e-5
@@ -53,10 +60,18 @@ def test_guided_ddim_equals_the_stock_pipeline(folder: Path) -> None:
     z = torch.randn(1, *ours.latent_shape, generator=torch.Generator().manual_seed(0))
     mine = sample_reference(ours, network, ours.encode(["a red circle"]), z, steps=50, guidance=4.0)
     pipe = StableDiffusionXLPipeline.from_pretrained(folder)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
+    )
     size = ours.pixels
     theirs = pipe(
-        ["a red circle"], latents=z, num_inference_steps=50, guidance_scale=4.0, output_type="latent", height=size, width=size
+        ["a red circle"],
+        latents=z,
+        num_inference_steps=50,
+        guidance_scale=4.0,
+        output_type="latent",
+        height=size,
+        width=size,
     ).images
     assert (mine - theirs).abs().max() < 0.05 * theirs.abs().max()  # time grids differ by a row
 

@@ -27,7 +27,7 @@ class SDXL:
     """The SDXL family, whatever its size: shapes are read from the folder's configs."""
 
     class Config(Component):
-        """`pipeline`: a StableDiffusionXLPipeline folder, the reference. `generator`: a UNet folder, or a single file of a UNet's weights."""
+        """`pipeline`: a StableDiffusionXLPipeline folder, the reference. `generator`: a UNet folder, or one file of its weights."""
 
         name: str = "sdxl"
         pipeline: str
@@ -55,23 +55,34 @@ class SDXL:
 
     def check(self) -> None:
         """Raises DIDRError unless the folders hold what the config says."""
-        check_folder("backbone.pipeline", self.folder, "model_index.json", "_class_name", ("StableDiffusionXLPipeline",))
+        check_folder(
+            "backbone.pipeline", self.folder, "model_index.json", "_class_name", ("StableDiffusionXLPipeline",)
+        )
         check_folder("backbone.pipeline", self.folder / "unet", "config.json", "_class_name", ("UNet2DConditionModel",))
-        check_folder("backbone.pipeline", self.folder / "vae", "config.json", "_class_name", ("AutoencoderKL", "AutoencoderTiny"))
+        check_folder(
+            "backbone.pipeline", self.folder / "vae", "config.json", "_class_name", ("AutoencoderKL", "AutoencoderTiny")
+        )
         if self.config.generator is None:
             return
         path = locate(self.config.generator)
         if path.is_dir():
             found = check_folder("backbone.generator", path, "config.json", "_class_name", ("UNet2DConditionModel",))
             reference = json.loads((self.folder / "unet" / "config.json").read_text())
-            for key in ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim"):
+            for key in (
+                "in_channels",
+                "cross_attention_dim",
+                "addition_embed_type",
+                "projection_class_embeddings_input_dim",
+            ):
                 if found.get(key) != reference.get(key):
                     raise DIDRError(
                         f"backbone.generator={str(path)!r}: {key}={found.get(key)!r} differs from the pipeline's {reference.get(key)!r}; "
                         "generator and reference must be of one family"
                     )
         elif not path.is_file():
-            raise DIDRError(f"backbone.generator={str(path)!r}: no such file or folder. Expected a UNet folder or one .safetensors/.bin file.")
+            raise DIDRError(
+                f"backbone.generator={str(path)!r}: no such file or folder. Expected a UNet folder or one .safetensors/.bin file."
+            )
 
     def load_network(self, role: str) -> nn.Module:
         """The UNet of ``role``, float32, channels_last, eval. The TA starts as the reference, as DMD2's fake UNet does.
@@ -84,7 +95,11 @@ class SDXL:
         quiet()
         if role == "generator" and self.config.generator is not None:
             path = locate(self.config.generator)
-            unet = self._from_file(path) if path.is_file() else UNet2DConditionModel.from_pretrained(path, torch_dtype=torch.float32)
+            unet = (
+                self._from_file(path)
+                if path.is_file()
+                else UNet2DConditionModel.from_pretrained(path, torch_dtype=torch.float32)
+            )
         else:
             unet = UNet2DConditionModel.from_pretrained(self.folder, subfolder="unet", torch_dtype=torch.float32)
         return unet.to(memory_format=torch.channels_last).eval()  # type: ignore[no-any-return]
@@ -94,7 +109,11 @@ class SDXL:
         from safetensors.torch import load_file
 
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(self.folder, subfolder="unet"))
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
         missing, unexpected = unet.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
         if missing or unexpected:
             raise DIDRError(
@@ -151,7 +170,13 @@ class SDXL:
         size = float(self.pixels)
         ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=x.device).expand(len(x), 6)
         added = {"text_embeds": condition.tensors["pooled"], "time_ids": ids}
-        out = network(x, time, encoder_hidden_states=condition.tensors["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+        out = network(
+            x,
+            time,
+            encoder_hidden_states=condition.tensors["prompt_embeds"],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
         return out.float()  # type: ignore[no-any-return]
 
     def _coeffs(self, index: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +203,7 @@ class SDXL:
         return clamp_straight_through(self._vae.decode(latent, return_dict=False)[0].float() / 2 + 0.5)
 
     def export(self, generator: nn.Module, folder: str) -> None:
-        """A StableDiffusionXLPipeline folder with the generator as its UNet and an LCMScheduler, plus the bare single-file UNet, all fp16."""
+        """A StableDiffusionXLPipeline folder with the generator and an LCMScheduler, plus the bare single-file UNet, all fp16."""
         from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
         from safetensors.torch import save_file
 

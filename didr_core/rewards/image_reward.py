@@ -1,7 +1,7 @@
 """ImageReward (arXiv 2304.05977): BLIP's picture tokens cross-attended by its text encoder, an MLP on [CLS], standardised.
 
-Folder layout: ``vision/`` (BlipVisionModel), ``text/`` (BlipTextModel with cross-attention), ``head.safetensors`` (``layers.N.weight/bias``, linear
-layers without activations, as published), tokenizer files, ``reward.json`` (``mean``, ``std``, ``max_length``).
+Folder layout: ``vision/`` (BlipVisionModel), ``text/`` (BlipTextModel with cross-attention), ``head.safetensors`` (``layers.N.weight/bias``,
+linear layers without activations, as published), tokenizer files, ``reward.json`` (``mean``, ``std``, ``max_length``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class ImageReward:
         check_folder("image_reward path", self.folder / "text", "config.json", "model_type", ("blip_text_model",))
         for file in ("head.safetensors", "reward.json"):
             if not (self.folder / file).is_file():
-                raise DIDRError(f"image_reward path={str(self.folder)!r}: {file} is missing; see the layout in didr_core/rewards/image_reward.py.")
+                raise DIDRError(
+                    f"image_reward path={str(self.folder)!r}: {file} is missing; see the layout in didr_core/rewards/image_reward.py."
+                )
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Load towers, head and tokenizer, frozen."""
@@ -56,7 +58,12 @@ class ImageReward:
         self.check()
         quiet()
         self._settings = json.loads((self.folder / "reward.json").read_text())
-        self._vision = BlipVisionModel.from_pretrained(self.folder / "vision", dtype=torch.float32).to(device).eval().requires_grad_(False)
+        self._vision = (
+            BlipVisionModel.from_pretrained(self.folder / "vision", dtype=torch.float32)
+            .to(device)
+            .eval()
+            .requires_grad_(False)
+        )
         text = BlipTextModel.from_pretrained(self.folder / "text", add_pooling_layer=False, dtype=torch.float32)
         self._text = text.to(device).eval().requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -66,7 +73,9 @@ class ImageReward:
         for key in keys:
             out_features, in_features = weights[key].shape
             layer = nn.Linear(in_features, out_features)
-            layer.load_state_dict({"weight": weights[key].float(), "bias": weights[key.replace("weight", "bias")].float()})
+            layer.load_state_dict(
+                {"weight": weights[key].float(), "bias": weights[key.replace("weight", "bias")].float()}
+            )
             layers.append(layer)
         self._head = nn.Sequential(*layers).to(device).eval().requires_grad_(False)
 
@@ -75,7 +84,11 @@ class ImageReward:
         if self._tokenizer is None:
             raise DIDRError("reward image_reward: load() comes before prepare() and score()")
         tokens = self._tokenizer(
-            list(prompts), padding="max_length", max_length=self._settings["max_length"], truncation=True, return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            max_length=self._settings["max_length"],
+            truncation=True,
+            return_tensors="pt",
         )
         return {"ids": tokens["input_ids"], "mask": tokens["attention_mask"]}
 
@@ -87,7 +100,11 @@ class ImageReward:
         tokens = self._vision(pixel_values=pixels).last_hidden_state
         seen = torch.ones(tokens.shape[:-1], dtype=torch.long, device=tokens.device)
         out = self._text(
-            input_ids=inputs["ids"], attention_mask=inputs["mask"], encoder_hidden_states=tokens, encoder_attention_mask=seen, return_dict=True
+            input_ids=inputs["ids"],
+            attention_mask=inputs["mask"],
+            encoder_hidden_states=tokens,
+            encoder_attention_mask=seen,
+            return_dict=True,
         )
         raw = self._head(out.last_hidden_state[:, 0].float()).squeeze(-1)
         return (raw - self._settings["mean"]) / self._settings["std"]

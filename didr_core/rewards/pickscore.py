@@ -45,16 +45,22 @@ class PickScore:
 
         self.check()
         quiet()
-        self._model = CLIPModel.from_pretrained(self.folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
+        self._model = (
+            CLIPModel.from_pretrained(self.folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
+        )
         self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """``{"text": [B, D]}``, unit length."""
         model = self._loaded()
         length = model.config.text_config.max_position_embeddings
-        tokens = self._tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").to(model.device)
+        tokens = self._tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(model.device)
         with torch.no_grad():
-            features = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+            features = model.get_text_features(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            ).pooler_output
         return {"text": F.normalize(features.float(), dim=-1)}
 
     def score(self, images: Tensor, inputs: Tensors) -> Tensor:
