@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from didr_core.alarms import explain
 from didr_core.config import Config, dump, flatten
@@ -218,8 +220,23 @@ def client(uri: str) -> Any:
             raise DIDRError(
                 f"tracking.uri={uri!r}: cannot make the folder {str(folder)!r} ({error.strerror})"
             ) from error
+    if uri.startswith("http"):
+        _knock(uri)
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic", "alembic.runtime.migration", "sqlalchemy"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return MlflowClient(tracking_uri=uri)
+
+
+def _knock(uri: str) -> None:
+    """Whether anybody listens: an answer in words, before an HTTP client's page of nested exceptions."""
+    parts = urlsplit(uri)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except OSError as error:
+        raise DIDRError(
+            f"tracking.uri={uri!r}: nobody answers at {parts.hostname}:{port} ({error.strerror or error}). Start the server, "
+            "correct the address, or track nothing with --set tracking.uri=none."
+        ) from error
