@@ -1,0 +1,141 @@
+"""The README's headline table: does alignment help, against a control, on held-out captions of the bundled world?
+
+    python -m benchmarks.tiny_world --seeds 0 1 2 --prompts 1000 --jobs 2
+
+For each training seed it trains the recipe (`aligned`) and the very same run without the reward (`control`: Diff-Instruct), then scores
+start, control, aligned and the 50-step guided teacher on the same held-out captions with the same noise, and pools the seeds.
+Trainings run in one process each (`didr_core.train`, the same update as the Ray workers'), `--jobs` at a time; whatever is finished in
+`--work` is not done again. Writes ``scores.json``, ``scores.npz`` and ``table.md`` to `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from didr_core import config as configs
+from didr_core.config import Config, build
+from didr_core.data import PromptIndex
+from didr_core.scoreboard import Scores, comparison_table, pool, provenance, table
+from didr_core.scores import Contestant, one_step_contestant, score_models, teacher_contestant
+
+ARMS = {"aligned": (), "control": ("algorithm=diff_instruct",)}
+SHOWN = ("utility", "judge", "reward", "strict", "background_entropy", "position_entropy")
+
+
+def train(recipe: str, seed: int, arm: str, overrides: Sequence[str], work: Path) -> Path:
+    """One training in a process of its own, resumed where an earlier call stopped; returns its export."""
+    folder = work / f"{arm}-{seed}"
+    if (folder / "export" / "model_index.json").is_file():
+        return folder / "export"
+    command = [sys.executable, "-m", "didr_core.train"]
+    if (folder / "config.yaml").is_file():
+        command += ["--resume", str(folder)]
+    else:
+        settings = [f"seed={seed}", "evaluation.prompts=0", "workers.train=1", *overrides, *ARMS[arm]]
+        command += ["--recipe", recipe, "--output", str(folder)]
+        command += list(itertools.chain.from_iterable(("--set", s) for s in settings))
+    began = time.time()
+    with (work / f"{arm}-{seed}.log").open("a") as log:
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+    print(f"{arm} seed {seed}: trained in {time.time() - began:.0f} s", flush=True)
+    return folder / "export"
+
+
+def exported(config: Config, export: Path) -> torch.nn.Module:
+    """The generator that a run exported, as the configured backbone loads it."""
+    backbone = config.backbone.model_copy(update={"generator": str(export / "unet")})
+    network: torch.nn.Module = build("backbones", backbone).load_network("generator")
+    return network
+
+
+def score(
+    config: Config, exports: dict[str, Path], prompts: list[str], noise_seeds: Sequence[int], cache: Path
+) -> Scores:
+    """Start, control, aligned and teacher against each other, for one training seed."""
+    backbone = build("backbones", config.backbone)
+    backbone.load_text()
+    backbone.load_decoder()
+    reward, judge = build("rewards", config.reward), build("rewards", config.judge)
+    reward.load()
+    judge.load()
+    contestants: list[Contestant] = [one_step_contestant("start", backbone, backbone.load_network("generator"))]
+    contestants += [
+        one_step_contestant(arm, backbone, exported(config, exports[arm])) for arm in ("control", "aligned")
+    ]
+    reference = backbone.load_network("reference")
+    contestants.append(teacher_contestant(backbone, reference, 50, config.guidance.reference))
+    return score_models(
+        backbone,
+        contestants,
+        prompts,
+        seeds=noise_seeds,
+        reward=reward,
+        judge=judge,
+        world=config.evaluation.world,
+        cache=cache,
+    )
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tiny_world", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
+    parser.add_argument(
+        "--noise-seeds", type=int, nargs="+", default=[1000, 1001], help="pictures a caption, for scoring"
+    )
+    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny_world"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tiny_world"))
+    given = parser.parse_args(arguments)
+    config = configs.load(given.recipe, given.overrides)
+    if config.data.heldout is None:
+        parser.error("the recipe names no data.heldout")
+    prompts = [
+        p.prompt
+        for p in PromptIndex.open(config.data.heldout, config.data.column, config.data.id_column).first(given.prompts)
+    ]
+    given.work.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(given.jobs) as jobs:
+        waiting = {
+            (seed, arm): jobs.submit(train, given.recipe, seed, arm, given.overrides, given.work)
+            for seed in given.seeds
+            for arm in ARMS
+        }
+        exports = {key: job.result() for key, job in waiting.items()}
+    torch.set_num_threads(given.jobs)
+    scores = []
+    for seed in given.seeds:
+        pair = {arm: exports[seed, arm] for arm in ARMS}
+        scores.append(score(config, pair, prompts, given.noise_seeds, given.work / "teacher"))
+    command = "python -m benchmarks.tiny_world " + " ".join(arguments if arguments is not None else sys.argv[1:])
+    pooled = pool(scores, facts=provenance(config.data.heldout, [command.strip()]))
+    pooled.write(given.out)
+    text = [markdown(*table(pooled.tree)), markdown(*comparison_table(pooled.tree, "aligned", SHOWN))]
+    (given.out / "table.md").write_text(
+        "\n\n".join(text) + f"\n\n`{command.strip()}`, {pooled.tree['facts']['date'][:10]}\n"
+    )
+    print("\n\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
