@@ -1,0 +1,171 @@
+"""Parts "taste" and "judge": the training reward (CLIPModel, PickScore's loss) and the held-out judge (BLIP with a head).
+
+Both learn from Bradley-Terry labels: of two pictures for one caption the one with more utility wins with probability
+``sigmoid(difference / temperature)``. They differ in architecture, pairs, seed and temperature; the judge is never used in training.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from transformers import CLIPModel, CLIPTokenizer
+
+from didr_core.zoo import training
+from didr_core.zoo.networks import MAX_TOKENS
+from didr_core.zoo.pairs_data import FACET_PAIRS, Groups, draw_groups, facet_pairs
+from didr_core.zoo.reward_networks import Judge, build_taste, taste_scores
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "taste": {"groups": 12000, "size": 4, "batch": 20, "steps": 2400, "lr": 4e-3, "temperature": 0.25, "seed": 31},
+    "judge": {"groups": 14000, "size": 3, "batch": 24, "steps": 2400, "lr": 4e-3, "temperature": 0.35, "seed": 47},
+}
+Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and attention mask [B, MAX_TOKENS]."""
+    out = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    return out.input_ids, out.attention_mask
+
+
+def scorer(model: Any) -> Scorer:
+    """score(pictures [B, 3, 32, 32] in [0, 1], ids, mask) -> [B] of either model."""
+    return model if isinstance(model, Judge) else lambda pictures, ids, mask: taste_scores(model, pictures, ids, mask)
+
+
+def preference_loss(scores: torch.Tensor, utility: torch.Tensor, temperature: float, rng: torch.Generator) -> torch.Tensor:
+    """Pairwise cross-entropy over all pairs in groups; scores, utility [N, K]; labels are drawn, not soft."""
+    one, two = torch.triu_indices(scores.shape[1], scores.shape[1], 1)
+    gap = (utility[:, one] - utility[:, two]) / temperature
+    label = (torch.rand(gap.shape, generator=rng) < torch.sigmoid(gap)).float()
+    return F.binary_cross_entropy_with_logits(scores[:, one] - scores[:, two], label)
+
+
+def pair_accuracy(scores: torch.Tensor, utility: torch.Tensor, least: float = 0.0) -> float:
+    """Share of noise-free pairs (utility apart by more than ``least``) ranked right."""
+    one, two = torch.triu_indices(scores.shape[1], scores.shape[1], 1)
+    gap, guess = utility[:, one] - utility[:, two], scores[:, one] - scores[:, two]
+    used = gap.abs() > max(least, 1e-6)
+    return float(((gap * guess) > 0)[used].float().mean())
+
+
+@torch.no_grad()
+def score_groups(model: Any, tokenizer: CLIPTokenizer, groups: Groups) -> torch.Tensor:
+    """Scores [N, K]."""
+    ids, mask = tokens(tokenizer, groups.captions)
+    size = groups.pictures.shape[1]
+    out = []
+    for rows in torch.arange(len(ids)).split(64):
+        pictures = groups.pictures[rows].flatten(0, 1).float() / 255
+        out.append(scorer(model)(pictures, ids[rows].repeat_interleave(size, 0), mask[rows].repeat_interleave(size, 0)).view(-1, size))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def facet_table(model: Any, tokenizer: CLIPTokenizer, count: int = 400, seed: int = 900) -> dict[str, float]:
+    """Accuracy by facet on clean held-out pairs that differ in that facet only."""
+    table = {}
+    for number, facet in enumerate(FACET_PAIRS):
+        captions, better, worse = facet_pairs(facet, count, seed + number)
+        ids, mask = tokens(tokenizer, captions)
+        table[facet] = float((scorer(model)(better, ids, mask) > scorer(model)(worse, ids, mask)).float().mean())
+    return table
+
+
+def quality(model: Any, tokenizer: CLIPTokenizer, vae: Any, seed: int, count: int = 800) -> dict[str, Any]:
+    """Noise-free accuracy on fresh pairs of held-out captions: all pairs, clear ones (> 0.2 utility), and by facet."""
+    model.eval()
+    groups = draw_groups(count, 4, vae, seed, held_out=True)
+    scores = score_groups(model, tokenizer, groups)
+    return {
+        "pair_accuracy": pair_accuracy(scores, groups.utility),
+        "pair_accuracy_clear": pair_accuracy(scores, groups.utility, 0.2),
+        "facets": facet_table(model, tokenizer),
+    }
+
+
+def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> None:
+    s = {**DEFAULTS[name], **settings}
+    torch.manual_seed(s["seed"])
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    vae = AutoencoderTiny.from_pretrained(folder / "vae").eval()
+    path = folder / f"{name}_groups.pt"
+    if not path.exists():
+        groups = draw_groups(s["groups"], s["size"], vae, s["seed"] + 1)
+        torch.save({"captions": groups.captions, "pictures": groups.pictures, "utility": groups.utility}, path)
+        training.say(f"{name}: {len(groups.captions)} groups drawn, utility mean {groups.utility.mean():.2f} sd {groups.utility.std():.2f}")
+    saved = torch.load(path, weights_only=True)
+    groups = Groups(saved["captions"], saved["pictures"], saved["utility"])
+    ids, mask = tokens(tokenizer, groups.captions)
+    model: Any = build_taste(tokenizer) if name == "taste" else Judge(tokenizer)
+    adam = lambda key: "embedding" in key or key.startswith("layers.2") or "logit" in key  # noqa: E731
+    optimizer = training.Muon(model.named_parameters(), s["lr"], adam_lr=1e-3, adam_for=adam)
+    ema = training.Ema(model.parameters(), 0.995)
+    checkpoint = training.Checkpoint(folder / f"{name}_state.pt", {"model": model, "optimizer": optimizer, "ema": ema})
+    size, losses, rates = groups.pictures.shape[1], [], []
+    for step in range(checkpoint.load(), s["steps"]):
+        rng = torch.Generator().manual_seed(s["seed"] * 1_000_003 + step)
+        rows = torch.randint(len(ids), (s["batch"],), generator=rng)
+        pictures = groups.pictures[rows].flatten(0, 1).float() / 255
+        scores = scorer(model)(pictures, ids[rows].repeat_interleave(size, 0), mask[rows].repeat_interleave(size, 0)).view(-1, size)
+        loss = preference_loss(scores, groups.utility[rows], s["temperature"], rng)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.scale_lr(training.decay(step, s["steps"]))
+        optimizer.step()
+        ema.update()
+        losses.append(loss.item())
+        rates.append(pair_accuracy(scores.detach(), groups.utility[rows], 0.2))
+        if step % 100 == 0:
+            training.say(f"{name} {step}/{s['steps']} loss {np.mean(losses[-100:]):.4f} pairs {np.mean(rates[-100:]):.3f} {checkpoint.seconds:.0f}s")
+        checkpoint.save(step + 1)
+    ema.copy_to_model()
+    checkpoint.save(s["steps"], force=True)
+    model.eval()
+    if isinstance(model, Judge):  # standardise on held-out pictures, as ImageReward's constants do
+        scores = score_groups(model, tokenizer, draw_groups(600, 4, vae, s["seed"] + 2, held_out=True))
+        model.mean, model.std = float(scores.mean()), float(scores.std())
+    target = world / "rewards" / name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    if isinstance(model, Judge):
+        model.save(target, tokenizer)
+    else:
+        model.half().save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    report = measure(name, folder, world)
+    training.say(f"{name} saved: {json.dumps(report)}")
+    (folder / f"{name}_quality.json").write_text(json.dumps({**report, "seconds": checkpoint.seconds}, indent=1))
+
+
+def load_reward(name: str, world: Path = training.WORLD_DIR) -> tuple[Any, CLIPTokenizer]:
+    """The committed reward in fp32 and its tokenizer (for tests and the card; the project's runtime has its own loaders)."""
+    folder = world / "rewards" / name
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    model = Judge.load(folder) if name == "judge" else CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, tokenizer
+
+
+def measure(name: str, folder: Path, world: Path = training.WORLD_DIR, count: int = 800) -> dict[str, Any]:
+    """Quality of the committed reward on fresh held-out pairs."""
+    model, tokenizer = load_reward(name, world)
+    vae = AutoencoderTiny.from_pretrained(folder / "vae").eval()
+    return quality(model, tokenizer, vae, seed=7_777 + len(name), count=count)
+
+
+def build(name: str, folder: Path = training.BUILD_DIR, world: Path = training.WORLD_DIR, **settings: Any) -> None:
+    """Train the reward called "taste" or "judge" into ``world``/rewards."""
+    training.launch(worker, folder, world, name, settings, processes=1)
+
+
+if __name__ == "__main__":
+    import sys
+
+    build(sys.argv[1])
