@@ -146,8 +146,8 @@ _SENTENCES = {alarm.name: alarm.sentence for alarm in ALARMS} | {
 
 
 def explain(name: str, limits: Limits | None = None) -> str:
-    """The sentence of an alarm with its threshold. Raises KeyError on an unknown name."""
-    return _SENTENCES[name].format(**vars(limits or Limits()))
+    """The sentence of an alarm with its threshold; a word of apology for a name that this version does not know."""
+    return _SENTENCES.get(name, "An alarm that this version of DIDR does not know.").format(**vars(limits or Limits()))
 
 
 class Alarms:

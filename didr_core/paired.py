@@ -8,6 +8,7 @@ together (they are no independent evidence), and, where T > 1, training seeds ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,16 +48,22 @@ class Bootstrap:
             np.float64
         )  # [R, T]
 
-    def mean(self, values: Array) -> Interval:
-        """Mean over everything that is not NaN; ``values [T, S, N]``."""
-        values = self._checked(values)
-        known = np.isfinite(values)
-        total, count = np.where(known, values, 0.0).sum(1), known.sum(1)  # [T, N]
-        if not count.any():
-            return Interval(np.nan, np.nan, np.nan)
+    def means(self, values: Mapping[str, Array]) -> dict[str, Interval]:
+        """Mean over everything that is not NaN, of each ``[T, S, N]``; many at once cost little more than one."""
+        if not values:
+            return {}
+        checked = [self._checked(value) for value in values.values()]
+        known = [np.isfinite(value) for value in checked]
+        totals = np.stack([np.where(k, v, 0.0).sum(1) for k, v in zip(known, checked, strict=True)], 1)  # [T, M, N]
+        counts = np.stack([k.sum(1).astype(np.float64) for k in known], 1)
+        drawn, number = self._draw(totals), self._draw(counts)  # [R, M]
         with np.errstate(invalid="ignore"):
-            drawn = self._draw(total) / self._draw(count)
-        return _interval(float(total.sum() / count.sum()), drawn)
+            point, drawn = totals.sum((0, 2)) / counts.sum((0, 2)), drawn / number
+        return {name: _interval(float(point[m]), drawn[:, m]) for m, name in enumerate(values)}
+
+    def mean(self, values: Array) -> Interval:
+        """:meth:`means` of one."""
+        return self.means({"": values})[""]
 
     def difference(self, a: Array, b: Array) -> Interval:
         """Mean of ``a - b``, paired."""
@@ -64,8 +71,7 @@ class Bootstrap:
 
     def wins(self, a: Array, b: Array) -> Interval:
         """Share of pairs in which ``a > b``; a tie is half a win."""
-        a, b = self._checked(a), self._checked(b)
-        return self.mean(np.where(np.isfinite(a - b), (a > b) + 0.5 * (a == b), np.nan))
+        return self.mean(won(self._checked(a), self._checked(b)))
 
     def entropy(self, codes: NDArray[np.int64], groups: NDArray[np.int64] | None = None) -> Interval:
         """Entropy in bits of a category over all pictures, averaged over groups of captions by their number of pictures.
@@ -88,23 +94,27 @@ class Bootstrap:
             return Interval(np.nan, np.nan, np.nan), np.full(self.resamples, np.nan)
         kinds, of_group = int(codes.max()) + 1, np.unique(groups, return_inverse=True)[1]
         number = int(of_group.max()) + 1
-        point, drawn = np.zeros((number, kinds)), np.zeros((self.resamples, number, kinds))
-        for group in range(number):
-            for kind in range(kinds):
-                count = ((codes == kind) & (of_group == group)).sum(1).astype(np.float64)  # [T, N]
-                point[group, kind], drawn[:, group, kind] = count.sum(), self._draw(count)
-        sampled = _bits(drawn)
-        return _interval(float(_bits(point[None])[0]), sampled), sampled
+        cells = [((codes == kind) & (of_group == group)).sum(1) for group in range(number) for kind in range(kinds)]
+        counts = np.stack(cells, 1).astype(np.float64)  # [T, groups * kinds, N]
+        sampled = _bits(self._draw(counts).reshape(-1, number, kinds))
+        return _interval(float(_bits(counts.sum((0, 2)).reshape(1, number, kinds))[0]), sampled), sampled
 
-    def _draw(self, per_caption: Array) -> Array:
-        """``[T, N]`` sums to ``[R]`` resampled sums."""
-        return ((self._over_captions @ per_caption.T.astype(np.float64)) * self._over_trainings).sum(1)
+    def _draw(self, sums: Array) -> Array:
+        """``[T, M, N]`` sums per caption to ``[R, M]`` resampled sums."""
+        trainings, measures, captions = sums.shape
+        by_training = (self._over_captions @ sums.reshape(-1, captions).T).reshape(-1, trainings, measures)
+        return np.einsum("rtm,rt->rm", by_training, self._over_trainings)
 
     def _checked(self, values: Array) -> Array:
         values = np.asarray(values, dtype=np.float64)
         if values.ndim != 3 or values.shape[0] != self.trainings or values.shape[2] != self.captions:
             raise ValueError(f"expected values [{self.trainings}, S, {self.captions}], got {list(values.shape)}")
         return values
+
+
+def won(a: Array, b: Array) -> Array:
+    """1 where ``a > b``, a half where they tie, 0 elsewhere; NaN where either is."""
+    return np.where(np.isfinite(a - b), (a > b) + 0.5 * (a == b), np.nan)
 
 
 def _bits(counts: Array) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from didr_core.contracts import DIDRError
-from didr_core.paired import Bootstrap
+from didr_core.paired import Bootstrap, won
 
 VERSION = 1
 Arrays = dict[str, NDArray[Any]]
@@ -48,10 +48,15 @@ MEASURES: dict[str, Measure] = {
     "saturation": Measure("saturation", "", shown=False),
     "latent_mean": Measure("latent mean", "", shown=False),
     "latent_std": Measure("latent deviation", "", shown=False),
-} | {
-    f"right_{name}": Measure(f"{name} right", unit="%", shown=False)
-    for name in ("count", "colour", "shape", "relation", "background")
+    "size": Measure("object size", shown=False),
+    "contrast": Measure("contrast", shown=False),
+    "centring": Measure("centring", "", shown=False),
+    "shape_iou": Measure("shape overlap", shown=False),
 }
+for _facet in ("count", "colour", "shape", "relation", "background"):
+    MEASURES[f"right_{_facet}"] = Measure(f"{_facet} right", unit="%", shown=False)
+for _kind in ("single", "count", "pair", "relation"):
+    MEASURES[f"strict_{_kind}"] = Measure(f"strict, {_kind}", unit="%", shown=False)
 
 
 def describe(name: str) -> Measure:
@@ -88,7 +93,8 @@ class Scores:
         boot = Bootstrap(len(prompts), trainings, resamples)
         rows: dict[str, Any] = {}
         for name, values in full.items():
-            measures = {key: boot.mean(value).tree() for key, value in values.items() if not _is_code(key)}
+            means = boot.means({key: value for key, value in values.items() if not _is_code(key)})
+            measures = {key: interval.tree() for key, interval in means.items()}
             measures |= {
                 f"{what}_entropy": boot.entropy(codes, groups).tree() for what, codes, groups in _codes(values)
             }
@@ -281,14 +287,14 @@ def commit() -> str:
 
 
 def _compare(boot: Bootstrap, a: str, b: str, first: Arrays, second: Arrays) -> dict[str, Any]:
-    measures: dict[str, Any] = {}
-    for key in first:
-        if key in second and not _is_code(key):
-            entry = {"difference": boot.difference(first[key], second[key]).tree()}
-            # A share of wins says something of one prompt's pictures; a yes/no measure would count mostly ties.
-            if describe(key).better and key not in ("strict", "loose") and not key.startswith("right_"):
-                entry["wins"] = boot.wins(first[key], second[key]).tree()
-            measures[key] = entry
+    shared = [key for key in first if key in second and not _is_code(key)]
+    differences = boot.means({key: np.asarray(first[key] - second[key], dtype=np.float64) for key in shared})
+    # A share of wins says something of one prompt's pictures; a yes/no measure would count mostly ties.
+    graded = [k for k in shared if describe(k).better and not k.startswith(("strict", "loose", "right_"))]
+    wins = boot.means({key: won(first[key], second[key]) for key in graded})
+    measures: dict[str, Any] = {key: {"difference": interval.tree()} for key, interval in differences.items()}
+    for key, interval in wins.items():
+        measures[key]["wins"] = interval.tree()
     for (what, codes, groups), (_, others, _) in zip(_codes(first), _codes(second), strict=False):
         measures[f"{what}_entropy"] = {"difference": boot.entropy_difference(codes, others, groups).tree()}
     return {"a": a, "b": b, "measures": _ordered(measures)}

@@ -234,10 +234,26 @@ def _diversity(images: Tensor) -> dict[str, NDArray[Any]]:
     return measures
 
 
+KINDS = ("single", "count", "pair", "relation")
+FACETS = ("count", "colour", "shape", "relation", "background")
+
+
 def _world(images: Tensor, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """The analytic checker's measures; a facet that a caption does not ask for is NaN, codes say what captions left free."""
     from didr_core.zoo import judge
 
-    return {name: np.asarray(value) for name, value in judge.assess(images.cpu().numpy(), list(captions)).items()}
+    seen = judge.assess(images.cpu().numpy(), list(captions))
+    measures = {(f"right_{name}" if name in FACETS else name): seen[name].astype(np.float64) for name in judge.MEASURES}
+    measures["right_relation"] = np.where(seen["kind"] == "relation", measures["right_relation"], np.nan)
+    measures["right_background"] = np.where(seen["background_free"], np.nan, measures["right_background"])
+    for kind in KINDS:
+        measures[f"strict_{kind}"] = np.where(seen["kind"] == kind, measures["strict"], np.nan)
+    groups = list(judge.POSITION_GROUPS)
+    return measures | {
+        "background_code": np.where(seen["background_free"], seen["background_seen"], -1),
+        "position_code": seen["position_bin"],
+        "position_group": np.array([groups.index(g) if g in groups else len(groups) for g in seen["position_group"]]),
+    }
 
 
 __all__ = [

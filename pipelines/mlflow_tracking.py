@@ -78,6 +78,8 @@ class MlflowTracker(NullTracker):
 
     def tags(self, values: Mapping[str, str]) -> None:
         """See :class:`Tracker`."""
+        if not values:
+            return
         from mlflow.entities import RunTag
 
         self._try(lambda: self._client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in values.items()]))
@@ -144,7 +146,7 @@ def shorten(value: Any, longest: int = LONGEST_VALUE) -> str:
 
 
 def start(
-    client: Any, config: Config, run_folder: Path, runs: Path, uri: str, tags: Mapping[str, str], parent: str | None
+    client: Any, config: Config, run_folder: Path, uri: str, tags: Mapping[str, str], parent: str | None
 ) -> MlflowTracker:
     """A new run, with its params and tags."""
     known = {
@@ -157,7 +159,7 @@ def start(
         "didr.run_folder": run_folder.name,
     }
     known |= {"mlflow.parentRunId": parent} if parent else {}
-    home = experiment(client, config.tracking.experiment, uri, runs)
+    home = experiment(client, config.tracking.experiment, uri, run_folder.parent)
     run = client.create_run(home, run_name=run_folder.name, tags=known | dict(tags))
     tracker = MlflowTracker(client, run.info.run_id)
     tracker.params(dump(config))
