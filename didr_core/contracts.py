@@ -186,16 +186,16 @@ class GeneratorContext(Protocol):
 
     x0: Tensor  # generator's output, with grad
     t: Tensor  # [B]
-    x_t: Tensor  # diffused, detached
+    x_t: Tensor  # x0 diffused to t, with grad through x0
     alpha: Tensor  # [B, 1, 1, 1]
     sigma: Tensor  # [B, 1, 1, 1]
 
-    def assistant(self) -> Tensor:
-        """``D_psi(x_t, t, c)`` without grad."""
+    def assistant(self, grad: bool = False) -> Tensor:
+        """``D_psi(x_t, t, c)``; with ``grad``, differentiable in ``x_t`` (never in the network's weights)."""
         ...
 
-    def reference(self) -> Tensor:
-        """Guided ``D~_ref(x_t, t, c)`` without grad; shared with the DRP's first evaluation."""
+    def reference(self, grad: bool = False) -> Tensor:
+        """Guided ``D~_ref(x_t, t, c)``; without grad it is shared with the DRP's first evaluation."""
         ...
 
     def drs(self) -> Tensor:

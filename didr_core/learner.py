@@ -6,9 +6,10 @@ give the same update for any number of workers and micro-batches.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -101,6 +102,8 @@ class Learner:
             ctx = _Pass(self, part, noise)
             value, metrics = self.algorithm.generator_loss(ctx)
             x0 = ctx.x0.detach()
+            if self.reward is not None:
+                ctx.watch(x0)
             metrics |= ctx.metrics | {"latent/mean": x0.flatten(1).mean(1), "latent/std": x0.flatten(1).std(1)}
             return value, metrics
 
@@ -235,33 +238,32 @@ class _Pass:
         z = noise.normal(batch.index, shape, "g/z")
         self.x0 = backbone.generate(learner.generator_net, z, batch.condition)
         self.t = noise.uniform(batch.index, "g/t", *config.times.generator)
-        self.x_t = diffuse(backbone.schedule, self.x0.detach(), noise.normal(batch.index, shape, "g/eps"), self.t)
+        self.x_t = diffuse(backbone.schedule, self.x0, noise.normal(batch.index, shape, "g/eps"), self.t)
         self.alpha, self.sigma = coeffs_like(backbone.schedule, self.t, self.x_t)
         self.metrics: dict[str, Tensor] = {}
         self._reference: Tensor | None = None
 
-    def assistant(self) -> Tensor:
-        """``D_psi(x_t)`` without grad."""
-        learner = self.learner
-        with torch.no_grad():
-            return guided_x0(
-                learner.backbone,
-                learner.assistant_net,
-                self.x_t,
-                self.t,
-                self.batch.condition,
-                learner.config.guidance.assistant,
-            )
+    def assistant(self, grad: bool = False) -> Tensor:
+        """``D_psi(x_t)``; its weights take no gradient: they are frozen for the call."""
+        learner, w = self.learner, self.learner.config.guidance.assistant
+        if not grad:
+            with torch.no_grad():
+                return self._evaluate(learner.assistant_net, self.x_t.detach(), self.t, w)
+        with _frozen(learner.assistant_net):
+            return self._evaluate(learner.assistant_net, self.x_t, self.t, w)
 
-    def _denoise(self, x: Tensor, t: Tensor, guidance: float) -> Tensor:
+    def _evaluate(self, network: nn.Module, x: Tensor, t: Tensor, guidance: float) -> Tensor:
         condition = self.batch.condition.tile(len(x) // len(self.batch))
-        return guided_x0(self.learner.backbone, self.learner.reference_net, x, t, condition, guidance)
+        return guided_x0(self.learner.backbone, network, x, t, condition, guidance)
 
-    def reference(self) -> Tensor:
-        """Guided ``D~_ref(x_t)`` without grad."""
+    def reference(self, grad: bool = False) -> Tensor:
+        """Guided ``D~_ref(x_t)``."""
+        learner, w = self.learner, self.learner.config.guidance.reference
+        if grad:
+            return self._evaluate(learner.reference_net, self.x_t, self.t, w)
         if self._reference is None:
             with torch.no_grad():
-                self._reference = self._denoise(self.x_t, self.t, self.learner.config.guidance.reference)
+                self._reference = self._evaluate(learner.reference_net, self.x_t.detach(), self.t, w)
         return self._reference
 
     def drs(self) -> Tensor:
@@ -269,10 +271,10 @@ class _Pass:
         config = self.learner.config
         inner = config.guidance.reference if config.drp.guidance is None else config.drp.guidance
         problem = drp.Problem(
-            x=self.x_t,
+            x=self.x_t.detach(),
             t=self.t,
             schedule=self.learner.backbone.schedule,
-            denoise=lambda x, t: self._denoise(x, t, inner),
+            denoise=lambda x, t: self._evaluate(self.learner.reference_net, x, t, inner),
             reward=self.reward,
             noise=self._particles,
             beta=config.drp.beta,
@@ -284,30 +286,50 @@ class _Pass:
         if config.drp.snr_gate:
             drs = drs * self.alpha.square()
         if config.drp.clip is not None:
-            limit = config.drp.clip * losses.rms((self.alpha * self.reference() - self.x_t) / self.sigma.square())
+            limit = config.drp.clip * losses.rms(
+                (self.alpha * self.reference() - self.x_t.detach()) / self.sigma.square()
+            )
             drs, self.metrics["drs/clipped"] = losses.clip_rms(drs, limit)
         self.metrics["reward/proxy"] = estimate.reward
-        with torch.no_grad():
-            self.metrics["reward/gain"] = self.reward(self.x0.detach(), watch=True)
         return drs
 
-    def reward(self, latent: Tensor, watch: bool = False) -> Tensor:
+    def reward(self, latent: Tensor) -> Tensor:
         """Standardised reward of clean latents ``[M * B]``: 0 is the starting generator's mean, 1 its standard deviation."""
+        return self._reward(latent)[0]
+
+    @torch.no_grad()
+    def watch(self, x0: Tensor) -> None:
+        """Log the reward of the generator's own pictures."""
+        self.metrics["reward/gain"], self.metrics["reward/raw"], images = self._reward(x0)
+        self.metrics["image/clipped"] = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
+
+    def _reward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Standardised and raw reward ``[M * B]``, and the pictures."""
         learner, batch = self.learner, self.batch
         assert learner.reward is not None, "the algorithm declares needs_reward"
         times = len(latent) // len(batch)
         inputs = {k: v.repeat(times, *([1] * (v.dim() - 1))) for k, v in batch.reward_inputs.items()}
         images = learner.backbone.decode(latent)
         raw = learner.reward.score(images, inputs)
-        if watch:
-            self.metrics["reward/raw"] = raw
-            self.metrics["image/clipped"] = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
         baseline = torch.zeros_like(raw) if batch.baseline is None else batch.baseline.repeat(times)
-        return (raw - baseline) / learner.scale.value
+        return (raw - baseline) / learner.scale.value, raw, images
 
     def _particles(self, tag: str, times: int) -> Tensor:
         shape = self.learner.backbone.latent_shape
         return torch.cat([self.noise.normal(self.batch.index, shape, f"{tag}/{m}") for m in range(times)])
+
+
+@contextlib.contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """No gradient reaches the weights of ``network`` from calls made inside."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 def _adam(network: nn.Module, settings: Optim) -> torch.optim.Optimizer:
