@@ -13,12 +13,11 @@ Files that are replaced are written beside and renamed. On a cluster the folder 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
-import os
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ import yaml
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.contracts import DIDRError, StepReport
+from didr_core.scoreboard import commit
 
 Status = Literal["running", "finished", "failed", "interrupted"]
 PACKAGES = ("didr", "torch", "diffusers", "transformers", "ray", "mlflow")
@@ -54,7 +54,7 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, config: Config, folder: str | None = None) -> RunFolder:
+    def create(cls, config: Config, folder: str | None = None, command: str = "") -> RunFolder:
         """A new folder: ``folder`` itself, or ``<config.output>/<name>-<time>``.
 
         Raises:
@@ -75,7 +75,9 @@ class RunFolder:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         run = cls(path)
         run.write_config(config)
-        run.update(name=path.name, recipe=config.name, status="running", started=time.time(), **provenance())
+        run.update(
+            name=path.name, recipe=config.name, command=command, status="running", started=time.time(), **provenance()
+        )
         return run
 
     @classmethod
@@ -93,6 +95,24 @@ class RunFolder:
             f"run {run!r}: no run folder of that name or path (one with run.json in it). "
             f"Runs in {output}: {', '.join(there[-8:]) or 'none'}."
         )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One process at a time trains in a run folder; the system frees the lock when that process dies.
+
+        Raises:
+            DIDRError: another process holds it.
+        """
+        with disk("output", self.path):
+            file = (self.path / ".lock").open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DIDRError(
+                    f"run {self.path}: another process is training in it. Wait for it, or stop it first."
+                ) from error
+            yield
 
     def config(self, overrides: Sequence[str] = ()) -> Config:
         """The run's configuration, with ``a.b=c`` overrides of keys in :data:`FREE_TO_CHANGE`.
@@ -152,6 +172,15 @@ class RunFolder:
     def alarms_path(self) -> Path:
         """``alarms.jsonl``: a line an alarm and step."""
         return self.path / "alarms.jsonl"
+
+    @property
+    def stage_path(self) -> Path:
+        """``stage.json``: what is being done outside of steps, for those who watch from another process."""
+        return self.path / "stage.json"
+
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Say what is being done."""
+        self._replace(self.stage_path.name, json.dumps([text, done, total]))
 
     def log(self, report: StepReport) -> None:
         """Append one step: its metrics (null where not finite, so that every line is JSON) and its alarms."""
@@ -222,7 +251,7 @@ def _existing(path: Path) -> Path:
 def provenance() -> dict[str, Any]:
     """Commit and versions, for ``run.json`` and the model card."""
     return {
-        "commit": _commit(),
+        "commit": commit() or None,
         "python": platform.python_version(),
         "versions": {p: v for p in PACKAGES if (v := _version(p))},
     }
@@ -232,20 +261,4 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """HEAD of the checkout this code runs from, with '+' when files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=here, env=environment, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
         return None

@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from didr_core.config import Config
 from didr_core.contracts import Batch, DIDRError, StepReport
 from didr_core.data import PromptIndex
 from didr_core.feed import LocalFeed, device_of
-from didr_core.finish import finish
+from didr_core.finish import Draw, Gallery, finish
 from didr_core.learner import Learner
 from didr_core.preflight import preflight
 from didr_core.runs import RunFolder
@@ -43,8 +43,8 @@ class Observer:
     def checkpoint(self, step: int) -> None:
         """A checkpoint after ``step`` is on disk (rank 0), or this rank has reached the step (other ranks)."""
 
-    def stage(self, text: str) -> None:
-        """What is being done outside of steps: loading, exporting, scoring."""
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """What is being done outside of steps: loading, exporting, scoring; counts where there is something to count."""
 
 
 class Journal:
@@ -85,13 +85,19 @@ class Journal:
 
 
 def loop(
-    learner: Learner, batches: Iterable[Batch], journal: Journal, observer: Observer, *, writes: bool = True
+    learner: Learner,
+    batches: Iterable[Batch],
+    journal: Journal,
+    observer: Observer,
+    *,
+    writes: bool = True,
+    gallery: Gallery | None = None,
 ) -> None:
     """Steps until ``config.train.steps`` are done. Every rank calls it with its share of each batch.
 
     Args:
         batches: one a step, from the step that the learner is at.
-        writes: this rank writes metrics and checkpoints (rank 0).
+        writes: this rank writes metrics and checkpoints (rank 0). gallery: draws grids on the way.
 
     Raises:
         NonFiniteError: see :meth:`Learner.step`; checkpoints stay as they are.
@@ -113,69 +119,68 @@ def loop(
         if writes:
             journal.run.log(report)
         observer.step(report)
+        if gallery:
+            gallery.after(report.step)
         if report.step % train.checkpoint_every == 0 or report.step == train.steps:
             if writes:
                 journal.save()
             observer.checkpoint(report.step)
 
 
-def train(config: Config, run: RunFolder, index: PromptIndex, observer: Observer | None = None) -> None:
-    """The whole run in this process: restore, loop, export and scores. Marks ``run.json`` whatever happens.
+def train(
+    config: Config, run: RunFolder, index: PromptIndex, observer: Observer | None = None, draw: Draw | None = None
+) -> None:
+    """The whole run in this process: restore, loop, export and scores. Call it inside :func:`outcome`.
 
     Raises:
-        DIDRError: anything a user can mend; the run folder says "failed" and keeps its checkpoints.
+        DIDRError: anything a user can mend; the run folder keeps its checkpoints.
     """
     observer = observer or Observer()
-    torch.set_num_threads(max(config.train.threads, config.workers.train))
-    with outcome(run):
-        observer.stage("loading networks")
-        learner = Learner(config, device=device_of(config))
-        journal = Journal(run, config, learner, index.fingerprint)
-        journal.restore()
-        run.forget_after(learner.step_count)
-        observer.started(run, config, learner.step_count)
-        loop(learner, LocalFeed(config, learner.step_count * config.train.batch), journal, observer)
-        finish(learner, config, run, observer.stage)
+    torch.set_num_threads(config.train.threads)
+    observer.stage("loading networks")
+    learner = Learner(config, device=device_of(config))
+    journal = Journal(run, config, learner, index.fingerprint)
+    journal.restore()
+    run.forget_after(learner.step_count)
+    observer.started(run, config, learner.step_count)
+    gallery = Gallery(learner, config, run, draw) if draw and config.evaluation.every else None
+    feed = LocalFeed(config, learner.step_count * config.train.batch)
+    loop(learner, feed, journal, observer, gallery=gallery)
+    finish(learner, config, run, observer.stage, draw)
 
 
-class outcome:
-    """Keeps ``run.json``'s status true: running inside the block, then finished, failed or interrupted."""
+@contextlib.contextmanager
+def outcome(run: RunFolder) -> Iterator[None]:
+    """Keeps ``run.json``'s status true: running inside the block, then finished, failed or interrupted. One process at a time.
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-
-    def __enter__(self) -> None:
-        self.run.update(status="running", message=None)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is None:
-            self.run.update(status="finished", ended=time.time())
-            return
-        status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
-        with contextlib.suppress(DIDRError):  # a full disk may be why we are here; the reason is on its way to the user
-            self.run.update(status=status, ended=time.time(), message=str(error) or kind.__name__)
+    Raises:
+        DIDRError: another process is at work in this run folder.
+    """
+    with run.lock():
+        run.update(status="running", message=None)
+        try:
+            yield
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+            with contextlib.suppress(
+                DIDRError
+            ):  # a full disk may be why we are here; the reason is on its way to the user
+                run.update(status=status, ended=time.time(), message=str(error) or type(error).__name__)
+            raise
+        run.update(status="finished", ended=time.time())
 
 
 class _Lines(Observer):
     """A plain line a step."""
 
-    def stage(self, text: str) -> None:
-        print(text, flush=True)
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        if done in (0, total):
+            print(text, flush=True)
 
     def step(self, report: StepReport) -> None:
         shown = ("loss/generator", "reward/gain", "drs/ratio", "time/step")
         values = " ".join(f"{k}={report.metrics[k]:.4g}" for k in shown if k in report.metrics)
         print(f"step {report.step} {values} {' '.join(report.alarms)}".rstrip(), flush=True)
-
-
-def prepare(recipe: str, overrides: Sequence[str], output: str | None, resume: str | None) -> tuple[Config, RunFolder]:
-    """The configuration and the folder of a new run, or of the one to be resumed. Nothing is written before preflight has passed."""
-    if resume:
-        run = RunFolder.find(resume, output or "runs")
-        return run.config(overrides), run
-    config = configs.load(recipe, overrides)
-    preflight(config)
-    return config, RunFolder.create(config, output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,9 +192,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="RUN", help="continue a run: its folder or name")
     given = parser.parse_args(arguments)
     try:
-        config, run = prepare(given.recipe, given.overrides, given.output, given.resume)
-        index = preflight(config)
-        train(config, run, index, _Lines())
+        if given.resume:
+            run = RunFolder.find(given.resume)
+            config = run.config(given.overrides)
+            index = preflight(config)
+            run.write_config(config)
+        else:
+            config = configs.load(given.recipe, given.overrides)
+            index = preflight(config)
+            run = RunFolder.create(config, given.output, " ".join(["python -m didr_core.train", *sys.argv[1:]]))
+        with outcome(run):
+            train(config, run, index, _Lines())
     except DIDRError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

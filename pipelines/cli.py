@@ -1,0 +1,206 @@
+"""`didr`: align, sample, export, config. Heavy libraries are imported by the command that needs them, so that `didr --help` is quick."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from didr_core.contracts import DIDRError
+
+app = typer.Typer(
+    help="Align one-step text-to-image generators with human preference (DIDR).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at recipes and resolved configurations.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+Recipe = Annotated[str, typer.Option("--recipe", "-r", help="a name from `didr config list`, or a YAML file")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="override a setting, e.g. drp.beta=0.5; repeatable"),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Ray's own log, and tracebacks")]
+RunName = Annotated[str | None, typer.Option("--run", help="a run's folder or name")]
+
+
+@app.command()
+def align(
+    recipe: Recipe = "tiny",
+    overrides: Overrides = None,
+    output: Annotated[
+        str | None,
+        typer.Option(help="this run's folder (default: <output>/<name>-<time>); with --resume: where runs lie"),
+    ] = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="go on with a run: its folder or name")] = None,
+    local: Annotated[bool, typer.Option("--local", help="one process, without Ray")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="a Ray cluster: auto, or HOST:PORT (default: a Ray of our own)")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train: prompts -> encoder and reward actors -> worker group; then grids, scores, report, export."""
+    from pipelines import align as job
+
+    job.align(
+        recipe,
+        overrides or (),
+        output=output,
+        resume=resume,
+        local=local,
+        address=address,
+        verbose=verbose,
+        command=_command(),
+    )
+
+
+@app.command()
+def sample(
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="what to draw; repeatable")],
+    run: RunName = None,
+    export: Annotated[Path | None, typer.Option("--export", help="an export folder")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="noise of the first picture; the next ones take seed + 1, + 2, ...")
+    ] = 0,
+    count: Annotated[int, typer.Option(min=1, help="pictures a prompt")] = 1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the PNGs")] = Path("samples"),
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Draw pictures in one step, from a finished run or an export folder."""
+    folder = _export_folder(run, export)
+    from didr_core.runs import disk
+    from didr_core.sample import OneStep
+
+    model = OneStep(folder, device)
+    prompts = [p for p in prompt for _ in range(count)]
+    seeds = [seed + i for i in range(len(prompts))]
+    with disk("--output", output):
+        output.mkdir(parents=True, exist_ok=True)
+        for text, number, image in zip(prompts, seeds, model.images(prompts, seeds), strict=True):
+            path = output / f"{_slug(text)}-seed{number}.png"
+            image.save(path)
+            typer.echo(path)
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[str, typer.Option("--run", help="a run's folder or name")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder to write (default: export/ in the run)")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="ema (running average) or generator (raw)")] = "ema",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
+) -> None:
+    """Write a run's newest checkpoint as a diffusers folder with single-file weights and a model card."""
+    if weights not in ("ema", "generator"):
+        raise DIDRError(f"--weights {weights!r}: expected ema or generator")
+    from didr_core.export import export_run
+    from didr_core.runs import RunFolder
+    from didr_core.sample import trained_generator
+    from didr_core.scoreboard import read_scores
+
+    found = RunFolder.find(run)
+    config = found.config()
+    backbone, network, step = trained_generator(config, found, weights)
+    scores = found.path / "scores.json"
+    folder = export_run(
+        config,
+        backbone,
+        network,
+        output or found.path / "export",
+        scores=read_scores(scores) if scores.is_file() and weights == "ema" else None,
+        run=found.info(),
+        pictures=found.path / "grid.png",
+        overwrite=overwrite,
+    )
+    typer.echo(f"{folder} (weights of step {step})")
+
+
+@config_app.command("show")
+def config_show(recipe: Recipe = "tiny", overrides: Overrides = None) -> None:
+    """The resolved configuration, the sizes that follow from it, and where each part comes from."""
+    from pipelines.show import show
+
+    show(recipe, overrides or ())
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """Recipes and components."""
+    from pipelines.show import show_known
+
+    show_known()
+
+
+def _export_folder(run: str | None, export: Path | None) -> Path:
+    if (run is None) == (export is None):
+        raise DIDRError("sample: give either --run RUN or --export DIR")
+    if export is not None:
+        return export
+    from didr_core.runs import RunFolder
+
+    assert run is not None
+    found = RunFolder.find(run)
+    folder = found.path / "export"
+    if not folder.is_dir():
+        raise DIDRError(
+            f"run {found.path}: not exported yet (status {found.info().get('status')!r}). Say `didr export --run {run}` first."
+        )
+    return folder
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "picture"
+
+
+def _command() -> str:
+    """What was typed, for run.json and the model card: without the machine's own folders."""
+    program = Path(sys.argv[0]).name
+    name = "didr" if program in ("didr", "cli.py") else f"python -m pipelines.{Path(program).stem}"
+    return shlex.join([name, *(_relative(a) for a in sys.argv[1:])])
+
+
+def _relative(argument: str) -> str:
+    path = Path(argument)
+    return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else argument
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "didr") -> None:
+    """The entry point: runs, and exits with 0, 1 (an error, its reason on the last line), 2 (wrong usage) or 130 (interrupted)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(given, prog_name=prog, standalone_mode=False)
+    except DIDRError as error:
+        if "-v" in given or "--verbose" in given:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; `didr align --resume RUN` goes on from the last checkpoint", err=True)
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(_usage(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> int:
+    """A wrong option is shown in a line; anything else is a defect and keeps its traceback."""
+    if not hasattr(error, "format_message"):
+        raise error
+    error.show()
+    return int(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
