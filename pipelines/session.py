@@ -43,6 +43,7 @@ QUIET_ENV = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+STARTUP_TIMEOUT = "timed out during startup"  # what Ray says when a helper was too slow
 PACKAGES = ("didr_core", "pipelines", "tune_spaces")
 _JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's job supervisor sets it for the entrypoint of a submitted job, nobody else does
 
@@ -115,8 +116,7 @@ def ray_session(
         if not verbose:
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.")
         if place.kind == "here":
-            slots = num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1)
-            ray.init("local", num_cpus=slots, log_to_driver=verbose, logging_level=level)
+            _start(num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1), verbose, level)
         else:
             _attach(place, verbose, level)
     try:
@@ -159,6 +159,25 @@ def await_room(plan_for: Callable[[ClusterView], Plan], cluster: ClusterView, wa
                 raise
         time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
         cluster = cluster_view(Place("attached", cluster.address))
+
+
+def _start(slots: int, verbose: bool, level: str) -> None:
+    """A Ray of our own. On a busy machine Ray's helpers may miss its fixed 15 s: once more, then they come from a warm disk cache."""
+    import ray
+
+    for last in (False, True):
+        try:
+            ray.init("local", num_cpus=slots, log_to_driver=verbose, logging_level=level)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if STARTUP_TIMEOUT not in str(error):
+                raise
+            if last:
+                raise DIDRError(
+                    "Ray did not start here within its time, twice. The machine is very busy (see `uptime`), or short of memory or of"
+                    " space in the temporary folder; `--local` trains without Ray."
+                ) from error
 
 
 def _attach(place: Place, verbose: bool, level: str) -> None:
