@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,8 +14,16 @@ from didr_core.zoo import training
 from didr_core.zoo.networks import build_scheduler
 
 
+def quiet_vae_config(folder: Path) -> None:
+    """Drop the key that AutoencoderTiny saves but warns about when it loads (it derives it anew)."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("block_out_channels", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def assemble_pipeline(build: Path = training.BUILD_DIR, world: Path = training.WORLD_DIR) -> None:
-    """``world``/pipeline, which ``StableDiffusionXLPipeline.from_pretrained`` loads, from ``build``/{unet, vae, text_encoder*, tokenizer}."""
+    """Make ``world``/pipeline, which stock ``StableDiffusionXLPipeline`` loads, from ``build``/{unet, vae, text_encoder*, tokenizer}."""
     vae = AutoencoderTiny.from_pretrained(build / "vae", torch_dtype=torch.float16)
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
@@ -29,6 +38,7 @@ def assemble_pipeline(build: Path = training.BUILD_DIR, world: Path = training.W
     )
     shutil.rmtree(world / "pipeline", ignore_errors=True)
     pipeline.save_pretrained(world / "pipeline")
+    quiet_vae_config(world / "pipeline" / "vae")
 
 
 def assemble_generator(source: Path, world: Path = training.WORLD_DIR) -> None:

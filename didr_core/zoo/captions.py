@@ -111,10 +111,16 @@ _OBJECT = rf"({_either(COLOURS)}) ({_either(SHAPES)})"
 _PLURALS = {("crosses" if shape == "cross" else shape + "s"): shape for shape in SHAPES}
 _NUMBER_OF = {word: number for number, words in NUMBERS.items() for word in words}
 _RELATION_OF = {word: relation for relation, words in RELATION_WORDS.items() for word in words}
-_ENDING = "(?:" + "|".join(re.escape(words).replace(r"\{\}", f"({_either(BACKGROUNDS)})") for words in BACKGROUND_WORDS) + ")?"
+_ENDING = (
+    "(?:"
+    + "|".join(re.escape(words).replace(r"\{\}", f"({_either(BACKGROUNDS)})") for words in BACKGROUND_WORDS)
+    + ")?"
+)
 _START = rf"(?:{_either([prefix for prefix in PREFIXES if prefix])})?"
 _PATTERNS = {
-    "count": re.compile(rf"{_START}({_either(list(_NUMBER_OF))}) ({_either(COLOURS)}) ({_either(list(_PLURALS))}){_ENDING}"),
+    "count": re.compile(
+        rf"{_START}({_either(list(_NUMBER_OF))}) ({_either(COLOURS)}) ({_either(list(_PLURALS))}){_ENDING}"
+    ),
     "single": re.compile(rf"{_START}a {_OBJECT}{_ENDING}"),
     "pair": re.compile(rf"{_START}a {_OBJECT} {_either(JOINS)} a {_OBJECT}{_ENDING}"),
     "relation": re.compile(rf"{_START}a {_OBJECT} ({_either(list(_RELATION_OF))}) a {_OBJECT}{_ENDING}"),
@@ -138,7 +144,9 @@ def parse_caption(text: str) -> CaptionFacts:
             return CaptionFacts(kind, ((groups[1], _PLURALS[groups[2]]),), _NUMBER_OF[groups[0]], None, background)
         if kind == "pair":
             return CaptionFacts(kind, ((groups[0], groups[1]), (groups[2], groups[3])), 1, None, background)
-        return CaptionFacts(kind, ((groups[0], groups[1]), (groups[3], groups[4])), 1, _RELATION_OF[groups[2]], background)
+        return CaptionFacts(
+            kind, ((groups[0], groups[1]), (groups[3], groups[4])), 1, _RELATION_OF[groups[2]], background
+        )
     raise ValueError(
         f"caption {text!r} is not of the tiny world's grammar; expected for example 'a red circle on a white background', "
         f"'two blue rings', 'a green cross and a red square' or 'a red circle to the left of a blue square on gray'"
@@ -160,7 +168,9 @@ def is_held_out(facts: CaptionFacts) -> bool:
     return zlib.crc32(("didr-zoo " + facts.key()).encode()) % 100 < HELD_OUT_SHARE
 
 
-def sample_facts(rng: np.random.Generator, kinds: dict[str, float] | None = None, held_out: bool | None = False) -> CaptionFacts:
+def sample_facts(
+    rng: np.random.Generator, kinds: dict[str, float] | None = None, held_out: bool | None = False
+) -> CaptionFacts:
     """Draw facts; ``held_out`` False gives training facts, True held-out ones, None either."""
     weights = kinds or KIND_WEIGHTS
     names = list(weights)
@@ -210,7 +220,7 @@ def draw_scenes(facts: list[CaptionFacts], rng: np.random.Generator) -> Scenes:
         if entry.background is not None:
             background[row] = BACKGROUNDS.index(entry.background)
     x, y = place(layouts, rng)
-    limit = np.array([max_radius(number) for number in objects], dtype=np.float32)
+    limit = np.array([max_radius(int(number)) for number in objects], dtype=np.float32)
     radius = limit * rng.uniform(*SIZE_RANGE, size=total).astype(np.float32)
     fade = rng.uniform(*FADE_RANGE, size=total).astype(np.float32)
     return Scenes(objects, colour, shape, x, y, radius, fade, background)
@@ -225,7 +235,11 @@ def spoil(facts: CaptionFacts, rng: np.random.Generator, facet: str | None = Non
         options += ["relation", "relation"]
     if facts.background is not None:
         options.append("background")
-    if len(facts.objects) == 2 and facts.objects[0][0] != facts.objects[1][0] and facts.objects[0][1] != facts.objects[1][1]:
+    if (
+        len(facts.objects) == 2
+        and facts.objects[0][0] != facts.objects[1][0]
+        and facts.objects[0][1] != facts.objects[1][1]
+    ):
         options.append("swap")
     chosen = facet or options[int(rng.integers(len(options)))]
     if chosen not in options:

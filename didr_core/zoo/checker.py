@@ -68,14 +68,18 @@ class Readings:
 
 def _border(pictures: np.ndarray) -> np.ndarray:
     """Median colour [B, 3] of the outermost pixels."""
-    edge = np.concatenate([pictures[:, :, 0], pictures[:, :, -1], pictures[:, :, 1:-1, 0], pictures[:, :, 1:-1, -1]], axis=2)
+    edge = np.concatenate(
+        [pictures[:, :, 0], pictures[:, :, -1], pictures[:, :, 1:-1, 0], pictures[:, :, 1:-1, -1]], axis=2
+    )
     return np.median(edge, axis=2)
 
 
 def _label(classes: np.ndarray) -> np.ndarray:
     """Connected parts (4-neighbours of equal class): classes [B, H, W] int, -1 for none -> labels [B, H, W], 0 for none."""
     inside = classes >= 0
-    labels = np.where(inside, np.arange(1, CANVAS * CANVAS + 1, dtype=np.int32).reshape(CANVAS, CANVAS), 0).astype(np.int32)
+    labels = np.where(inside, np.arange(1, CANVAS * CANVAS + 1, dtype=np.int32).reshape(CANVAS, CANVAS), 0).astype(
+        np.int32
+    )
     down = inside[:, 1:] & (classes[:, 1:] == classes[:, :-1])
     right = inside[:, :, 1:] & (classes[:, :, 1:] == classes[:, :, :-1])
     while True:
@@ -85,9 +89,13 @@ def _label(classes: np.ndarray) -> np.ndarray:
         for row in range(CANVAS - 2, -1, -1):
             np.maximum(labels[:, row], labels[:, row + 1], out=labels[:, row], where=down[:, row])
         for column in range(1, CANVAS):
-            np.maximum(labels[:, :, column], labels[:, :, column - 1], out=labels[:, :, column], where=right[:, :, column - 1])
+            np.maximum(
+                labels[:, :, column], labels[:, :, column - 1], out=labels[:, :, column], where=right[:, :, column - 1]
+            )
         for column in range(CANVAS - 2, -1, -1):
-            np.maximum(labels[:, :, column], labels[:, :, column + 1], out=labels[:, :, column], where=right[:, :, column])
+            np.maximum(
+                labels[:, :, column], labels[:, :, column + 1], out=labels[:, :, column], where=right[:, :, column]
+            )
         if np.array_equal(before, labels):
             return labels
 
@@ -156,7 +164,11 @@ def _read(pictures: np.ndarray) -> Readings:
     length = (direction**2).sum(2)
     offset = (pictures - border[:, :, None, None]).reshape(count, 3, -1)
     along = np.einsum("bkc,bcp->bkp", direction, offset) / length[:, :, None]
-    residual = (offset**2).sum(1)[:, None] - along**2 * length[:, :, None] + 4.0 * np.minimum(along, 0) ** 2 * length[:, :, None]
+    residual = (
+        (offset**2).sum(1)[:, None]
+        - along**2 * length[:, :, None]
+        + 4.0 * np.minimum(along, 0) ** 2 * length[:, :, None]
+    )
     classes = residual.argmin(1)
     amount = np.take_along_axis(along, classes[:, None], 1)[:, 0]
     strength = np.sqrt((offset**2).sum(1))
@@ -184,7 +196,7 @@ def _read(pictures: np.ndarray) -> Readings:
     mattes, owners, slots = [], [], []
     for row in range(count):
         names, sizes = np.unique(labels[row], return_counts=True)
-        parts = [(size, name) for size, name in zip(sizes, names) if name and size >= MIN_AREA]
+        parts = [(size, name) for size, name in zip(sizes, names, strict=False) if name and size >= MIN_AREA]
         parts.sort(reverse=True)
         out.parts[row] = len(parts)
         explained = np.zeros(CANVAS * CANVAS, dtype=bool)
@@ -234,7 +246,9 @@ def _grow(mask: np.ndarray) -> np.ndarray:
 def _match(facts: CaptionFacts, colours: np.ndarray, shapes: np.ndarray) -> list[int]:
     """Part index for each object the caption shows (or -1), each part used once; picks the assignment that gets most right."""
     wanted = [(COLOURS.index(colour), SHAPES.index(shape)) for colour, shape in facts.expanded()]
-    score = np.array([[2 * (c == cc) + 2.1 * (s == ss) for cc, ss in zip(colours, shapes)] for c, s in wanted]).reshape(len(wanted), len(colours))
+    score = np.array(
+        [[2 * (c == cc) + 2.1 * (s == ss) for cc, ss in zip(colours, shapes, strict=False)] for c, s in wanted]
+    ).reshape(len(wanted), len(colours))
     best, chosen = -1.0, [-1] * len(wanted)
     slots = list(range(len(colours))) + [-1] * len(wanted)
 
@@ -271,7 +285,18 @@ def check(readings: Readings, facts: list[CaptionFacts]) -> dict[str, np.ndarray
     """
     if len(readings) != len(facts):
         raise ValueError(f"{len(readings)} pictures but {len(facts)} captions; give one caption for each picture")
-    names = ("strict", "loose", *FACETS, "count_part", "colour_part", "shape_part", "shape_iou", "size", "contrast", "centring")
+    names = (
+        "strict",
+        "loose",
+        *FACETS,
+        "count_part",
+        "colour_part",
+        "shape_part",
+        "shape_iou",
+        "size",
+        "contrast",
+        "centring",
+    )
     out = {name: np.zeros(len(facts), dtype=np.float32) for name in names}
     for row, fact in enumerate(facts):
         shown = min(int(readings.parts[row]), MAX_PARTS)
@@ -279,11 +304,15 @@ def check(readings: Readings, facts: list[CaptionFacts]) -> dict[str, np.ndarray
         wanted = fact.expanded()
         match = _match(fact, colours, shapes)
         found = [part for part in match if part >= 0]
-        good_colour = [part >= 0 and colours[part] == COLOURS.index(c) for part, (c, _) in zip(match, wanted)]
-        named_shape = [part >= 0 and shapes[part] == SHAPES.index(s) for part, (_, s) in zip(match, wanted)]
+        good_colour = [
+            part >= 0 and colours[part] == COLOURS.index(c) for part, (c, _) in zip(match, wanted, strict=False)
+        ]
+        named_shape = [
+            part >= 0 and shapes[part] == SHAPES.index(s) for part, (_, s) in zip(match, wanted, strict=False)
+        ]
         fit = [float(iou[part]) if part >= 0 else 0.0 for part in match]
-        strict_shape = [good and f >= STRICT_IOU for good, f in zip(named_shape, fit)]
-        loose_shape = [good and f >= LOOSE_IOU for good, f in zip(named_shape, fit)]
+        strict_shape = [good and f >= STRICT_IOU for good, f in zip(named_shape, fit, strict=False)]
+        loose_shape = [good and f >= LOOSE_IOU for good, f in zip(named_shape, fit, strict=False)]
         count = readings.parts[row] == len(wanted)
         relation = True
         if fact.relation is not None:
@@ -305,7 +334,9 @@ def check(readings: Readings, facts: list[CaptionFacts]) -> dict[str, np.ndarray
         if found:
             radius = readings.radius[row, found].mean() / max_radius(len(wanted))
             out["size"][row] = _within(float(radius), SIZE_RANGE) * len(found) / len(wanted)
-            out["contrast"][row] = _within(float(readings.fade[row, found].mean()), FADE_RANGE) * len(found) / len(wanted)
+            out["contrast"][row] = (
+                _within(float(readings.fade[row, found].mean()), FADE_RANGE) * len(found) / len(wanted)
+            )
             offset = np.hypot(readings.x[row, found].mean() - CANVAS / 2, readings.y[row, found].mean() - CANVAS / 2)
             out["centring"][row] = max(0.0, 1 - float(offset) / 8)
     return out

@@ -2,8 +2,8 @@
 
 ``utility`` stands for people. It has two parts:
 
-* faithfulness: 4 x the mean of the graded facets, plus 3 when everything is right (strict). A right picture is worth at least 7, a wrong one
-  less than 6, so a wrong picture always loses to a right one.
+* faithfulness: 4 x the mean of the graded facets, plus 3 when everything is right (strict). A right picture is worth at least 6.9,
+  a wrong one at most 6, so a wrong picture always loses to a right one.
 * taste: size + contrast, each 0..1 over the renderer's range (larger and better contrasted objects are preferred).
 
 Centring is measured but deliberately NOT part of taste: captions leave the position free, and we measure the entropy of what they leave
@@ -12,7 +12,7 @@ free. A taste for centring would make the collapse of positions the right answer
 
 from __future__ import annotations
 
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -23,8 +23,26 @@ from didr_core.zoo.scenes import BACKGROUNDS, CELL_MID, COLOURS, SHAPES, SINGLE_
 STRICT_BONUS = 3.0
 FAITHFULNESS_WEIGHT = 4.0
 TASTE_WEIGHTS = {"size": 1.0, "contrast": 1.0}
-MEASURES = ("strict", "loose", "count", "colour", "shape", "relation", "background", "shape_iou", "size", "contrast", "centring", "utility")
-POSITION_GROUPS = {"single": 9, "pair": 4, "two": 2, "three": 2}  # group of captions -> number of coarse layouts it leaves free
+MEASURES = (
+    "strict",
+    "loose",
+    "count",
+    "colour",
+    "shape",
+    "relation",
+    "background",
+    "shape_iou",
+    "size",
+    "contrast",
+    "centring",
+    "utility",
+)
+POSITION_GROUPS = {
+    "single": 9,
+    "pair": 4,
+    "two": 2,
+    "three": 2,
+}  # group of captions -> number of coarse layouts it leaves free
 POSITION_BINS = 9
 
 Assessment = dict[str, np.ndarray]
@@ -70,7 +88,7 @@ def _position_bin(group: str, facts: CaptionFacts, readings: Readings, row: int)
     horizontal = abs(x[0] - x[1]) > abs(y[0] - y[1])
     if group == "two":
         return int(horizontal)
-    looks = list(zip(readings.colour[row, :2].tolist(), readings.shape[row, :2].tolist()))
+    looks = list(zip(readings.colour[row, :2].tolist(), readings.shape[row, :2].tolist(), strict=False))
     first = (COLOURS.index(facts.objects[0][0]), SHAPES.index(facts.objects[0][1]))
     if first not in looks:
         return -1
@@ -96,7 +114,9 @@ def assess(images: np.ndarray, captions: Sequence[str]) -> Assessment:
     groups = [_group(fact) for fact in facts]
     out["background_seen"] = readings.background
     out["background_free"] = np.array([fact.background is None for fact in facts], dtype=bool)
-    bins = [_position_bin(group, fact, readings, row) for row, (group, fact) in enumerate(zip(groups, facts))]
+    bins = [
+        _position_bin(group, fact, readings, row) for row, (group, fact) in enumerate(zip(groups, facts, strict=False))
+    ]
     out["position_bin"] = np.array(bins, dtype=np.int64)
     out["position_group"] = np.array(groups, dtype=object)
     out["kind"] = np.array([fact.kind for fact in facts], dtype=object)
@@ -138,7 +158,7 @@ class _Freedom:
             bits.append(_bits(counts))
             mass.append(counts.sum(-1))
         total = np.maximum(np.sum(mass, axis=0), 1e-12)
-        out["position_bits"] = np.sum([b * m for b, m in zip(bits, mass)], axis=0) / total
+        out["position_bits"] = np.sum([b * m for b, m in zip(bits, mass, strict=False)], axis=0) / total
         return out
 
     def within(self, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -164,7 +184,7 @@ def summary(data: Assessment) -> dict[str, float]:
     """Means of MEASURES, strict by kind, and entropies in bits of what captions leave free.
 
     ``background_bits`` (at most 2) is over captions that name no background; ``position_bits`` over captions that leave the layout free
-    (mean over groups, at most about 2.1 for the bundled prompts); ``*_within`` are inside one caption across its seeds (NaN without repeats).
+    (mean over groups, at most about 2.1 for the bundled prompts); ``*_within`` are inside one caption (NaN without repeats).
     """
     out = {name: float(data[name].mean()) for name in MEASURES}
     for kind in sorted(set(data["kind"])):
@@ -173,7 +193,7 @@ def summary(data: Assessment) -> dict[str, float]:
     out.update({name: float(value[0]) for name, value in freedom.all(np.ones((1, len(freedom.names)))).items()})
     free = data["background_free"] & (data["background_seen"] >= 0)
     shares = np.bincount(data["background_seen"][free], minlength=len(BACKGROUNDS)) / max(1, int(free.sum()))
-    out.update({f"free_{name}": float(share) for name, share in zip(BACKGROUNDS, shares)})
+    out.update({f"free_{name}": float(share) for name, share in zip(BACKGROUNDS, shares, strict=False)})
     out["pictures"] = float(len(data["caption"]))
     return out
 

@@ -54,6 +54,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def text_config(tokenizer: Any, width: int, layers: int, heads: int) -> CLIPTextConfig:
+    """A CLIP text tower's config; bos, eos and pad come from the tokenizer (wrong ones silently pool position 0)."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -91,7 +92,9 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def encode_text(first: CLIPTextModel, second: CLIPTextModelWithProjection, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_text(
+    first: CLIPTextModel, second: CLIPTextModelWithProjection, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """ids [B, tokens] -> (hidden states [B, tokens, 128], pooled [B, 80]) exactly as StableDiffusionXLPipeline encodes."""
     one = first(ids, output_hidden_states=True)
     two = second(ids, output_hidden_states=True)

@@ -72,7 +72,9 @@ def imperfect(pictures: torch.Tensor, vae: Any, rng: np.random.Generator) -> tor
             share = torch.rand(len(rows), 1, 1, 1, generator=generator) * 0.5
             gain = 0.6 + 0.9 * torch.rand(len(rows), 1, 1, 1, generator=generator)
             out[rows] = decode(vae, gain * ((1 - share) * latents + share * other))
-    grain = torch.from_numpy(np.where(rng.random(total) < 0.3, rng.uniform(0, 0.06, total), 0)).float().view(-1, 1, 1, 1)
+    grain = (
+        torch.from_numpy(np.where(rng.random(total) < 0.3, rng.uniform(0, 0.06, total), 0)).float().view(-1, 1, 1, 1)
+    )
     return (out + grain * torch.randn(out.shape, generator=generator)).clamp(0, 1)
 
 
@@ -106,7 +108,9 @@ def facet_pairs(facet: str, count: int, seed: int) -> tuple[list[str], torch.Ten
     """
     rng = np.random.default_rng(seed)
     wrong_facets = ("count", "colour", "swap", "shape", "relation", "background")
-    right, shown, captions = [], [], []
+    right: list[CaptionFacts] = []
+    shown: list[CaptionFacts] = []
+    captions: list[str] = []
     while len(right) < count:
         fact = sample_facts(rng, held_out=True)
         changed = fact

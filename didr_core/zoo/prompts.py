@@ -22,7 +22,9 @@ def unique_captions(count: int, held_out: bool, seed: int) -> list[str]:
     while len(captions) < count:
         attempts += 1
         if attempts > 200 * count:
-            raise ValueError(f"the grammar does not hold {count} different captions with held_out={held_out}; ask for fewer")
+            raise ValueError(
+                f"the grammar does not hold {count} different captions with held_out={held_out}; ask for fewer"
+            )
         captions[write_caption(sample_facts(rng, held_out=held_out), rng)] = None
     return list(captions)
 
@@ -42,8 +44,11 @@ def read_shards(folder: Path) -> list[str]:
 
 
 def build(folder: Path = training.WORLD_DIR, train: int = 6000, held_out: int = 2000, shards: int = 4) -> None:
+    """Write train and held-out shards under ``folder``/prompts."""
     write_shards(unique_captions(train, False, SEED), folder / "prompts" / "train", shards, "train")
-    write_shards(unique_captions(held_out, True, SEED + 1), folder / "prompts" / "heldout", max(2, shards // 2), "heldout")
+    write_shards(
+        unique_captions(held_out, True, SEED + 1), folder / "prompts" / "heldout", max(2, shards // 2), "heldout"
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ are normalised with CLIP's mean and standard deviation.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def build_taste(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(config)
 
 
-def taste_scores(model: CLIPModel, pictures: torch.Tensor, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+def taste_scores(
+    model: CLIPModel, pictures: torch.Tensor, ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """PickScore's score [B] of pictures [B, 3, 32, 32] in [0, 1] for ids [B, tokens]."""
     image = model.visual_projection(model.vision_model(normalise(pictures)).pooler_output)
     text = model.text_projection(model.text_model(ids).pooler_output)
@@ -104,11 +107,11 @@ class Judge(torch.nn.Module):
             add_pooling_layer=False,
         )
         widths = (64, *HEAD_WIDTHS)
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.mean, self.std = 0.0, 1.0
 
     def forward(self, pictures: torch.Tensor, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Score [B] of pictures [B, 3, 32, 32] in [0, 1] for ids, attention_mask [B, tokens]. The head has no activations, as ImageReward's."""
+        """Score [B] of pictures [B, 3, 32, 32] in [0, 1] for ids, mask [B, tokens]. The head has no activations, as ImageReward's."""
         seen = self.vision(normalise(pictures)).last_hidden_state
         told = self.text(input_ids=ids, attention_mask=attention_mask, encoder_hidden_states=seen, return_dict=True)
         score = told.last_hidden_state[:, 0]
@@ -119,7 +122,10 @@ class Judge(torch.nn.Module):
     def save(self, folder: Path, tokenizer: CLIPTokenizer) -> None:
         self.vision.half().save_pretrained(folder / "vision")
         self.text.half().save_pretrained(folder / "text")
-        save_file({k: v.half().contiguous() for k, v in self.layers.state_dict(prefix="layers.").items()}, folder / "head.safetensors")
+        save_file(
+            {k: v.half().contiguous() for k, v in self.layers.state_dict(prefix="layers.").items()},
+            folder / "head.safetensors",
+        )
         tokenizer.save_pretrained(folder)
         settings = {"mean": self.mean, "std": self.std, "max_length": MAX_TOKENS, "image_size": IMAGE}
         (folder / "reward.json").write_text(json.dumps(settings, indent=1) + "\n")
@@ -130,7 +136,10 @@ class Judge(torch.nn.Module):
         model = Judge(CLIPTokenizer.from_pretrained(folder))
         model.vision = BlipVisionModel.from_pretrained(folder / "vision", dtype=torch.float32)
         model.text = BlipTextModel.from_pretrained(folder / "text", add_pooling_layer=False, dtype=torch.float32)
-        head = {name.removeprefix("layers."): value.float() for name, value in load_file(folder / "head.safetensors").items()}
+        head = {
+            name.removeprefix("layers."): value.float()
+            for name, value in load_file(folder / "head.safetensors").items()
+        }
         model.layers.load_state_dict(head)
         settings: dict[str, Any] = json.loads((folder / "reward.json").read_text())
         model.mean, model.std = settings["mean"], settings["std"]

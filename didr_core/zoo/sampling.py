@@ -39,11 +39,16 @@ class Parts:
         )
 
     @torch.no_grad()
+    def encode_ids(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return encode_text(self.first, self.second, ids)
+
+    @torch.no_grad()
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         return encode_text(self.first, self.second, token_ids(self.tokenizer, captions))
 
 
 def time_ids(batch: int) -> torch.Tensor:
+    """SDXL's size conditioning [batch, 6], the same for every picture."""
     return torch.tensor(TIME_IDS, dtype=torch.float32).expand(batch, -1)
 
 
@@ -54,11 +59,14 @@ def predict(unet: Any, x: torch.Tensor, t: torch.Tensor, hidden: torch.Tensor, p
 
 
 def start_noise(count: int, seed: int) -> torch.Tensor:
+    """Seeded N(0, I) latents [count, 4, 8, 8]."""
     return torch.randn(count, LATENT_CHANNELS, LATENT, LATENT, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def ddim(unet: Any, noise: torch.Tensor, hidden: torch.Tensor, pooled: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
+def ddim(
+    unet: Any, noise: torch.Tensor, hidden: torch.Tensor, pooled: torch.Tensor, steps: int, guidance: float
+) -> torch.Tensor:
     """Deterministic DDIM latents [B, 4, 8, 8] with classifier-free guidance against zeros."""
     scheduler = build_scheduler()
     scheduler.set_timesteps(steps)
@@ -86,3 +94,21 @@ def one_step(unet: Any, noise: torch.Tensor, hidden: torch.Tensor, pooled: torch
 def decode(vae: AutoencoderTiny, latents: torch.Tensor) -> torch.Tensor:
     """Pictures [B, 3, 32, 32] in [0, 1]."""
     return (vae.decoder(latents / vae.config.scaling_factor) / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def sample(
+    parts: Parts, captions: list[str], seed: int, steps: int = 1, guidance: float = 4.0, batch: int = 64
+) -> torch.Tensor:
+    """Pictures [N, 3, 32, 32] in [0, 1]: one step without guidance, or ``steps`` of guided DDIM; noise depends on the seed only."""
+    noise = start_noise(len(captions), seed)
+    out = []
+    for first in range(0, len(captions), batch):
+        hidden, pooled = parts.encode(captions[first : first + batch])
+        z = noise[first : first + batch]
+        if steps == 1:
+            latents = one_step(parts.unet, z, hidden, pooled)
+        else:
+            latents = ddim(parts.unet, z, hidden, pooled, steps, guidance)
+        out.append(decode(parts.vae, latents))
+    return torch.cat(out)

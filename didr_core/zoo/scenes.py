@@ -22,11 +22,14 @@ MAX_OBJECTS = 3
 
 COLOURS = ("red", "green", "blue", "yellow", "purple")
 COLOUR_RGB = np.array(
-    [[0.90, 0.12, 0.12], [0.10, 0.72, 0.18], [0.12, 0.25, 0.92], [0.96, 0.87, 0.10], [0.76, 0.12, 0.86]], dtype=np.float32
+    [[0.90, 0.12, 0.12], [0.10, 0.72, 0.18], [0.12, 0.25, 0.92], [0.96, 0.87, 0.10], [0.76, 0.12, 0.86]],
+    dtype=np.float32,
 )
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 BACKGROUNDS = ("white", "black", "gray", "brown")
-BACKGROUND_RGB = np.array([[0.96, 0.96, 0.96], [0.04, 0.04, 0.04], [0.52, 0.52, 0.52], [0.42, 0.27, 0.14]], dtype=np.float32)
+BACKGROUND_RGB = np.array(
+    [[0.96, 0.96, 0.96], [0.04, 0.04, 0.04], [0.52, 0.52, 0.52], [0.42, 0.27, 0.14]], dtype=np.float32
+)
 RELATIONS = ("above", "below", "left", "right")
 KINDS = ("single", "count", "pair", "relation")
 
@@ -113,7 +116,9 @@ def render(scenes: Scenes) -> np.ndarray:
         if not len(rows):
             continue
         matte = coverage(scenes.shape[rows, slot], scenes.x[rows, slot], scenes.y[rows, slot], scenes.radius[rows])
-        drawn = COLOUR_RGB[scenes.colour[rows, slot]] * scenes.fade[rows, None] + background[rows] * (1 - scenes.fade[rows, None])
+        drawn = COLOUR_RGB[scenes.colour[rows, slot]] * scenes.fade[rows, None] + background[rows] * (
+            1 - scenes.fade[rows, None]
+        )
         picture[rows] += matte[:, None] * (drawn[:, :, None, None] - picture[rows])
     return picture
 

@@ -5,6 +5,7 @@ Words of the world become one token each; any other word falls apart into letter
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def train_bpe(words: list[str]) -> list[tuple[str, str]]:
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges: list[tuple[str, str]] = []
     while True:
-        pairs = Counter(pair for parts in split.values() for pair in zip(parts, parts[1:]))
+        pairs = Counter(pair for parts in split.values() for pair in itertools.pairwise(parts))
         if not pairs:
             return merges
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
@@ -61,10 +62,13 @@ def make_tokenizer() -> CLIPTokenizer:
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """ids [B, MAX_TOKENS], padded and truncated."""
-    return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def build(folder: Path = training.BUILD_DIR) -> None:
+    """Save the tokenizer into ``folder``/tokenizer."""
     make_tokenizer().save_pretrained(folder / "tokenizer")
 
 

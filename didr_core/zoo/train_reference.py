@@ -17,25 +17,34 @@ from didr_core.zoo.tokenizer import token_ids
 
 DEFAULTS: dict[str, Any] = {
     "scenes": 120_000,
-    "steps": 5500,
+    "steps": 4400,
     "batch": 32,
     "lr": 4e-3,
     "ema": 0.998,
     "drop": 0.1,
     "seed": 21,
-    "kinds": {"single": 0.15, "count": 0.2, "pair": 0.25, "relation": 0.4},  # relations learn last, so they come more often
+    "kinds": {
+        "single": 0.15,
+        "count": 0.2,
+        "pair": 0.25,
+        "relation": 0.4,
+    },  # relations learn last, so they come more often
 }
 
 
 @torch.no_grad()
-def encode_scenes(vae: Any, tokenizer: Any, count: int, kinds: dict[str, float], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_scenes(
+    vae: Any, tokenizer: Any, count: int, kinds: dict[str, float], seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Training pairs: latents [count, 4, 8, 8] (times scaling_factor) and caption ids [count, tokens]; training facts only."""
     rng = np.random.default_rng(seed)
     latents, ids = [], []
     while count > 0:
         facts = [sample_facts(rng, kinds, held_out=False) for _ in range(min(2000, count))]
         pictures = torch.from_numpy(render(draw_scenes(facts, rng))) * 2 - 1
-        latents.append(vae.encoder(pictures.contiguous(memory_format=torch.channels_last)).contiguous() * vae.config.scaling_factor)
+        latents.append(
+            vae.encoder(pictures.contiguous(memory_format=torch.channels_last)).contiguous() * vae.config.scaling_factor
+        )
         ids.append(token_ids(tokenizer, [write_caption(fact, rng) for fact in facts]))
         count -= len(facts)
     return torch.cat(latents), torch.cat(ids)
@@ -57,6 +66,7 @@ def prepare(folder: Path, s: dict[str, Any]) -> None:
 
 
 def worker(folder: Path, settings: dict[str, Any]) -> None:
+    """Train UNet and text encoders; one process of the group."""
     from transformers import CLIPTokenizer
 
     s = {**DEFAULTS, **settings}
@@ -70,7 +80,9 @@ def worker(folder: Path, settings: dict[str, Any]) -> None:
     named = [(name.split(".", 1)[1], parameter) for name, parameter in model.named_parameters()]
     optimizer = training.Muon(named, s["lr"])
     ema = training.Ema(model.parameters(), s["ema"])
-    checkpoint = training.Checkpoint(folder / "reference_state.pt", {"model": model, "optimizer": optimizer, "ema": ema})
+    checkpoint = training.Checkpoint(
+        folder / "reference_state.pt", {"model": model, "optimizer": optimizer, "ema": ema}
+    )
     start = checkpoint.load()
     acp = build_scheduler().alphas_cumprod
     batch, losses = s["batch"], []
@@ -86,7 +98,13 @@ def worker(folder: Path, settings: dict[str, Any]) -> None:
         x = level.sqrt() * x0 + (1 - level).sqrt() * eps
         hidden, pooled = encode_text(first, second, ids[index].long())
         keep = (torch.rand(batch, generator=rng) >= s["drop"]).float()
-        guess = predict(unet, x.contiguous(memory_format=torch.channels_last), t, hidden * keep[:, None, None], pooled * keep[:, None])
+        guess = predict(
+            unet,
+            x.contiguous(memory_format=torch.channels_last),
+            t,
+            hidden * keep[:, None, None],
+            pooled * keep[:, None],
+        )
         loss = (guess - eps).square().mean()
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -110,7 +128,7 @@ def worker(folder: Path, settings: dict[str, Any]) -> None:
 def build(folder: Path = training.BUILD_DIR, **settings: Any) -> None:
     """Train the reference into ``folder``/{unet, text_encoder, text_encoder_2} (fp32)."""
     prepare(folder, {**DEFAULTS, **settings})
-    training.launch(worker, folder, settings)
+    training.launch(worker, folder, settings, processes=settings.get("processes"))
 
 
 if __name__ == "__main__":

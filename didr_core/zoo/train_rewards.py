@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,26 @@ from didr_core.zoo.pairs_data import FACET_PAIRS, Groups, draw_groups, facet_pai
 from didr_core.zoo.reward_networks import Judge, build_taste, taste_scores
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "taste": {"groups": 12000, "size": 4, "batch": 20, "steps": 2400, "lr": 4e-3, "temperature": 0.25, "seed": 31},
-    "judge": {"groups": 14000, "size": 3, "batch": 24, "steps": 2400, "lr": 4e-3, "temperature": 0.35, "seed": 47},
+    "taste": {
+        "groups": 12000,
+        "size": 4,
+        "batch": 20,
+        "steps": 2400,
+        "lr": 4e-3,
+        "temperature": 0.25,
+        "seed": 31,
+        "measure": 800,
+    },
+    "judge": {
+        "groups": 14000,
+        "size": 3,
+        "batch": 24,
+        "steps": 2400,
+        "lr": 4e-3,
+        "temperature": 0.35,
+        "seed": 47,
+        "measure": 800,
+    },
 }
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -40,7 +59,9 @@ def scorer(model: Any) -> Scorer:
     return model if isinstance(model, Judge) else lambda pictures, ids, mask: taste_scores(model, pictures, ids, mask)
 
 
-def preference_loss(scores: torch.Tensor, utility: torch.Tensor, temperature: float, rng: torch.Generator) -> torch.Tensor:
+def preference_loss(
+    scores: torch.Tensor, utility: torch.Tensor, temperature: float, rng: torch.Generator
+) -> torch.Tensor:
     """Pairwise cross-entropy over all pairs in groups; scores, utility [N, K]; labels are drawn, not soft."""
     one, two = torch.triu_indices(scores.shape[1], scores.shape[1], 1)
     gap = (utility[:, one] - utility[:, two]) / temperature
@@ -64,7 +85,11 @@ def score_groups(model: Any, tokenizer: CLIPTokenizer, groups: Groups) -> torch.
     out = []
     for rows in torch.arange(len(ids)).split(64):
         pictures = groups.pictures[rows].flatten(0, 1).float() / 255
-        out.append(scorer(model)(pictures, ids[rows].repeat_interleave(size, 0), mask[rows].repeat_interleave(size, 0)).view(-1, size))
+        out.append(
+            scorer(model)(pictures, ids[rows].repeat_interleave(size, 0), mask[rows].repeat_interleave(size, 0)).view(
+                -1, size
+            )
+        )
     return torch.cat(out)
 
 
@@ -87,11 +112,12 @@ def quality(model: Any, tokenizer: CLIPTokenizer, vae: Any, seed: int, count: in
     return {
         "pair_accuracy": pair_accuracy(scores, groups.utility),
         "pair_accuracy_clear": pair_accuracy(scores, groups.utility, 0.2),
-        "facets": facet_table(model, tokenizer),
+        "facets": facet_table(model, tokenizer, count // 2),
     }
 
 
 def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> None:
+    """Draw the preference data, train the reward called ``name``, save and measure it."""
     s = {**DEFAULTS[name], **settings}
     torch.manual_seed(s["seed"])
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -100,7 +126,9 @@ def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> No
     if not path.exists():
         groups = draw_groups(s["groups"], s["size"], vae, s["seed"] + 1)
         torch.save({"captions": groups.captions, "pictures": groups.pictures, "utility": groups.utility}, path)
-        training.say(f"{name}: {len(groups.captions)} groups drawn, utility mean {groups.utility.mean():.2f} sd {groups.utility.std():.2f}")
+        training.say(
+            f"{name}: {len(groups.captions)} groups drawn, utility mean {groups.utility.mean():.2f} sd {groups.utility.std():.2f}"
+        )
     saved = torch.load(path, weights_only=True)
     groups = Groups(saved["captions"], saved["pictures"], saved["utility"])
     ids, mask = tokens(tokenizer, groups.captions)
@@ -114,7 +142,9 @@ def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> No
         rng = torch.Generator().manual_seed(s["seed"] * 1_000_003 + step)
         rows = torch.randint(len(ids), (s["batch"],), generator=rng)
         pictures = groups.pictures[rows].flatten(0, 1).float() / 255
-        scores = scorer(model)(pictures, ids[rows].repeat_interleave(size, 0), mask[rows].repeat_interleave(size, 0)).view(-1, size)
+        scores = scorer(model)(
+            pictures, ids[rows].repeat_interleave(size, 0), mask[rows].repeat_interleave(size, 0)
+        ).view(-1, size)
         loss = preference_loss(scores, groups.utility[rows], s["temperature"], rng)
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -124,13 +154,15 @@ def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> No
         losses.append(loss.item())
         rates.append(pair_accuracy(scores.detach(), groups.utility[rows], 0.2))
         if step % 100 == 0:
-            training.say(f"{name} {step}/{s['steps']} loss {np.mean(losses[-100:]):.4f} pairs {np.mean(rates[-100:]):.3f} {checkpoint.seconds:.0f}s")
+            training.say(
+                f"{name} {step}/{s['steps']} loss {np.mean(losses[-100:]):.4f} pairs {np.mean(rates[-100:]):.3f} {checkpoint.seconds:.0f}s"
+            )
         checkpoint.save(step + 1)
     ema.copy_to_model()
     checkpoint.save(s["steps"], force=True)
     model.eval()
     if isinstance(model, Judge):  # standardise on held-out pictures, as ImageReward's constants do
-        scores = score_groups(model, tokenizer, draw_groups(600, 4, vae, s["seed"] + 2, held_out=True))
+        scores = score_groups(model, tokenizer, draw_groups(s["measure"], 4, vae, s["seed"] + 2, held_out=True))
         model.mean, model.std = float(scores.mean()), float(scores.std())
     target = world / "rewards" / name
     shutil.rmtree(target, ignore_errors=True)
@@ -140,7 +172,7 @@ def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> No
     else:
         model.half().save_pretrained(target)
         tokenizer.save_pretrained(target)
-    report = measure(name, folder, world)
+    report = measure(name, folder, world, s["measure"])
     training.say(f"{name} saved: {json.dumps(report)}")
     (folder / f"{name}_quality.json").write_text(json.dumps({**report, "seconds": checkpoint.seconds}, indent=1))
 

@@ -15,11 +15,20 @@ import torch
 import torch.nn.functional as F
 
 from didr_core.zoo import training
+from didr_core.zoo.assemble import quiet_vae_config
 from didr_core.zoo.captions import draw_scenes, sample_facts
 from didr_core.zoo.networks import build_vae
 from didr_core.zoo.scenes import render
 
-DEFAULTS = {"pictures": 16000, "crop_steps": 1400, "full_steps": 700, "decoder_steps": 1400, "batch": 32, "lr": 5e-3, "seed": 11}
+DEFAULTS = {
+    "pictures": 16000,
+    "crop_steps": 1400,
+    "full_steps": 700,
+    "decoder_steps": 1400,
+    "batch": 32,
+    "lr": 5e-3,
+    "seed": 11,
+}
 
 
 def draw_pictures(count: int, seed: int, held_out: bool | None = None) -> torch.Tensor:
@@ -39,6 +48,7 @@ def whitening_loss(latents: torch.Tensor) -> torch.Tensor:
 
 
 def worker(folder: Path, settings: dict[str, Any]) -> None:
+    """Train the autoencoder through its three stretches; one process of the group."""
     s = {**DEFAULTS, **settings}
     torch.manual_seed(s["seed"])
     vae = build_vae().to(memory_format=torch.channels_last)
@@ -49,7 +59,9 @@ def worker(folder: Path, settings: dict[str, Any]) -> None:
     first = training.Muon(vae.named_parameters(), s["lr"], adam_for=ends)
     second = training.Muon(vae.decoder.named_parameters(), s["lr"] * 0.6, adam_for=ends)
     ema = training.Ema(vae.parameters(), 0.995)
-    checkpoint = training.Checkpoint(folder / "vae_state.pt", {"vae": vae, "first": first, "second": second, "ema": ema})
+    checkpoint = training.Checkpoint(
+        folder / "vae_state.pt", {"vae": vae, "first": first, "second": second, "ema": ema}
+    )
     start = checkpoint.load()
     for step in range(start, total):
         rng = torch.Generator().manual_seed(s["seed"] * 1_000_003 + step * training.world() + training.rank())
@@ -59,7 +71,9 @@ def worker(folder: Path, settings: dict[str, Any]) -> None:
             top, left = torch.randint(0, 17, (2,), generator=rng).tolist()
             x = x[:, :, top : top + 16, left : left + 16]
         optimizer = first if step < joint else second
-        optimizer.scale_lr(training.decay(step, joint) if step < joint else training.decay(step - joint, s["decoder_steps"]))
+        optimizer.scale_lr(
+            training.decay(step, joint) if step < joint else training.decay(step - joint, s["decoder_steps"])
+        )
         if step < joint:
             latents = vae.encoder(x)
             extra = 0.02 * whitening_loss(latents)
@@ -80,7 +94,9 @@ def worker(folder: Path, settings: dict[str, Any]) -> None:
         if step == joint - 1:
             ema.copy_to_model()
         if step % 100 == 0:
-            training.say(f"vae {step}/{total} loss {loss.item():.4f} rmse {error.square().mean().sqrt().item():.4f} {checkpoint.seconds:.0f}s")
+            training.say(
+                f"vae {step}/{total} loss {loss.item():.4f} rmse {error.square().mean().sqrt().item():.4f} {checkpoint.seconds:.0f}s"
+            )
         checkpoint.save(step + 1)
     ema.copy_to_model()
     checkpoint.save(total, force=True)
@@ -95,13 +111,16 @@ def finish(vae: Any, pictures: torch.Tensor, folder: Path) -> None:
     scale = float(1 / latents.std())
     vae.register_to_config(scaling_factor=scale)
     vae.save_pretrained(folder / "vae")
+    quiet_vae_config(folder / "vae")
     spread = (latents * scale).transpose(0, 1).flatten(1).std(1)
-    training.say(f"vae saved, scaling_factor {scale:.4f}, std by channel {spread.tolist()}, mean {latents.mean((0, 2, 3)).tolist()}")
+    training.say(
+        f"vae saved, scaling_factor {scale:.4f}, std by channel {spread.tolist()}, mean {latents.mean((0, 2, 3)).tolist()}"
+    )
 
 
 def build(folder: Path = training.BUILD_DIR, **settings: Any) -> None:
     """Train the VAE into ``folder``/vae (fp32)."""
-    training.launch(worker, folder, settings)
+    training.launch(worker, folder, settings, processes=settings.get("processes"))
 
 
 if __name__ == "__main__":

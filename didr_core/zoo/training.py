@@ -45,11 +45,19 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adam_for: Callable[[str], bool] = lambda name: "embedding" in name or name.startswith(("conv_in", "conv_out")),
     ) -> None:
-        hidden, rest = [], []
+        hidden: list[torch.nn.Parameter] = []
+        rest: list[torch.nn.Parameter] = []
         for name, parameter in named:
             (rest if parameter.ndim < 2 or adam_for(name) else hidden).append(parameter)
         groups = [
-            {"params": hidden, "lr": lr, "base_lr": lr, "muon": True, "momentum": momentum, "weight_decay": weight_decay},
+            {
+                "params": hidden,
+                "lr": lr,
+                "base_lr": lr,
+                "muon": True,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+            },
             {"params": rest, "lr": adam_lr, "base_lr": adam_lr, "muon": False, "momentum": 0.9, "weight_decay": 0.0},
         ]
         super().__init__([group for group in groups if group["params"]], {})
@@ -76,7 +84,8 @@ class Muon(torch.optim.Optimizer):
             shaped.setdefault(tuple(wide.shape), []).append((parameter, wide))  # type: ignore[arg-type]
         # Each process orthogonalises its share of the matrices; a sum puts the shares together.
         mine = {
-            size: [index for index in range(len(members)) if index % world() == rank()] for size, members in shaped.items()
+            size: [index for index in range(len(members)) if index % world() == rank()]
+            for size, members in shaped.items()
         }
         flat = torch.zeros(sum(wide.numel() for members in shaped.values() for _, wide in members))
         offset = 0
@@ -134,14 +143,14 @@ class Ema:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        for parameter, average in zip(self.live, self.average):
+        for parameter, average in zip(self.live, self.average, strict=False):
             parameter.copy_(average)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for mine, saved in zip(self.average, state["average"]):
+        for mine, saved in zip(self.average, state["average"], strict=False):
             mine.copy_(saved)
         self.updates = state["updates"]
 
@@ -180,10 +189,12 @@ class Checkpoint:
 
 
 def rank() -> int:
+    """This process's number in the group, 0 without one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
