@@ -1,0 +1,128 @@
+"""`ray job submit` against a head of our own: the commands of docs/cluster.md, token and all."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.resources import REWARD_RESOURCE, ROLE_LABEL, TRAINER_RESOURCE
+from tests.pipelines.ray_head import Head, ray_head
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """One node that offers both roles, so that align reserves them as on a cluster of cluster.yaml."""
+    roles = json.dumps({TRAINER_RESOURCE: 2, REWARD_RESOURCE: 2})
+    with ray_head("--num-cpus=4", f"--resources={roles}", f"--labels={ROLE_LABEL}=trainer") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a clone holds and a job needs; in another place than the installed packages, so that it shows whose code runs."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("didr_core", "pipelines", "tune_spaces"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+PROBE = """
+import json, ray
+from pipelines.session import ray_session
+with ray_session(ADDRESS, num_cpus=99) as cluster:
+    @ray.remote(num_cpus=1, resources={"trainer": 1})
+    def look():
+        import os, didr_core, pipelines
+        return didr_core.__file__, pipelines.__file__, os.environ.get("RAY_DATA_DISABLE_PROGRESS_BARS")
+    node, = cluster.nodes
+    print("RESULT", json.dumps({"worker": ray.get(look.remote()), "has": node.capacity(), "labels": node.labels, "local": cluster.local}))
+"""
+
+
+def result(output: str) -> dict[str, object]:
+    line, *_ = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def test_a_job_joins_its_cluster_and_its_workers_run_the_jobs_code(head: Head, clone: Path) -> None:
+    (clone / "probe.py").write_text(PROBE.replace("ADDRESS", "None"))
+    done = head.submit(clone, "python", "probe.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = result(done.stdout)
+    worker = seen["worker"]
+    assert "working_dir_files" in worker[0] and "working_dir_files" in worker[1]
+    assert worker[2] == "1"
+    assert seen["has"]["CPU"] == 4  # not the 99 that a Ray of our own would have had
+    assert (seen["has"][TRAINER_RESOURCE], seen["has"][REWARD_RESOURCE], seen["labels"][ROLE_LABEL]) == (
+        2,
+        2,
+        "trainer",
+    )
+    assert seen["local"] is False
+
+
+def test_attached_from_the_head_node_workers_run_this_checkouts_code(head: Head, clone: Path, tmp_path: Path) -> None:
+    code = PROBE.replace("ADDRESS", repr(head.address))
+    env = head.env | {"PYTHONPATH": str(clone)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "py_modules_files" in result(done.stdout)["worker"][0]
+    assert done.stderr == "", "quiet"
+
+
+def test_without_the_token_nobody_gets_in(head: Head, clone: Path) -> None:
+    stranger = replace(head, env=head.env | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    done = stranger.submit(clone, "python", "-c", "print('ran')")
+    assert done.returncode != 0
+    assert "Unauthorized" in done.stderr or "token" in done.stderr
+    code = PROBE.replace("ADDRESS", repr(head.address))
+    env = stranger.env | {"PYTHONPATH": str(clone)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    assert "RAY_AUTH_MODE=token" in done.stderr
+
+
+def test_align_as_a_job(head: Head, clone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = {
+        "train.steps": 2,
+        "train.batch": 4,
+        "train.checkpoint_every": 2,
+        "evaluation.grid": 2,
+        "evaluation.prompts": 2,
+        "evaluation.world": "none",
+        "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db",
+    }
+    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    done = head.submit(
+        clone, "python", "-m", "pipelines.align", "--recipe", "tiny", "--output", str(run), *sets, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert (run / "scores.json").is_file()
+    assert (run / "export" / "model_index.json").is_file()
+
+
+def test_a_failing_job_says_why_last_and_exits_non_zero(head: Head, clone: Path) -> None:
+    done = head.submit(clone, "python", "-m", "pipelines.align", "--recipe", "tiny", "--set", "drp.beta=-1")
+    assert done.returncode == 1
+    job_lines = [line for line in done.stdout.splitlines() if line.strip()]
+    reason = next(i for i, line in enumerate(job_lines) if "drp.beta" in line)
+    assert all("failed" in line.lower() or "-----" in line or "Status" in line for line in job_lines[reason + 1 :]), (
+        done.stdout
+    )
