@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3 python,$(shell command -v $(p) 2>/dev/null)))
 # Where torch comes from, if not from pip's own index: a CPU-only or another CUDA build (`make TORCH_INDEX_URL=... install`).
 TORCH_INDEX_URL ?=
-# More arguments for didr: `make demo ARGS='--set run.steps=50'`.
+# More arguments for didr: `make demo ARGS='--set train.steps=50'`.
 ARGS ?=
 
 STAMP := $(VENV)/.installed
