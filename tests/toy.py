@@ -1,0 +1,63 @@
+"""A whole run at toy size: random models, prompt shards and a recipe; and rewards that misbehave on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from random_models import clip_folder, prompt_shards, sdxl_folder
+from torch import Tensor
+
+from didr_core.config import Component
+from didr_core.contracts import Tensors
+
+STEPS, BATCH, EVERY = 6, 8, 2
+
+
+def toy_recipe(folder: Path, **changes: Any) -> Path:
+    """``folder/toy.yaml`` and everything it names; ``changes`` replace top-level sections."""
+    tree = {
+        "name": "toy",
+        "output": str(folder / "runs"),
+        "backbone": {"name": "sdxl", "pipeline": str(sdxl_folder(folder / "pipeline"))},
+        "algorithm": "didr",
+        "reward": {"name": "pickscore", "path": str(clip_folder(folder / "clip"))},
+        "drp": {"beta": 0.5, "snr_gate": True, "clip": 1.0},
+        "generator": {"lr": 1e-3},
+        "assistant": {"lr": 1e-3},
+        "train": {"steps": STEPS, "batch": BATCH, "checkpoint_every": EVERY},
+        "data": {
+            "prompts": str(prompt_shards(folder / "prompts")),
+            "heldout": str(prompt_shards(folder / "heldout", 1, 8)),
+        },
+        "workers": {"train": 2},
+        "evaluation": {"grid": 4, "prompts": 8},
+        "tracking": {"uri": "none"},
+    } | changes
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+class Treacherous:
+    """A reward that is NaN for one prompt: `toy:Treacherous`."""
+
+    differentiable = True
+
+    class Config(Component):
+        bad: str
+
+    def __init__(self, config: Config) -> None:
+        self.bad = config.bad
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        pass
+
+    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"factor": torch.tensor([float("nan") if p == self.bad else 1.0 for p in prompts])}
+
+    def score(self, images: Tensor, inputs: Tensors) -> Tensor:
+        return images.mean((1, 2, 3)) * inputs["factor"]
