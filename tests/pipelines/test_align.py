@@ -1,0 +1,223 @@
+"""Runs from end to end: resume after a kill bit for bit, one and two workers alike, a worker killed under Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.multiprocessing
+from toy import BATCH, EVERY, STEPS, toy_recipe
+
+from didr_core import config as configs
+from didr_core.config import Config
+from didr_core.contracts import DIDRError
+from didr_core.data import PromptIndex
+from didr_core.feed import LocalFeed
+from didr_core.learner import Learner
+from didr_core.parallel import ProcessGroup
+from didr_core.runs import RunFolder
+from didr_core.train import Journal, Observer, loop, outcome, train
+from pipelines.align import align
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_recipe(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def whole(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run that nothing happens to, in this process."""
+    config = configs.load(str(toy))
+    run = RunFolder.create(config, str(tmp_path_factory.mktemp("whole") / "run"))
+    with outcome(run):
+        train(config, run, PromptIndex.open(config.data.prompts))
+    return run
+
+
+def learned(run: RunFolder, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, by its path in the state."""
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{name}/{key}")
+
+    walk(torch.load(run.checkpoint(step) / "state.pt", weights_only=True), "")
+    return found
+
+
+def steps_of(run: RunFolder) -> list[int]:
+    return [json.loads(line)["step"] for line in run.metrics_path.read_text().splitlines()]
+
+
+WITHOUT_RAY = """
+import sys
+for name in ("ray", "mlflow", "pipelines"):
+    sys.modules[name] = None  # importing it raises
+from didr_core.train import main
+sys.exit(main())
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WITHOUT_RAY, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(run: RunFolder, step: int, seconds: float = 200.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not run.metrics_path.is_file() or max(steps_of(run), default=0) < step:
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.01)
+
+
+def test_killed_and_resumed_without_ray_equals_uninterrupted_bit_for_bit(
+    toy: Path, whole: RunFolder, tmp_path: Path
+) -> None:
+    """`didr_core` alone, with ray, mlflow and pipelines unimportable, killed with SIGKILL between checkpoints."""
+    run = RunFolder(tmp_path / "run")
+    killed = start("--recipe", str(toy), "--output", str(run.path))
+    wait_for(run, EVERY + 1)
+    killed.kill()
+    killed.communicate()
+    stopped = run.last_step()
+    assert EVERY <= stopped < STEPS and run.info()["status"] == "running"
+    resumed = start("--resume", str(run.path))
+    said, _ = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, said
+    assert f"step {stopped + 1} " in said and f"step {stopped} " not in said
+    assert steps_of(run) == list(range(1, STEPS + 1)) and run.info()["status"] == "finished"
+    expected, got = learned(whole), learned(run)
+    assert expected.keys() == got.keys() and len(expected) > 500
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    for name in ("export/model_index.json", "scores.json", "config.yaml"):
+        assert (run.path / name).is_file()
+
+
+def test_resume_with_other_prompts_is_refused(toy: Path, whole: RunFolder) -> None:
+    config = configs.load(str(toy))
+    learner = Learner(config)
+    with pytest.raises(DIDRError, match="not those this run began with"):
+        Journal(whole, config, learner, corpus="another").restore()
+
+
+def rank_main(rank: int, recipe: str, folder: str, meeting: str) -> None:
+    """One of two gloo processes: the loop on its share of each batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    config = configs.load(recipe)
+    learner = Learner(config, parallel=ProcessGroup())
+    journal = Journal(RunFolder(Path(folder)), config, learner, "")
+    loop(learner, LocalFeed(config, rank=rank, world=2), journal, Observer(), writes=rank == 0)
+    torch.distributed.destroy_process_group()
+
+
+def assert_close_updates(config: Config, run: RunFolder, other: RunFolder) -> None:
+    """Weights of the last step agree to a hundredth of how far they have moved."""
+    start = Learner(config).state_dict()
+    a, b = learned(run), learned(other)
+    for network in ("generator", "ema", "assistant"):
+        names = [n for n in a if n.startswith(f"/learner/{network}/")]
+        moved = sum((a[n] - start[network][n.removeprefix(f"/learner/{network}/")]).square().sum() for n in names)
+        apart = sum((a[n] - b[n]).square().sum() for n in names)
+        assert moved > 0 and apart < 1e-4 * moved, (network, float(apart), float(moved))
+    torch.testing.assert_close(a["/learner/scale/total"], b["/learner/scale/total"], rtol=1e-4, atol=1e-7)
+
+
+def test_two_processes_make_the_update_of_one(toy: Path, whole: RunFolder, tmp_path: Path) -> None:
+    config = configs.load(str(toy))
+    run = RunFolder.create(config, str(tmp_path / "run"))
+    arguments = (str(toy), str(run.path), str(tmp_path / "meeting"))
+    torch.multiprocessing.spawn(rank_main, arguments, nprocs=2)
+    assert_close_updates(config, whole, run)
+    for one, two in zip(*(map(json.loads, r.metrics_path.read_text().splitlines()) for r in (whole, run)), strict=True):
+        for key in ("loss/assistant", "loss/generator", "reward/gain", "drs/ratio", "grad/generator"):
+            assert one[key] == pytest.approx(two[key], rel=1e-2, abs=1e-3), key  # global means, not a rank's own
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_on_ray_with_two_workers_of_which_one_is_killed(
+    toy: Path, whole: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The whole job: Ray Data, Ray Train, MLflow, report, export; then the same folder resumed without Ray."""
+    run = RunFolder(tmp_path / "runs" / "run")
+    killed: list[int] = []
+
+    def kill_a_worker() -> None:
+        wait_for(run, EVERY + 1, 600)
+        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+        killed.append(len(workers))
+        os.kill(workers[-1].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    align(str(toy), ["tracking.uri="], output=str(run.path), address="local", command="didr align --recipe toy")
+    killer.join()
+    assert killed == [2]
+    assert run.info()["status"] == "finished" and run.info()["command"] == "didr align --recipe toy"
+    assert steps_of(run) == list(range(1, STEPS + 1))
+    assert_close_updates(configs.load(str(toy)), whole, run)
+    for name in ("grid.png", "curves.png", "report.html", "scores.json", "export/model_index.json", "export/README.md"):
+        assert (run.path / name).is_file(), name
+    assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+    assert not (run.path / "ray").exists()
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{run.path.parent / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "didr"]
+    (tracked,) = client.search_runs([experiment.experiment_id])  # one run, although the workers started twice
+    assert tracked.info.run_id == run.info()["mlflow_run_id"] and tracked.info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(tracked.info.run_id, "reward/gain")] == list(range(1, STEPS + 1))
+    assert tracked.data.params["drp.beta"] == "0.5"
+    assert {a.path for a in client.list_artifacts(tracked.info.run_id)} >= {"grid.png", "curves.png", "report.html"}
+
+    said = capfd.readouterr()
+    assert "a worker failed; going on from step" in said.err
+    foreign = [line for line in said.err.splitlines() if "ray" in line.lower() and "starting Ray" not in line]
+    assert not [line for line in foreign if "a worker failed" not in line], said.err  # quiet
+
+    before = run.info()["mlflow_run_id"]
+    align(resume=str(run.path), overrides=[f"train.steps={STEPS + EVERY}"], local=True)
+    assert steps_of(run) == list(range(1, STEPS + EVERY + 1)) and run.info()["mlflow_run_id"] == before
+    assert [m.step for m in client.get_metric_history(before, "time/step")] == list(range(1, STEPS + EVERY + 1))
+    assert client.get_run(before).info.status == "FINISHED"
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_mistake_of_the_user_is_not_tried_again(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A NaN reward in an actor and a worker: its prompt id reaches the user, once, after one attempt."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    config = configs.load(str(toy))
+    index = PromptIndex.open(config.data.prompts)
+    bad = index.read([2 * BATCH + 5], config.seed)[0]  # a sample of step 3, in the share of rank 1
+    recipe = tmp_path / "nan.yaml"
+    recipe.write_text(f"base: {toy}\nreward: {{name: 'toy:Treacherous', bad: '{bad.prompt}'}}\n")
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(DIDRError, match="step 3: non-finite") as failure:
+        align(str(recipe), output=str(run.path), address="local")
+    assert repr(bad.id) in str(failure.value)
+    assert run.checkpoints() == [EVERY] and run.info()["status"] == "failed"
+    assert capfd.readouterr().err.count("starting workers") == 1
