@@ -87,8 +87,7 @@ class Scores:
         """Statistics over measured values. Codes (integer arrays named ``<what>_code``, groups ``<what>_group``) become entropies."""
         trainings = max(len(next(iter(values.values()))) for values in arrays.values())
         full = {
-            name: {key: _spread(value, trainings, len(seeds)) for key, value in values.items()}
-            for name, values in arrays.items()
+            name: {key: _spread(value, trainings) for key, value in values.items()} for name, values in arrays.items()
         }
         boot = Bootstrap(len(prompts), trainings, resamples)
         rows: dict[str, Any] = {}
@@ -320,9 +319,10 @@ def _codes(values: Arrays) -> Iterator[tuple[str, NDArray[Any], NDArray[Any] | N
             yield what, codes, None if groups is None else groups[0, 0]
 
 
-def _spread(values: NDArray[Any], trainings: int, seeds: int) -> NDArray[Any]:
-    """A model trained once, or a measure taken over all seeds at once, repeated to ``[T, S, N]`` (or ``[T, 1, N]``)."""
-    return np.broadcast_to(values, (trainings, *values.shape[1:])) if len(values) == 1 else values
+def _spread(values: NDArray[Any], trainings: int) -> NDArray[Any]:
+    """``[T, S, N]`` for any T: a model trained once counts for every training. Yes/no becomes 1/0."""
+    numbers = values.astype(np.float64) if values.dtype == bool else values
+    return np.broadcast_to(numbers, (trainings, *values.shape[1:])) if len(values) == 1 else numbers
 
 
 def _rank(name: str) -> tuple[int, str]:

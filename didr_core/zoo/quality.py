@@ -25,7 +25,7 @@ from didr_core.zoo.sampling import Parts, decode, sample
 from didr_core.zoo.scenes import render
 
 TEACHER_STEPS = 25
-TEACHER_GUIDANCE = 4.0
+TEACHER_GUIDANCE = 2.0
 
 
 def held_out(world: Path, count: int) -> list[str]:

@@ -22,8 +22,8 @@ from didr_core.zoo.captions import KIND_WEIGHTS, sample_facts, write_caption
 from didr_core.zoo.sampling import Parts, ddim, one_step, start_noise
 from didr_core.zoo.tokenizer import token_ids
 
-PAIRS: dict[str, Any] = {"count": 8000, "steps": 12, "guidance": 4.0, "batch": 64, "seed": 61}
-REGRESSION: dict[str, Any] = {"steps": 1200, "batch": 24, "lr": 3e-3, "ema": 0.99, "seed": 71}
+PAIRS: dict[str, Any] = {"count": 6400, "steps": 12, "guidance": 2.0, "batch": 64, "seed": 61}
+REGRESSION: dict[str, Any] = {"steps": 900, "batch": 24, "lr": 3e-3, "ema": 0.99, "seed": 71}
 
 
 def pairs_worker(folder: Path, settings: dict[str, Any]) -> None:
