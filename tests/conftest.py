@@ -15,7 +15,9 @@ from collections.abc import Generator
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: threads cost more than they give, on a shared machine above all
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # small models: threads cost more than they give, on a shared machine above all
 
 LIMIT_S = 120.0
 LONG_LIMIT_S = 300.0

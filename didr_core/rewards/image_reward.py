@@ -1,6 +1,6 @@
 """ImageReward (arXiv 2304.05977): BLIP's picture tokens cross-attended by its text encoder, an MLP on [CLS], standardised.
 
-Folder layout: ``vision/`` (BlipVisionModel), ``text/`` (BlipTextModel with cross-attention), ``head.safetensors`` (``layers.N.weight/bias``,
+Folder layout: ``vision/`` (BlipVisionModel), ``text/`` (BlipTextModel), ``head.safetensors`` (``layers.N.weight/bias``,
 linear layers without activations, as published), tokenizer files, ``reward.json`` (``mean``, ``std``, ``max_length``).
 """
 

@@ -60,14 +60,25 @@ def build_taste(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(config)
 
 
+def taste_features(model: CLIPModel, pictures: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit features of pictures [B, 3, 32, 32] in [0, 1] and of ids [N, tokens]."""
+    image = model.visual_projection(model.vision_model(normalise(pictures)).pooler_output)
+    text = model.text_projection(model.text_model(ids).pooler_output)
+    return torch.nn.functional.normalize(image, dim=-1), torch.nn.functional.normalize(text, dim=-1)
+
+
 def taste_scores(
     model: CLIPModel, pictures: torch.Tensor, ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """PickScore's score [B] of pictures [B, 3, 32, 32] in [0, 1] for ids [B, tokens]."""
-    image = model.visual_projection(model.vision_model(normalise(pictures)).pooler_output)
-    text = model.text_projection(model.text_model(ids).pooler_output)
-    image, text = torch.nn.functional.normalize(image, dim=-1), torch.nn.functional.normalize(text, dim=-1)
+    image, text = taste_features(model, pictures, ids)
     return model.logit_scale.exp() * (image * text).sum(-1)
+
+
+def taste_matrix(model: CLIPModel, pictures: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The score [B, N] of every picture for every caption."""
+    image, text = taste_features(model, pictures, ids)
+    return model.logit_scale.exp() * image @ text.T
 
 
 class Judge(torch.nn.Module):

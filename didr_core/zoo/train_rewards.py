@@ -1,7 +1,9 @@
 """Parts "taste" and "judge": the training reward (CLIPModel, PickScore's loss) and the held-out judge (BLIP with a head).
 
-Both learn from Bradley-Terry labels: of two pictures for one caption the one with more utility wins with probability
-``sigmoid(difference / temperature)``. They differ in architecture, pairs, seed and temperature; the judge is never used in training.
+Both begin as CLIP and BLIP do, by telling a picture's caption from others, three of them with one fact wrong, and keep that on as a second
+loss: from preferences alone they never learned to read shapes and relations. Then both learn from Bradley-Terry labels: of two pictures
+for one caption the one with more utility wins with probability ``sigmoid(difference / temperature)``. They differ in architecture, pairs,
+seed and temperature; the judge is never used in training.
 """
 
 from __future__ import annotations
@@ -19,16 +21,21 @@ from diffusers import AutoencoderTiny
 from transformers import CLIPModel, CLIPTokenizer
 
 from didr_core.zoo import training
+from didr_core.zoo.captions import draw_scenes, sample_facts, spoil, write_caption
 from didr_core.zoo.networks import MAX_TOKENS
-from didr_core.zoo.pairs_data import FACET_PAIRS, Groups, draw_groups, facet_pairs
-from didr_core.zoo.reward_networks import Judge, build_taste, taste_scores
+from didr_core.zoo.pairs_data import FACET_PAIRS, KINDS_FOR_REWARDS, Groups, draw_groups, facet_pairs
+from didr_core.zoo.reward_networks import Judge, build_taste, taste_matrix, taste_scores
+from didr_core.zoo.scenes import render
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "taste": {
         "groups": 12000,
         "size": 4,
-        "batch": 20,
-        "steps": 1800,
+        "batch": 16,
+        "steps": 1700,
+        "warmup": 700,
+        "readings": 48,
+        "reading": 0.3,
         "lr": 4e-3,
         "temperature": 0.25,
         "seed": 31,
@@ -37,14 +44,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "judge": {
         "groups": 9000,
         "size": 3,
-        "batch": 24,
-        "steps": 1800,
+        "batch": 16,
+        "steps": 1700,
+        "warmup": 700,
+        "readings": 48,
+        "reading": 0.3,
         "lr": 4e-3,
         "temperature": 0.35,
         "seed": 47,
         "measure": 800,
     },
 }
+WRONG = 3
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -67,6 +78,19 @@ def preference_loss(
     gap = (utility[:, one] - utility[:, two]) / temperature
     label = (torch.rand(gap.shape, generator=rng) < torch.sigmoid(gap)).float()
     return F.binary_cross_entropy_with_logits(scores[:, one] - scores[:, two], label)
+
+
+def reading_loss(model: Any, tokenizer: CLIPTokenizer, rng: np.random.Generator, batch: int) -> torch.Tensor:
+    """Which caption is the picture's? Against three with one fact wrong (BLIP); for CLIP also against all others of the batch."""
+    facts = [sample_facts(rng, KINDS_FOR_REWARDS, held_out=False) for _ in range(batch)]
+    told = [[fact, *(spoil(fact, rng)[0] for _ in range(WRONG))] for fact in facts]
+    ids, mask = tokens(tokenizer, [write_caption(fact, rng) for row in told for fact in row])
+    pictures = torch.from_numpy(render(draw_scenes(facts, rng))).clamp(0, 1)
+    if isinstance(model, Judge):
+        scores = model(pictures.repeat_interleave(1 + WRONG, 0), ids, mask).view(batch, -1)
+        return F.cross_entropy(scores, torch.zeros(batch, dtype=torch.long))
+    scores = taste_matrix(model, pictures, ids)
+    return F.cross_entropy(scores, torch.arange(batch) * (1 + WRONG))
 
 
 def pair_accuracy(scores: torch.Tensor, utility: torch.Tensor, least: float = 0.0) -> float:
@@ -137,25 +161,35 @@ def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> No
     optimizer = training.Muon(model.named_parameters(), s["lr"], adam_lr=1e-3, adam_for=adam)
     ema = training.Ema(model.parameters(), 0.995)
     checkpoint = training.Checkpoint(folder / f"{name}_state.pt", {"model": model, "optimizer": optimizer, "ema": ema})
-    size, losses, rates = groups.pictures.shape[1], [], []
+    size = groups.pictures.shape[1]
+    readings: list[float] = []
+    losses: list[float] = []
+    rates: list[float] = []
     for step in range(checkpoint.load(), s["steps"]):
         rng = torch.Generator().manual_seed(s["seed"] * 1_000_003 + step)
-        rows = torch.randint(len(ids), (s["batch"],), generator=rng)
-        pictures = groups.pictures[rows].flatten(0, 1).float() / 255
-        scores = scorer(model)(
-            pictures, ids[rows].repeat_interleave(size, 0), mask[rows].repeat_interleave(size, 0)
-        ).view(-1, size)
-        loss = preference_loss(scores, groups.utility[rows], s["temperature"], rng)
+        # A picture of 48 captions at first, then of half as many beside the preferences.
+        warming = step < s["warmup"]
+        draws = np.random.default_rng([s["seed"], step])
+        loss = reading_loss(model, tokenizer, draws, s["readings"] if warming else s["readings"] // 2)
+        readings.append(loss.item())
+        if not warming:
+            rows = torch.randint(len(ids), (s["batch"],), generator=rng)
+            pictures = groups.pictures[rows].flatten(0, 1).float() / 255
+            told = ids[rows].repeat_interleave(size, 0), mask[rows].repeat_interleave(size, 0)
+            scores = scorer(model)(pictures, *told).view(-1, size)
+            preference = preference_loss(scores, groups.utility[rows], s["temperature"], rng)
+            loss = preference + s["reading"] * loss
+            losses.append(preference.item())
+            rates.append(pair_accuracy(scores.detach(), groups.utility[rows], 0.2))
         model.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.scale_lr(training.decay(step, s["steps"]))
         optimizer.step()
         ema.update()
-        losses.append(loss.item())
-        rates.append(pair_accuracy(scores.detach(), groups.utility[rows], 0.2))
         if step % 100 == 0:
             training.say(
-                f"{name} {step}/{s['steps']} loss {np.mean(losses[-100:]):.4f} pairs {np.mean(rates[-100:]):.3f} {checkpoint.seconds:.0f}s"
+                f"{name} {step}/{s['steps']} reading {np.mean(readings[-100:]):.4f} preference {np.mean(losses[-100:] or [0]):.4f} "
+                f"pairs {np.mean(rates[-100:] or [0]):.3f} {checkpoint.seconds:.0f}s"
             )
         checkpoint.save(step + 1)
     ema.copy_to_model()

@@ -168,9 +168,9 @@ def test_on_ray_with_two_workers_of_which_one_is_killed(
         killed.append(len(workers))
         os.kill(workers[-1].pid, signal.SIGKILL)
 
-    killer = threading.Thread(target=kill_a_worker)
+    killer = threading.Thread(target=kill_a_worker, daemon=True)
     killer.start()
-    align(str(toy), ["tracking.uri="], output=str(run.path), address="local", command="didr align --recipe toy")
+    align(str(toy), ["tracking.uri=''"], output=str(run.path), address="local", command="didr align --recipe toy")
     killer.join()
     assert killed == [2]
     assert run.info()["status"] == "finished" and run.info()["command"] == "didr align --recipe toy"

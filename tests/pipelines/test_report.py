@@ -106,7 +106,7 @@ def test_page_stands_alone_and_says_what_was_measured(tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 2, "grid and curves"
     judge = next(p for p in json.loads((run / "scores.json").read_text())["pairs"])["measures"]["judge"]["wins"]
     assert f"<b>{100 * judge['mean']:.0f} %</b>" in page and f"{100 * judge['mean']:.1f} %" in page
-    for part in ("0123abcd", "didr evaluate r", "drs-silent", "timesteps=[399]", "r/export", "+2.85 sd", "30</b>"):
+    for part in ("0123abcd", "didr evaluate r", "drs-silent", "timesteps=[399]", "r/export", "+2.95 sd", "30</b>"):
         assert part in page, part
     assert str(tmp_path) not in page, "no paths of this machine"
 

@@ -120,3 +120,11 @@ def test_a_slow_start_is_tried_again_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ray, "init", starting([ValueError("something else")]))
     with pytest.raises(ValueError, match="something else"):
         session._start(4, verbose=False, level="ERROR")
+
+
+def test_a_refused_token_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(ray, "init", starting([ray.exceptions.AuthenticationError("InvalidAuthToken")]))
+    with pytest.raises(DIDRError, match=r"InvalidAuthToken[\s\S]*RAY_AUTH_MODE=token[\s\S]*is unset"):
+        session._attach(Place("attached", "auto"), verbose=False, level="ERROR")
