@@ -120,8 +120,8 @@ def test_stock_diffusers_makes_our_pictures(folders: tuple[Path, Path], tmp_path
     )
     assert ours.shape == theirs.shape
     # Text towers and VAE are exported in half precision, which these random ones were not trained for: hence not 1e-6.
-    assert (ours - theirs).abs().max() < 5e-3
-    assert (reference - theirs).abs().max() > 0.05, "the test would see another generator's pictures"
+    assert (ours - theirs).abs().max() < 1e-3
+    assert (reference - theirs).abs().max() > 0.03, "the test would see another generator's pictures"
 
 
 def test_single_file_keeps_names_shapes_and_integers(tmp_path: Path) -> None:
