@@ -221,7 +221,7 @@ def _fit_until_done(config: Config, run: RunFolder, index: PromptIndex, board: B
             reasons = _reasons(run)
             if reasons:
                 raise DIDRError("\n".join(reasons)) from error
-            last = str(error).strip().splitlines()[-1][:300]
+            last = str(error).strip().splitlines()[-1].partition(". ")[0][:300]
             if failures == config.workers.max_failures:
                 raise DIDRError(
                     f"training failed {failures + 1} times (workers.max_failures={config.workers.max_failures}), last at step "

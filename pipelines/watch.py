@@ -51,11 +51,6 @@ class Follower:
 
     def look(self) -> None:
         """Hand on what is new."""
-        with contextlib.suppress(FileNotFoundError, ValueError):  # between a replace and the next look
-            stage = json.loads(self.run.stage_path.read_text())
-            if stage != self._stage:
-                self._stage = stage
-                self.observer.stage(*stage)
         for row in self._rows():
             step = int(row.pop("step"))
             row.pop("time", None)
@@ -65,6 +60,11 @@ class Follower:
             ringing = tuple(r["alarm"] for r in read_lines(self.run.alarms_path) if r["step"] == step)
             metrics = {k: float("nan") if v is None else float(v) for k, v in row.items()}
             self.observer.step(StepReport(step, metrics, ringing))
+        with contextlib.suppress(FileNotFoundError, ValueError):  # between a replace and the next look
+            stage = json.loads(self.run.stage_path.read_text())
+            if stage != self._stage:
+                self._stage = stage
+                self.observer.stage(*stage)
 
     def _rows(self) -> list[dict[str, Any]]:
         """Complete lines since the last look; from the beginning when the file was replaced."""
