@@ -12,8 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from didr_core.contracts import DIDRError
-
 app = typer.Typer(
     help="Align one-step text-to-image generators with human preference (DIDR).",
     no_args_is_help=True,
@@ -101,6 +99,8 @@ def export_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
 ) -> None:
     """Write a run's newest checkpoint as a diffusers folder with single-file weights and a model card."""
+    from didr_core.contracts import DIDRError
+
     if weights not in ("ema", "generator"):
         raise DIDRError(f"--weights {weights!r}: expected ema or generator")
     from didr_core.export import export_run
@@ -142,6 +142,8 @@ def config_list() -> None:
 
 
 def _export_folder(run: str | None, export: Path | None) -> Path:
+    from didr_core.contracts import DIDRError
+
     if (run is None) == (export is None):
         raise DIDRError("sample: give either --run RUN or --export DIR")
     if export is not None:
@@ -179,27 +181,27 @@ def main(arguments: Sequence[str] | None = None, prog: str = "didr") -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(given, prog_name=prog, standalone_mode=False)
-    except DIDRError as error:
-        if "-v" in given or "--verbose" in given:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:
         typer.echo("interrupted; `didr align --resume RUN` goes on from the last checkpoint", err=True)
         sys.exit(130)
     except Exception as error:
-        sys.exit(_usage(error))
+        sys.exit(_explain(error, verbose="-v" in given or "--verbose" in given))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _usage(error: Any) -> int:
-    """A wrong option is shown in a line; anything else is a defect and keeps its traceback."""
-    if not hasattr(error, "format_message"):
-        raise error
-    error.show()
-    return int(error.exit_code)
+def _explain(error: Any, verbose: bool) -> int:
+    """A user's mistake is one clear block, a wrong option one line; anything else is a defect and keeps its traceback."""
+    from didr_core.contracts import DIDRError
+
+    if isinstance(error, DIDRError) and not verbose:
+        typer.echo(f"error: {error}", err=True)
+        return 1
+    if hasattr(error, "format_message"):
+        error.show()
+        return int(error.exit_code)
+    raise error
 
 
 if __name__ == "__main__":
