@@ -41,7 +41,7 @@ def free_captions(world: Path, count: int) -> list[str]:
 
 def rounded(values: dict[str, Any]) -> dict[str, Any]:
     """Plain floats with four digits; NaN is left out, JSON has none."""
-    return {name: round(float(value), 4) for name, value in values.items() if np.isfinite(value)}
+    return {name: round(float(value), 4) for name, value in values.items() if np.isfinite(float(value))}
 
 
 def measure_checker(world: Path, count: int = 2000) -> dict[str, Any]:

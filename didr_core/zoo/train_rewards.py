@@ -45,14 +45,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "groups": 9000,
         "size": 3,
         "batch": 16,
-        "steps": 1700,
+        "steps": 1300,
         "warmup": 700,
         "readings": 48,
         "reading": 0.3,
         "lr": 4e-3,
         "temperature": 0.35,
         "seed": 47,
-        "measure": 800,
+        "measure": 400,
     },
 }
 WRONG = 3
