@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from didr_core import config as configs
 from didr_core import parallel
 from didr_core.config import Config
-from didr_core.contracts import DIDRError, Parallel, StepReport
+from didr_core.contracts import Batch, DIDRError, Parallel, StepReport
 from didr_core.finish import Gallery, Say, finish
 from didr_core.learner import Learner
 from didr_core.runs import RunFolder
@@ -70,17 +71,34 @@ def _train(config: Config, run: RunFolder, ranks: Parallel, corpus: str) -> None
     torch.set_num_threads(config.train.threads)
     first = ranks.rank == 0
     stage: Say = Stage(run) if first else lambda *_: None
+    todo = run.last_step() < config.train.steps
+    stream: Iterable[Batch] = ()
+    if todo:  # the actors start when the first batch is asked for: let them load their models while we load ours
+        stream = _started(batches(ray.train.get_dataset_shard("train"), config.sizes.share))
     stage("loading networks", 0, 0)
     learner = Learner(config, device=ray.train.torch.get_device(), parallel=ranks)
     journal = Journal(run, config, learner, corpus)
     journal.restore()
     gallery = Gallery(learner, config, run, save_grid) if first and config.evaluation.every else None
-    stage("starting the prompt stream", 0, 0)
-    todo = learner.step_count < config.train.steps
-    stream = batches(ray.train.get_dataset_shard("train"), config.sizes.share) if todo else ()
+    stage("waiting for the first prompts", 0, 0)
     loop(learner, stream, journal, Reporter(), writes=first, gallery=gallery)
     if first:
         finish(learner, config, run, stage, save_grid)
+
+
+def _started(stream: Iterator[Batch]) -> Iterator[Batch]:
+    """``stream``, whose first batch is being made from now on."""
+    pool = ThreadPoolExecutor(1)
+    first = pool.submit(next, stream, None)
+    pool.shutdown(wait=False)
+
+    def items() -> Iterator[Batch]:
+        batch = first.result()
+        if batch is not None:
+            yield batch
+            yield from stream
+
+    return items()
 
 
 def users_mistake(error: BaseException | None) -> DIDRError | None:
