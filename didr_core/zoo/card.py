@@ -64,11 +64,11 @@ def render_card(quality: dict[str, Any]) -> str:
         teacher = quality.get("reference", {})
         lines += ["## Reference and one-step generator (`... quality reference generator`)", ""]
         lines += [
-            f"1,000 held-out captions; reference: {teacher.get('steps', '-')} DDIM steps, guidance "
-            f"{teacher.get('guidance', '-')}; generator: one step.",
+            f"Held-out captions (the column `captions` says how many); reference: {teacher.get('steps', '-')} DDIM steps, guidance "
+            f"{teacher.get('guidance', '-')}; generator: one step. Last two columns: entropy in bits.",
             "",
-            "| | strict | loose | single | count | pair | relation | size | contrast | utility | background bits | position bits |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| | captions | strict | loose | single | count | pair | relation | size | contrast | utility | background | position |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for name, q in rows:
             shares = " | ".join(
@@ -78,7 +78,7 @@ def render_card(quality: dict[str, Any]) -> str:
             numbers = " | ".join(
                 _number(q.get(key)) for key in ("size", "contrast", "utility", "background_bits", "position_bits")
             )
-            lines.append(f"| {name} | {shares} | {numbers} |")
+            lines.append(f"| {name} | {q['pictures']:.0f} | {shares} | {numbers} |")
         lines.append("")
     seeds = quality.get("generator", {}).get("across_seeds")
     if seeds:
