@@ -70,13 +70,13 @@ def test_stock_ddim_with_guidance_equals_ours(teacher):
 def test_one_step_quality(generator):
     captions = CAPTIONS[:120]
     result = summary(assess(sample(generator, captions, seed=11).numpy(), captions))
-    assert result["strict"] >= 0.65, result
+    assert result["strict"] >= 0.75, result
     assert result["background_bits"] >= 1.5, result
 
 
 def test_teacher_quality(teacher):
     captions = CAPTIONS[:48]
-    result = summary(assess(sample(teacher, captions, seed=12, steps=12, guidance=4.0).numpy(), captions))
+    result = summary(assess(sample(teacher, captions, seed=12, steps=12, guidance=2.0).numpy(), captions))
     assert result["strict"] >= 0.75, result
 
 
@@ -85,8 +85,8 @@ def test_reward_ranks_fresh_pairs(name, teacher):
     model, tokenizer = load_reward(name)
     groups = draw_groups(120, 3, teacher.vae, seed=999, held_out=True)
     scores = score_groups(model, tokenizer, groups)
-    assert pair_accuracy(scores, groups.utility) >= 0.85
-    assert pair_accuracy(scores, groups.utility, 0.2) >= 0.88
+    assert pair_accuracy(scores, groups.utility) >= 0.78
+    assert pair_accuracy(scores, groups.utility, 0.2) >= 0.80
 
 
 def test_world_is_small_and_holds_only_plain_formats():
