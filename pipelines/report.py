@@ -149,22 +149,25 @@ def _hardware(facts: Mapping[str, Any]) -> str:
 
 
 def _verdict(run: _Run) -> str:
-    """One or two sentences: what came out, by the judge that was not trained on where there is one."""
-    sentences: list[str] = []
+    """One sentence: what came out, by the last judge that there is (true utility, else the held-out judge, else the reward)."""
     for measure in ("utility", "judge", "reward"):
+        parts = []
         for other, name in (
             ("start", "the generator it started from"),
             ("control", "the same training without the reward"),
+            ("teacher", "the many-step teacher"),
         ):
             wins = (run.pair(other).get(measure) or {}).get("wins")
-            if wins and not any(name in s for s in sentences):
-                sentences.append(
-                    f"wins <b>{100 * wins['mean']:.0f} %</b> of same-prompt comparisons against {name} "
-                    f"by the {escape(describe(measure).title)}"
-                )
-    if not sentences:
-        return "One-step generator aligned by DIDR." if run.history else "No training steps yet."
-    return "The aligned one-step generator " + ", and ".join(sentences) + "."
+            if wins and wins["mean"] is not None:
+                parts.append(f"<b>{100 * wins['mean']:.0f} %</b> against {name}")
+        if parts:
+            judge = escape(describe(measure).title)
+            return f"Judged by the {judge}, the aligned one-step generator wins {_and(parts)}, prompt by prompt from the same noise."
+    return "One-step generator aligned by DIDR." if run.history else "No training steps yet."
+
+
+def _and(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
 
 
 def _tiles(run: _Run) -> str:
