@@ -83,7 +83,7 @@ def render_card(quality: dict[str, Any]) -> str:
     seeds = quality.get("generator", {}).get("across_seeds")
     if seeds:
         lines += [
-            "Across 16 seeds of 40 captions that leave background and place free (bits; difference to the teacher with 95 % interval):",
+            "Across 16 seeds of 20 captions that leave background and place free (bits; difference to the teacher with 95 % interval):",
             "",
         ]
         lines += ["| | generator | teacher | difference |", "|---|---|---|---|"]

@@ -95,12 +95,12 @@ def measure_generator(
 ) -> dict[str, Any]:
     """One step on held-out captions, and its diversity beside the teacher's (same captions, same noise).
 
-    ``across_seeds``: 40 captions that leave background and place free, 16 seeds each, for both.
+    ``across_seeds``: 20 captions that leave background and place free, 16 seeds each, for both.
     """
     teacher, generator = Parts.load(world / "pipeline"), Parts.load(world / "pipeline", folder or world / "generator")
     captions = held_out(world, count)
     result = assess(sample(generator, captions, seed=1).numpy(), captions)
-    free = [caption for caption in free_captions(world, 40) for _ in range(16)]
+    free = [caption for caption in free_captions(world, 20) for _ in range(16)]
     one = assess(sample(generator, free, seed=2).numpy(), free)
     many = assess(sample(teacher, free, seed=2, steps=12, guidance=TEACHER_GUIDANCE).numpy(), free)
     against = compare(one, many)
