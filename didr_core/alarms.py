@@ -20,11 +20,11 @@ from typing import Any
 class Limits:
     """Thresholds, in the units of the sentences that :func:`explain` gives."""
 
-    baseline_steps: int = 5
-    smoothing: float = 0.9
+    baseline_steps: int = 3
+    smoothing: float = 0.8
     latent_shift: float = 0.35
-    latent_spread: float = 1.3
-    clipped_rise: float = 0.10
+    latent_spread: float = 1.25
+    clipped_rise: float = 0.08
     drs_silent: float = 0.01
     drs_clipped: float = 0.9
     away_from_reference: float = 1.5

@@ -62,7 +62,10 @@ code { font:.92em ui-monospace,"DejaVu Sans Mono",monospace; } summary { cursor:
 dl { display:grid; grid-template-columns:max-content 1fr; gap:4px 20px; margin:0; } dt { color:var(--soft); }
 dd { margin:0; overflow-wrap:anywhere; }
 footer { color:var(--soft); font-size:14px; margin-top:26px; }
-@media (max-width:640px) { .wins { grid-template-columns:1fr auto; } .wins svg { grid-column:1/-1; } section { padding:18px 16px; } }
+@media (max-width:640px) {
+  .wins { grid-template-columns:1fr auto; grid-auto-flow:dense; } .wins svg, .wins .who { grid-column:1/-1; }
+  .wins .who:empty { display:none; } section { padding:18px 16px; }
+}
 @media print { body { background:#fff; } section, .tile { break-inside:avoid; } }
 """
 
