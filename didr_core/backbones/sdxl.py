@@ -160,9 +160,11 @@ class SDXL:
         if self.config.unconditional == "zeros":
             return like.map(torch.zeros_like)
         if self._empty is None:
-            self.load_text()
+            loaded = self._text
+            if loaded is None:
+                self.load_text()
             self._empty = self.encode([""])
-            self._text = None
+            self._text = loaded  # a trainer that had no text towers does not keep them
         first = next(iter(like.tensors.values()))
         return self._empty.to(first.device).tile(len(like))
 
