@@ -67,7 +67,7 @@ def test_a_run_holds_params_metrics_artifacts_tags_and_its_end(
         tracker.artifact(runs / "a" / "grids", "grids")
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED" and run.info.run_name == "a"
-    assert run.data.params["drp.beta"] == "0.5" and run.data.params["backbone.name"] == "sdxl"
+    assert run.data.params["drp.beta"] == str(config.drp.beta) and run.data.params["backbone.name"] == "sdxl"
     assert len(run.data.params) == len(configs.flatten(configs.dump(config)))
     assert run.data.metrics["reward/gain"] == 3.0 and run.data.metrics["alarm/drs-silent"] == 1.0
     assert steps_of(client, tracker.run_id, "reward/gain") == list(range(1, 31))
