@@ -14,11 +14,13 @@ from didr_core.zoo import training
 from didr_core.zoo.networks import build_scheduler
 
 
-def quiet_vae_config(folder: Path) -> None:
-    """Drop the key that AutoencoderTiny saves but warns about when it loads (it derives it anew)."""
+def tidy_config(folder: Path) -> None:
+    """Drop what a saved config should not carry: where it was loaded from, and the key that AutoencoderTiny warns about and derives anew."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config.pop("block_out_channels", None)
+    config.pop("_name_or_path", None)
+    if config["_class_name"] == "AutoencoderTiny":
+        config.pop("block_out_channels", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -38,10 +40,12 @@ def assemble_pipeline(build: Path = training.BUILD_DIR, world: Path = training.W
     )
     shutil.rmtree(world / "pipeline", ignore_errors=True)
     pipeline.save_pretrained(world / "pipeline")
-    quiet_vae_config(world / "pipeline" / "vae")
+    for part in ("vae", "unet"):
+        tidy_config(world / "pipeline" / part)
 
 
 def assemble_generator(source: Path, world: Path = training.WORLD_DIR) -> None:
     """``world``/generator, a UNet folder in fp16, from an fp32 UNet folder."""
     shutil.rmtree(world / "generator", ignore_errors=True)
     UNet2DConditionModel.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(world / "generator")
+    tidy_config(world / "generator")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from didr_core.zoo import training
-from didr_core.zoo.assemble import quiet_vae_config
+from didr_core.zoo.assemble import tidy_config
 from didr_core.zoo.captions import draw_scenes, sample_facts
 from didr_core.zoo.networks import build_vae
 from didr_core.zoo.scenes import render
@@ -111,7 +111,7 @@ def finish(vae: Any, pictures: torch.Tensor, folder: Path) -> None:
     scale = float(1 / latents.std())
     vae.register_to_config(scaling_factor=scale)
     vae.save_pretrained(folder / "vae")
-    quiet_vae_config(folder / "vae")
+    tidy_config(folder / "vae")
     spread = (latents * scale).transpose(0, 1).flatten(1).std(1)
     training.say(
         f"vae saved, scaling_factor {scale:.4f}, std by channel {spread.tolist()}, mean {latents.mean((0, 2, 3)).tolist()}"
