@@ -15,7 +15,7 @@ from didr_core.zoo.networks import build_scheduler
 
 
 def tidy_config(folder: Path) -> None:
-    """Drop what a saved config should not carry: where it was loaded from, and the key that AutoencoderTiny warns about and derives anew."""
+    """Drop what a saved config should not carry: where it was loaded from, and the key that AutoencoderTiny warns about."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config.pop("_name_or_path", None)
