@@ -38,12 +38,8 @@ check-python:
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "error: %s is Python %d.%d; DIDR needs 3.11 or newer. Install one, or say make PYTHON=/path/to/python3.11" % ((sys.executable,) + v))'
 	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || test -x $(BIN)/python || { echo "error: $(PYTHON) cannot make environments (no ensurepip). On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-# Files whose tests hold a Ray of their own inside pytest's process: Ray may end that process some time after its shutdown.
-IN_PROCESS_RAY := tests/pipelines/test_prompts.py
-
 test: lint types ## lint, format, types and every test
-	@$(BIN)/python -m pytest -q $(addprefix --ignore=,$(IN_PROCESS_RAY))
-	@$(BIN)/python -m pytest -q $(IN_PROCESS_RAY)
+	@$(BIN)/python -m pytest -q
 
 lint: install ## ruff: rules and format
 	@$(BIN)/ruff check .

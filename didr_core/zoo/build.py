@@ -33,8 +33,8 @@ MINIATURE: dict[str, dict[str, Any]] = {
     "reference": {"scenes": 64, "steps": 4, "batch": 4, "processes": 1},
     "pairs": {"count": 8, "steps": 2, "batch": 4, "processes": 1},
     "regression": {"steps": 4, "batch": 4, "processes": 1},
-    "taste": {"groups": 8, "batch": 2, "steps": 4, "measure": 8},
-    "judge": {"groups": 8, "batch": 2, "steps": 4, "measure": 8},
+    "taste": {"groups": 8, "batch": 2, "steps": 4, "warmup": 2, "measure": 8},
+    "judge": {"groups": 8, "batch": 2, "steps": 4, "warmup": 2, "align": 1, "measure": 8},
 }
 
 

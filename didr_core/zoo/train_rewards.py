@@ -1,7 +1,8 @@
 """Parts "taste" and "judge": the training reward (CLIPModel, PickScore's loss) and the held-out judge (BLIP with a head).
 
 Both begin as CLIP and BLIP do, by telling a picture's caption from others, three of them with one fact wrong, and keep that on as a second
-loss: from preferences alone they never learned to read shapes and relations. Then both learn from Bradley-Terry labels: of two pictures
+loss: from preferences alone they never learned to read shapes and relations. The judge's two towers are first aligned by a contrastive
+loss, as BLIP's are ("align before fuse"): without it its cross-attention read colours only. Then both learn from Bradley-Terry labels: of two pictures
 for one caption the one with more utility wins with probability ``sigmoid(difference / temperature)``. They differ in architecture, pairs,
 seed and temperature; the judge is never used in training.
 """
@@ -24,16 +25,16 @@ from didr_core.zoo import training
 from didr_core.zoo.captions import draw_scenes, sample_facts, spoil, write_caption
 from didr_core.zoo.networks import MAX_TOKENS
 from didr_core.zoo.pairs_data import FACET_PAIRS, KINDS_FOR_REWARDS, Groups, draw_groups, facet_pairs
-from didr_core.zoo.reward_networks import Judge, build_taste, taste_matrix, taste_scores
+from didr_core.zoo.reward_networks import Judge, build_taste, normalise, taste_matrix, taste_scores
 from didr_core.zoo.scenes import render
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "taste": {
-        "groups": 12000,
+        "groups": 28000,
         "size": 4,
         "batch": 16,
-        "steps": 1700,
-        "warmup": 700,
+        "steps": 7500,
+        "warmup": 2500,
         "readings": 48,
         "reading": 0.3,
         "lr": 4e-3,
@@ -42,12 +43,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "measure": 800,
     },
     "judge": {
-        "groups": 9000,
-        "size": 3,
+        "groups": 18000,
+        "size": 4,
         "batch": 16,
-        "steps": 1300,
-        "warmup": 700,
-        "readings": 48,
+        "steps": 7500,
+        "warmup": 3500,
+        "align": 1500,
+        "readings": 32,
         "reading": 0.3,
         "lr": 4e-3,
         "temperature": 0.35,
@@ -80,17 +82,42 @@ def preference_loss(
     return F.binary_cross_entropy_with_logits(scores[:, one] - scores[:, two], label)
 
 
-def reading_loss(model: Any, tokenizer: CLIPTokenizer, rng: np.random.Generator, batch: int) -> torch.Tensor:
-    """Which caption is the picture's? Against three with one fact wrong (BLIP); for CLIP also against all others of the batch."""
+class Aligned(torch.nn.Module):
+    """The judge's two towers before fusion, with projections that only training needs: the contrastive half of BLIP."""
+
+    def __init__(self, judge: Judge, width: int = 64) -> None:
+        super().__init__()
+        self.judge = judge
+        self.picture = torch.nn.Linear(width, width)
+        self.told = torch.nn.Linear(width, width)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.3))
+
+    def matrix(self, pictures: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Scaled cosines [B, N] of every picture with every caption."""
+        seen = self.picture(self.judge.vision(normalise(pictures)).last_hidden_state[:, 0])
+        told = self.told(self.judge.text(input_ids=ids, attention_mask=mask, return_dict=True).last_hidden_state[:, 0])
+        return self.logit_scale.exp() * F.normalize(seen, dim=-1) @ F.normalize(told, dim=-1).T
+
+
+def reading_loss(
+    model: Any, tokenizer: CLIPTokenizer, rng: np.random.Generator, batch: int, fused: bool = True
+) -> torch.Tensor:
+    """Which caption is the picture's? Against three with one fact wrong and, where two towers are compared, all others of the batch.
+
+    ``model`` is a CLIPModel, or the judge as ``Aligned``: its towers compared, plus (if ``fused``) its score against the three alone.
+    """
     facts = [sample_facts(rng, KINDS_FOR_REWARDS, held_out=False) for _ in range(batch)]
     told = [[fact, *(spoil(fact, rng)[0] for _ in range(WRONG))] for fact in facts]
     ids, mask = tokens(tokenizer, [write_caption(fact, rng) for row in told for fact in row])
     pictures = torch.from_numpy(render(draw_scenes(facts, rng))).clamp(0, 1)
-    if isinstance(model, Judge):
-        scores = model(pictures.repeat_interleave(1 + WRONG, 0), ids, mask).view(batch, -1)
-        return F.cross_entropy(scores, torch.zeros(batch, dtype=torch.long))
-    scores = taste_matrix(model, pictures, ids)
-    return F.cross_entropy(scores, torch.arange(batch) * (1 + WRONG))
+    own = torch.arange(batch) * (1 + WRONG)
+    if not isinstance(model, Aligned):
+        return F.cross_entropy(taste_matrix(model, pictures, ids), own)
+    loss = F.cross_entropy(model.matrix(pictures, ids, mask), own)
+    if fused:
+        scores = model.judge(pictures.repeat_interleave(1 + WRONG, 0), ids, mask).view(batch, -1)
+        loss = loss + F.cross_entropy(scores, torch.zeros(batch, dtype=torch.long))
+    return loss
 
 
 def pair_accuracy(scores: torch.Tensor, utility: torch.Tensor, least: float = 0.0) -> float:
@@ -157,10 +184,11 @@ def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> No
     groups = Groups(saved["captions"], saved["pictures"], saved["utility"])
     ids, mask = tokens(tokenizer, groups.captions)
     model: Any = build_taste(tokenizer) if name == "taste" else Judge(tokenizer)
-    adam = lambda key: "embedding" in key or key.startswith("layers.2") or "logit" in key  # noqa: E731
-    optimizer = training.Muon(model.named_parameters(), s["lr"], adam_lr=1e-3, adam_for=adam)
+    reader = Aligned(model) if isinstance(model, Judge) else model
+    adam = lambda key: "embedding" in key or key.removeprefix("judge.").startswith("layers.2") or "logit" in key  # noqa: E731
+    optimizer = training.Muon(reader.named_parameters(), s["lr"], adam_lr=1e-3, adam_for=adam)
     ema = training.Ema(model.parameters(), 0.995)
-    checkpoint = training.Checkpoint(folder / f"{name}_state.pt", {"model": model, "optimizer": optimizer, "ema": ema})
+    checkpoint = training.Checkpoint(folder / f"{name}_state.pt", {"model": reader, "optimizer": optimizer, "ema": ema})
     size = groups.pictures.shape[1]
     readings: list[float] = []
     losses: list[float] = []
@@ -170,7 +198,8 @@ def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> No
         # A picture of 48 captions at first, then of half as many beside the preferences.
         warming = step < s["warmup"]
         draws = np.random.default_rng([s["seed"], step])
-        loss = reading_loss(model, tokenizer, draws, s["readings"] if warming else s["readings"] // 2)
+        fused = step >= s.get("align", 0)
+        loss = reading_loss(reader, tokenizer, draws, s["readings"] if warming else s["readings"] // 2, fused)
         readings.append(loss.item())
         if not warming:
             rows = torch.randint(len(ids), (s["batch"],), generator=rng)
@@ -181,7 +210,7 @@ def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> No
             loss = preference + s["reading"] * loss
             losses.append(preference.item())
             rates.append(pair_accuracy(scores.detach(), groups.utility[rows], 0.2))
-        model.zero_grad(set_to_none=True)
+        reader.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.scale_lr(training.decay(step, s["steps"]))
         optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -41,6 +42,16 @@ def cluster() -> Iterator[None]:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # workers import `stages`
         with ray_session("local", 4):
             yield
+            await_readers()
+
+
+def await_readers(seconds: float = 60.0) -> None:
+    """Wait for the threads of abandoned streams: one that calls Ray after its shutdown ends this whole process with code 1, no traceback."""
+    gc.collect()
+    end = time.monotonic() + seconds
+    while [t for t in threading.enumerate() if t.name == "iter_threaded"]:
+        assert time.monotonic() < end, "a stream's reader is still alive; ray.shutdown() would end this process"
+        time.sleep(0.1)
 
 
 def ranks(
