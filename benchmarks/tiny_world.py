@@ -24,8 +24,9 @@ import torch
 from didr_core import config as configs
 from didr_core.config import Config, build
 from didr_core.data import PromptIndex
+from didr_core.finish import contestants, exported
 from didr_core.scoreboard import Scores, comparison_table, pool, provenance, table
-from didr_core.scores import Contestant, one_step_contestant, score_models, teacher_contestant
+from didr_core.scores import score_models
 
 ARMS = {"aligned": (), "control": ("algorithm=diff_instruct",)}
 SHOWN = ("utility", "judge", "reward", "strict", "background_entropy", "position_entropy")
@@ -50,13 +51,6 @@ def train(recipe: str, seed: int, arm: str, overrides: Sequence[str], work: Path
     return folder / "export"
 
 
-def exported(config: Config, export: Path) -> torch.nn.Module:
-    """The generator that a run exported, as the configured backbone loads it."""
-    backbone = config.backbone.model_copy(update={"generator": str(export / "unet")})
-    network: torch.nn.Module = build("backbones", backbone).load_network("generator")
-    return network
-
-
 def score(
     config: Config, exports: dict[str, Path], prompts: list[str], noise_seeds: Sequence[int], cache: Path
 ) -> Scores:
@@ -67,15 +61,11 @@ def score(
     reward, judge = build("rewards", config.reward), build("rewards", config.judge)
     reward.load()
     judge.load()
-    contestants: list[Contestant] = [one_step_contestant("start", backbone, backbone.load_network("generator"))]
-    contestants += [
-        one_step_contestant(arm, backbone, exported(config, exports[arm])) for arm in ("control", "aligned")
-    ]
-    reference = backbone.load_network("reference")
-    contestants.append(teacher_contestant(backbone, reference, 50, config.guidance.reference))
+    generators = {arm: exported(config, export) for arm, export in exports.items()}
+    generators["start"] = backbone.load_network("generator")
     return score_models(
         backbone,
-        contestants,
+        contestants(config, backbone, generators, backbone.load_network("reference")),
         prompts,
         seeds=noise_seeds,
         reward=reward,
@@ -107,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_world"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tiny_world"))
     given = parser.parse_args(arguments)
-    config = configs.load(given.recipe, given.overrides)
+    config = configs.load(given.recipe, ["evaluation.teacher_steps=50", *given.overrides])
     if config.data.heldout is None:
         parser.error("the recipe names no data.heldout")
     prompts = [

@@ -190,6 +190,10 @@ class Evaluation(Strict):
     world: Literal["none", "tiny"] = Field(
         "none", description="'tiny': captions of the bundled world, so the analytic checker judges too"
     )
+    teacher_steps: int = Field(0, ge=0, description="DDIM steps of the guided reference in the table; 0 = not in it")
+    control: str | None = Field(
+        None, description="folder of a finished run to compare with: the same one without the reward (diff_instruct)"
+    )
     every: int = Field(0, ge=0, description="steps between grids during training; 0 = start and end only")
 
 

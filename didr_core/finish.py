@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from didr_core import sampling
-from didr_core.config import Component, Config, build
-from didr_core.contracts import Backbone, Reward
+from didr_core.config import Component, Config, build, locate
+from didr_core.contracts import Backbone, DIDRError, Reward
 from didr_core.data import PromptIndex
 from didr_core.export import export_run
 from didr_core.learner import Learner
 from didr_core.runs import RunFolder
 from didr_core.scoreboard import provenance
-from didr_core.scores import Scores, one_step_contestant, score_models
+from didr_core.scores import Contestant, Scores, one_step_contestant, score_models, teacher_contestant
 
 Say = Callable[[str, int, int], None]
 """``(what is being done, done, to do)``; 0, 0 where there is nothing to count."""
@@ -88,14 +88,16 @@ def finish(
 
 
 def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
-    """Start against aligned on the held-out prompts; writes ``scores.json`` and ``scores.npz``."""
+    """Every contestant on the held-out prompts; writes ``scores.json`` and ``scores.npz``."""
     backbone, device = learner.backbone, learner.device
     say("scoring", 0, 0)
     _ready(backbone, device)
-    models = [one_step_contestant(name, backbone, learner.generator(which)) for name, which in MODELS]
+    generators = {"start": learner.generator("start"), "aligned": learner.generator("ema")}
+    if config.evaluation.control:
+        generators["control"] = exported(config, config.evaluation.control).to(device)
     scores = score_models(
         backbone,
-        models,
+        contestants(config, backbone, generators, learner.generator("reference")),
         heldout(config, config.evaluation.prompts),
         seeds=range(config.evaluation.seeds),
         reward=_reward(config.reward, device, learner.reward),
@@ -109,7 +111,40 @@ def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
     return scores
 
 
-MODELS: tuple[tuple[str, Any], ...] = (("start", "start"), ("aligned", "ema"))
+def contestants(
+    config: Config, backbone: Backbone, generators: Mapping[str, nn.Module], reference: nn.Module
+) -> list[Contestant]:
+    """The rows of the table: start, control (where there is one), aligned, then the guided teacher of `evaluation.teacher_steps`."""
+    rows = [
+        one_step_contestant(name, backbone, generators[name])
+        for name in ("start", "control", "aligned")
+        if name in generators
+    ]
+    if steps := config.evaluation.teacher_steps:
+        rows.append(teacher_contestant(backbone, reference, steps, config.guidance.reference))
+    return rows
+
+
+def exported(config: Config, folder: str | Path) -> nn.Module:
+    """The generator that another run exported, as this config's backbone loads it; ``folder`` is the run's or its ``export``.
+
+    Raises:
+        DIDRError: nothing exported there, or weights of another architecture.
+    """
+    backbone = config.backbone.model_copy(update={"generator": str(find_export(folder) / "unet")})
+    network: nn.Module = build("backbones", backbone).load_network("generator")
+    return network
+
+
+def find_export(folder: str | Path) -> Path:
+    """The exported pipeline of a run folder, or the folder itself where it is one."""
+    for export in (locate(str(folder)) / "export", locate(str(folder))):
+        if (export / "model_index.json").is_file():
+            return export
+    raise DIDRError(
+        f"evaluation.control={str(folder)!r}: no export there. Expected the folder of a finished run (with export/model_index.json)"
+        " or an exported pipeline."
+    )
 
 
 def heldout(config: Config, count: int) -> list[str]:

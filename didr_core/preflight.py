@@ -8,6 +8,7 @@ from didr_core.config import Config, build
 from didr_core.contracts import DIDRError
 from didr_core.data import PromptIndex
 from didr_core.feed import device_of, needs_reward, open_prompts
+from didr_core.finish import find_export
 from didr_core.runs import local_folder
 
 SCAN_ROWS = 200_000
@@ -38,6 +39,8 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
         _check(build("rewards", config.reward))
     if config.judge is not None:
         _check(build("rewards", config.judge))
+    if config.evaluation.control:
+        find_export(config.evaluation.control)
     _output(config)
     return index
 

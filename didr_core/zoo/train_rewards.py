@@ -2,9 +2,9 @@
 
 Both begin as CLIP and BLIP do, by telling a picture's caption from others, three of them with one fact wrong, and keep that on as a second
 loss: from preferences alone they never learned to read shapes and relations. The judge's two towers are first aligned by a contrastive
-loss, as BLIP's are ("align before fuse"): without it its cross-attention read colours only. Then both learn from Bradley-Terry labels: of two pictures
-for one caption the one with more utility wins with probability ``sigmoid(difference / temperature)``. They differ in architecture, pairs,
-seed and temperature; the judge is never used in training.
+loss, as BLIP's are ("align before fuse"): without it its cross-attention read colours only. Then both learn from Bradley-Terry labels:
+of two pictures for one caption the one with more utility wins with probability ``sigmoid(difference / temperature)``. They differ in
+architecture, pairs, seed and temperature; the judge is never used in training.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -25,6 +26,7 @@ from didr_core.data import PromptIndex
 from didr_core.feed import LocalFeed
 from didr_core.learner import Learner
 from didr_core.parallel import ProcessGroup
+from didr_core.preflight import preflight
 from didr_core.runs import RunFolder
 from didr_core.train import Journal, Observer, loop, outcome, train
 from pipelines.align import align
@@ -110,6 +112,22 @@ def test_killed_and_resumed_without_ray_equals_uninterrupted_bit_for_bit(
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
     for name in ("export/model_index.json", "scores.json", "config.yaml"):
         assert (run.path / name).is_file()
+
+
+def test_a_run_scores_itself_against_its_control_and_the_teacher(toy: Path, whole: RunFolder, tmp_path: Path) -> None:
+    control = f"evaluation.control={whole.path}"
+    config = configs.load(str(toy), ["algorithm=diff_instruct", "train.steps=1", control, "evaluation.teacher_steps=2"])
+    run = RunFolder.create(config, str(tmp_path / "run"))
+    with outcome(run):
+        train(config, run, PromptIndex.open(config.data.prompts))
+    models = json.loads((run.path / "scores.json").read_text())["models"]
+    assert list(models) == ["start", "control", "aligned", "teacher"] and models["teacher"]["steps"] == 2
+    rows = np.load(run.path / "scores.npz")
+    control_itself = np.load(whole.path / "scores.npz")["aligned/latent_mean"]
+    assert np.allclose(rows["control/latent_mean"], control_itself, atol=1e-3)  # an export is fp16
+    assert not np.allclose(rows["start/latent_mean"], control_itself, atol=1e-3)
+    with pytest.raises(DIDRError, match=r"evaluation\.control='.*nowhere': no export there"):
+        preflight(configs.load(str(toy), [f"evaluation.control={tmp_path / 'nowhere'}"]))
 
 
 def test_resume_with_other_prompts_is_refused(toy: Path, whole: RunFolder) -> None:

@@ -46,7 +46,7 @@ def cluster() -> Iterator[None]:
 
 
 def await_readers(seconds: float = 60.0) -> None:
-    """Wait for the threads of abandoned streams: one that calls Ray after its shutdown ends this whole process with code 1, no traceback."""
+    """Wait for the threads of abandoned streams: one that calls Ray after its shutdown ends this process (code 1, no traceback)."""
     gc.collect()
     end = time.monotonic() + seconds
     while [t for t in threading.enumerate() if t.name == "iter_threaded"]:
