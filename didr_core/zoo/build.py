@@ -16,6 +16,7 @@ from typing import Any
 from didr_core.zoo import (
     assemble,
     card,
+    distill,
     prompts,
     quality,
     tokenizer,
@@ -33,6 +34,7 @@ MINIATURE: dict[str, dict[str, Any]] = {
     "reference": {"scenes": 64, "steps": 4, "batch": 4, "processes": 1},
     "pairs": {"count": 8, "steps": 2, "batch": 4, "processes": 1},
     "regression": {"steps": 4, "batch": 4, "processes": 1},
+    "distill": {"train.steps": 2, "train.batch": 4, "train.anchor.batch": 4},
     "taste": {"groups": 8, "batch": 2, "steps": 4, "warmup": 2, "measure": 8},
     "judge": {"groups": 8, "batch": 2, "steps": 4, "warmup": 2, "align": 1, "measure": 8},
 }
@@ -63,6 +65,10 @@ def _regression(build: Path, world: Path, **settings: Any) -> None:
     train_generator.build_regression(build, world, **settings)
 
 
+def _distill(build: Path, world: Path, **settings: Any) -> None:
+    distill.build(build, world, **settings)
+
+
 def _taste(build: Path, world: Path, **settings: Any) -> None:
     train_rewards.build("taste", build, world, **settings)
 
@@ -87,7 +93,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "reference": _reference,
     "pairs": _pairs,
     "regression": _regression,
-    # "distill" belongs here: Diff-Instruct by the project's own learner (recipe tiny_distill) from world/generator to world/generator.
+    "distill": _distill,
     "taste": _taste,
     "judge": _judge,
     "quality": _quality,
@@ -112,8 +118,8 @@ def build_part(
     if again:
         for leftover in (f"{name}_state.pt", f"{name}_groups.pt", "latents.pt" if name == "reference" else ""):
             (build / leftover).unlink(missing_ok=True) if leftover else None
-        if name == "pairs":
-            shutil.rmtree(build / "pair_blocks", ignore_errors=True)
+        for folder in {"pairs": ("pair_blocks",), "distill": ("distill",)}.get(name, ()):
+            shutil.rmtree(build / folder, ignore_errors=True)
     started = time.monotonic()
     PARTS[name](build, world, **(settings or {}))
     seconds = round(time.monotonic() - started, 1)

@@ -9,7 +9,7 @@ from didr_core.zoo.build import MINIATURE, PARTS, build_part
 from didr_core.zoo.card import render_card
 from didr_core.zoo.quality import read_quality
 
-TRAINED = ("prompts", "tokenizer", "vae", "reference", "pairs", "regression", "taste", "judge")
+TRAINED = ("prompts", "tokenizer", "vae", "reference", "pairs", "regression", "distill", "taste", "judge")
 
 
 @pytest.fixture(scope="module")
