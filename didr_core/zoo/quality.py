@@ -82,7 +82,7 @@ def measure_vae(world: Path, count: int = 1000) -> dict[str, Any]:
 
 
 def measure_reference(
-    world: Path, count: int = 500, steps: int = TEACHER_STEPS, guidance: float = TEACHER_GUIDANCE
+    world: Path, count: int = 1000, steps: int = TEACHER_STEPS, guidance: float = TEACHER_GUIDANCE
 ) -> dict[str, Any]:
     """The guided teacher on held-out captions."""
     captions = held_out(world, count)
