@@ -33,7 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "groups": 28000,
         "size": 4,
         "batch": 16,
-        "steps": 6000,
+        "steps": 10000,
         "warmup": 2500,
         "readings": 48,
         "reading": 0.3,
