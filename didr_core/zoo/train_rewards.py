@@ -9,6 +9,7 @@ architecture, pairs, seed and temperature; the judge is never used in training.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from diffusers import AutoencoderTiny
 from transformers import CLIPModel, CLIPTokenizer
 
 from didr_core.zoo import training
-from didr_core.zoo.captions import draw_scenes, sample_facts, spoil, write_caption
+from didr_core.zoo.captions import CaptionFacts, draw_scenes, sample_facts, spoil, write_caption
 from didr_core.zoo.networks import MAX_TOKENS
 from didr_core.zoo.pairs_data import FACET_PAIRS, KINDS_FOR_REWARDS, Groups, draw_groups, facet_pairs
 from didr_core.zoo.reward_networks import Judge, build_taste, normalise, taste_matrix, taste_scores
@@ -46,7 +47,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "groups": 18000,
         "size": 4,
         "batch": 16,
-        "steps": 6500,
+        "steps": 10000,
         "warmup": 3500,
         "align": 1500,
         "readings": 32,
@@ -99,6 +100,14 @@ class Aligned(torch.nn.Module):
         return self.logit_scale.exp() * F.normalize(seen, dim=-1) @ F.normalize(told, dim=-1).T
 
 
+def one_fact_wrong(facts: CaptionFacts, rng: np.random.Generator) -> list[CaptionFacts]:
+    """:data:`WRONG` captions with one fact wrong; one has the colours exchanged where that is possible: the last thing that is learned."""
+    wrong = [spoil(facts, rng)[0] for _ in range(WRONG)]
+    with contextlib.suppress(ValueError):
+        wrong[0] = spoil(facts, rng, "swap")[0]
+    return wrong
+
+
 def reading_loss(
     model: Any, tokenizer: CLIPTokenizer, rng: np.random.Generator, batch: int, fused: bool = True
 ) -> torch.Tensor:
@@ -107,7 +116,7 @@ def reading_loss(
     ``model`` is a CLIPModel, or the judge as ``Aligned``: its towers compared, plus (if ``fused``) its score against the three alone.
     """
     facts = [sample_facts(rng, KINDS_FOR_REWARDS, held_out=False) for _ in range(batch)]
-    told = [[fact, *(spoil(fact, rng)[0] for _ in range(WRONG))] for fact in facts]
+    told = [[fact, *one_fact_wrong(fact, rng)] for fact in facts]
     ids, mask = tokens(tokenizer, [write_caption(fact, rng) for row in told for fact in row])
     pictures = torch.from_numpy(render(draw_scenes(facts, rng))).clamp(0, 1)
     own = torch.arange(batch) * (1 + WRONG)
