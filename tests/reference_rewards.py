@@ -112,17 +112,24 @@ def head_shapes(into: int, widths: tuple[int, ...], prefix: str = "layers") -> S
 
 
 def fill(shapes: Shapes) -> State:
-    """Weights by formula: a sine that differs by name, sized so that activations neither die nor grow; norms around 1."""
+    """Weights by formula: quadratic residues, as good as uniform noise here, of variance 1 / fan-in; norms around 1."""
     state: State = {}
     for place, (name, shape) in enumerate(shapes.items()):
         if name.endswith("position_ids"):
             state[name] = torch.arange(shape[-1]).expand(shape).clone()
             continue
-        wave = torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * (1.1 + 0.37 * (place % 11)) ** 2 + place)
-        gain = 1.4 / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 0.2
-        value = wave.reshape(shape) * gain
+        i = torch.arange(math.prod(shape)) + 1 + 1009 * place
+        noise = (
+            ((i * i * 40503 + i * 2654435 + 97 * place) % 65521)
+            .double()
+            .div(65521)
+            .sub(0.5)
+            .mul(12**0.5)
+            .reshape(shape)
+        )
+        value = noise / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 0.1 * noise
         if len(shape) == 1 and name.endswith("weight"):
-            value = 1 + 0.3 * wave.reshape(shape)
+            value = 1 + value
         state[name] = torch.tensor(3.0) if name == "logit_scale" else value.float()
     return state
 

@@ -97,7 +97,7 @@ class Composite:
         return self.details(images, inputs)[0]
 
     def details(self, images: Tensor, inputs: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        """:meth:`score`, and for the logs ``<part>/raw``, ``<part>/scaled`` (raw / scale) and ``<part>/weighted`` (weight * scaled), all ``[B]``."""
+        """:meth:`score`; and for the logs, ``[B]`` each: ``<part>/raw``, ``<part>/scaled`` (raw / scale), ``<part>/weighted``."""
         log: dict[str, Tensor] = {}
         total: Tensor | float = 0.0
         for part, (name, raw) in zip(self.parts, self.raw(images, inputs).items(), strict=True):
