@@ -37,9 +37,8 @@ def component(kind: str) -> BeforeValidator:
             value = {"name": value}
         if not isinstance(value, Mapping) or "name" not in value:
             raise ValueError(f"expected a name or a mapping with 'name', got {value!r}")
-        own = registry.find(kind, value["name"]).Config
         try:
-            return own(**value)
+            return (own := registry.find(kind, value["name"]).Config)(**value)
         except ValidationError as error:
             raise ValueError("; ".join(_explain_own(e, own, value["name"]) for e in error.errors())) from None
 
@@ -50,15 +49,8 @@ def _explain_own(error: Any, own: type[BaseModel], name: str) -> str:
     """One line for a mistake in a component's own section."""
     key = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, own.model_fields, 1, 0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else f" It has {', '.join(own.model_fields)}."
-        return f"{name} has no key {key!r} (value {error['input']!r}).{hint}"
-    if error["type"] == "missing":
-        return f"{name} needs {key!r}; it has no default."
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{name}: {key}: {message}" + (
-        f" (got {error['input']!r})" if not isinstance(error["input"], Mapping) else ""
-    )
+        return f"{name} has no key {key!r}. Did you mean {{' or '.join(map(repr, difflib.get_close_matches(key, own.model_fields, 1, 0)))}}?"
+    return f"{name}: {key}: {error['msg'].removeprefix('Value error, ')}"
 
 
 class Component(Strict):
