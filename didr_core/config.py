@@ -49,7 +49,8 @@ def _explain_own(error: Any, own: type[BaseModel], name: str) -> str:
     """One line for a mistake in a component's own section."""
     key = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{name} has no key {key!r}. Did you mean {{' or '.join(map(repr, difflib.get_close_matches(key, own.model_fields, 1, 0)))}}?"
+        near = difflib.get_close_matches(key.rpartition(".")[2], own.model_fields, 1, 0)
+        return f"{name} has no key {key!r}. Did you mean {near[0]!r}?"
     return f"{name}: {key}: {error['msg'].removeprefix('Value error, ')}"
 
 
