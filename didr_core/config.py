@@ -46,7 +46,6 @@ def component(kind: str) -> BeforeValidator:
 
 
 def _explain_own(error: Any, own: type[BaseModel], name: str) -> str:
-    """One line for a mistake in a component's own section."""
     key = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key.rpartition(".")[2], own.model_fields, 1, 0)
