@@ -27,7 +27,9 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-def _component(kind: str) -> BeforeValidator:
+def component(kind: str) -> BeforeValidator:
+    """For a field that names a component of ``kind``: turns a name, or a mapping with ``name``, into that component's own Config."""
+
     def validate(value: Any) -> Any:
         if isinstance(value, BaseModel) or value is None:
             return value
@@ -35,9 +37,20 @@ def _component(kind: str) -> BeforeValidator:
             value = {"name": value}
         if not isinstance(value, Mapping) or "name" not in value:
             raise ValueError(f"expected a name or a mapping with 'name', got {value!r}")
-        return registry.find(kind, value["name"]).Config(**value)
+        try:
+            return (own := registry.find(kind, value["name"]).Config)(**value)
+        except ValidationError as error:
+            raise ValueError("; ".join(_explain_own(e, own, value["name"]) for e in error.errors())) from None
 
     return BeforeValidator(validate)
+
+
+def _explain_own(error: Any, own: type[BaseModel], name: str) -> str:
+    key = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key.rpartition(".")[2], own.model_fields, 1, 0)
+        return f"{name} has no key {key!r}. Did you mean {near[0]!r}?"
+    return f"{name}: {key}: {error['msg'].removeprefix('Value error, ')}"
 
 
 class Component(Strict):
@@ -211,10 +224,10 @@ class Config(Strict):
     seed: int = Field(0, ge=0)
     output: str = Field("runs", description="folder that run folders are made in (a shared or cloud path on clusters)")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    backbone: Annotated[SerializeAsAny[Component], _component("backbones")]
-    algorithm: Annotated[SerializeAsAny[Component], _component("algorithms")]
-    reward: Annotated[SerializeAsAny[Component] | None, _component("rewards")] = None
-    judge: Annotated[SerializeAsAny[Component] | None, _component("rewards")] = Field(
+    backbone: Annotated[SerializeAsAny[Component], component("backbones")]
+    algorithm: Annotated[SerializeAsAny[Component], component("algorithms")]
+    reward: Annotated[SerializeAsAny[Component] | None, component("rewards")] = None
+    judge: Annotated[SerializeAsAny[Component] | None, component("rewards")] = Field(
         None, description="held-out reward; never trained on"
     )
     drp: DRP = DRP()
@@ -228,6 +241,10 @@ class Config(Strict):
     workers: Workers = Workers()
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels between processes as its plain tree: a component that lives in a file is found again by its path over there."""
+        return validate, (dump(self),)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -160,7 +160,10 @@ class Backbone(Protocol):
 
 
 class Reward(Protocol):
-    """A score of pictures given prompts; higher is better. One file each in `rewards/`."""
+    """A score of pictures given prompts; higher is better. One file each in `rewards/`.
+
+    A reward made of others may also offer ``details(images, inputs) -> (score [B], {name: [B]})``: values for the logs.
+    """
 
     differentiable: bool
 

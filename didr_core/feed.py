@@ -99,20 +99,22 @@ class RewardPreparer:
     def __call__(self, batch: Columns) -> Columns:
         """Needs the ``prompt``, ``index`` and ``condition/*`` columns."""
         inputs = self.reward.prepare([str(p) for p in batch["prompt"]])
-        condition = Condition(_tensors(CONDITION, batch)).to(self.device)
-        index = [int(i) for i in batch["index"]]
-        scores = []
-        for sample in range(self.samples):
-            z = self.noise.normal(index, self.backbone.latent_shape, f"baseline/{sample}").to(self.device)
-            images = self.backbone.decode(self.backbone.generate(self.generator, z, condition))
-            scores.append(self.reward.score(images, inputs).float())
-        score = torch.stack(scores)
+        score = torch.stack([self.reward.score(images, inputs).float() for images in self.pictures(batch)])
         return {
             **batch,
             **_arrays(REWARD, inputs),
             "baseline": score.mean(0).cpu().numpy(),
             "spread": score.var(0, unbiased=True).cpu().numpy(),
         }
+
+    @torch.no_grad()
+    def pictures(self, batch: Columns) -> Iterator[Tensor]:
+        """The starting generator's pictures ``[B, 3, H, W]`` of the batch, once for each of ``config.baseline.samples`` noises."""
+        condition = Condition(_tensors(CONDITION, batch)).to(self.device)
+        index = [int(i) for i in batch["index"]]
+        for sample in range(self.samples):
+            z = self.noise.normal(index, self.backbone.latent_shape, f"baseline/{sample}").to(self.device)
+            yield self.backbone.decode(self.backbone.generate(self.generator, z, condition))
 
 
 def to_batch(batch: Mapping[str, Any]) -> Batch:

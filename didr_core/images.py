@@ -15,16 +15,41 @@ def clamp_straight_through(images: Tensor) -> Tensor:
     return images + (images.detach().clamp(0, 1) - images.detach())
 
 
-def clip_pixels(images: Tensor, size: int) -> Tensor:
-    """``[B, 3, H, W]`` in [0, 1] -> ``[B, 3, size, size]`` for CLIP-like towers: resize shortest edge, centre crop, normalise."""
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """``[B, 3, H, W]`` in [0, 1] -> ``[B, 3, height, width]`` in [0, 1], float32: PIL's bicubic without its rounding to 8 bits."""
     images = images.float()
-    height, width = images.shape[-2:]
-    if min(height, width) != size:
-        scale = size / min(height, width)
-        target = (max(size, round(height * scale)), max(size, round(width * scale)))
-        images = F.interpolate(images, target, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
-    images = images[..., top : top + size, left : left + size]
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """``[B, 3, H, W]`` in [0, 1] to the units that CLIP and BLIP were trained in."""
     mean = torch.tensor(OPENAI_MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(OPENAI_STD, device=images.device).view(3, 1, 1)
     return (images - mean) / std
+
+
+def clip_pixels(images: Tensor, size: int) -> Tensor:
+    """``[B, 3, H, W]`` in [0, 1] -> ``[B, 3, size, size]`` for CLIP-like towers: resize shortest edge, centre crop, normalise.
+
+    The long edge is cut to whole pixels, as torchvision's Resize and transformers' CLIPImageProcessor do.
+    """
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    images = resize(images, size * height // short, size * width // short)
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return normalise(images[..., top : top + size, left : left + size])
+
+
+def padded_pixels(images: Tensor, size: int) -> Tensor:
+    """``[B, 3, H, W]`` in [0, 1] -> ``[B, 3, size, size]`` as HPSv2 does: resize longest edge, pad with black, normalise.
+
+    The odd row or column of padding goes to the bottom or right.
+    """
+    height, width = images.shape[-2:]
+    scale = size / max(height, width)
+    images = resize(images, max(1, round(height * scale)), max(1, round(width * scale)))
+    down, right = size - images.shape[-2], size - images.shape[-1]
+    images = F.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2))
+    return normalise(images)

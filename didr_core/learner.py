@@ -299,18 +299,23 @@ class _Pass:
 
     @torch.no_grad()
     def watch(self, x0: Tensor) -> None:
-        """Log the reward of the generator's own pictures."""
-        self.metrics["reward/gain"], self.metrics["reward/raw"], images = self._reward(x0)
+        """Log the reward of the generator's own pictures; of a composite, ``reward/<part>/raw|scaled|weighted`` too."""
+        self.metrics["reward/gain"], self.metrics["reward/raw"], images = self._reward(x0, log=True)
         self.metrics["image/clipped"] = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
 
-    def _reward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _reward(self, latent: Tensor, log: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Standardised and raw reward ``[M * B]``, and the pictures."""
         learner, batch = self.learner, self.batch
         assert learner.reward is not None, "the algorithm declares needs_reward"
         times = len(latent) // len(batch)
         inputs = {k: v.repeat(times, *([1] * (v.dim() - 1))) for k, v in batch.reward_inputs.items()}
         images = learner.backbone.decode(latent)
-        raw = learner.reward.score(images, inputs)
+        details = getattr(learner.reward, "details", None) if log else None
+        if details:
+            raw, parts = details(images, inputs)
+            self.metrics |= {f"reward/{name}": value for name, value in parts.items()}
+        else:
+            raw = learner.reward.score(images, inputs)
         baseline = torch.zeros_like(raw) if batch.baseline is None else batch.baseline.repeat(times)
         return (raw - baseline) / learner.scale.value, raw, images
 

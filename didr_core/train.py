@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from didr_core import config as configs
-from didr_core import state
+from didr_core import scales, state
 from didr_core.alarms import Alarms
 from didr_core.config import Config
 from didr_core.contracts import Batch, DIDRError, StepReport
@@ -137,6 +137,10 @@ def train(
     """
     observer = observer or Observer()
     torch.set_num_threads(config.train.threads)
+    if scales.missing(config):
+        observer.stage("measuring the scales of the reward's parts")
+        config = scales.resolve(config)
+        run.write_config(config)
     observer.stage("loading networks")
     learner = Learner(config, device=device_of(config))
     journal = Journal(run, config, learner, index.fingerprint)

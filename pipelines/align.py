@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from didr_core import config as configs
+from didr_core import scales
 from didr_core.config import Config
 from didr_core.contracts import DIDRError, StepReport
 from didr_core.data import PromptIndex
@@ -196,10 +197,29 @@ def _on_ray(
         if verbose:
             board.progress.console.print(fit.table())
         board.started(run, config, run.last_step())
+        if scales.missing(config):
+            board.stage("measuring the scales of the reward's parts")
+            config = _with_scales(config, fit.cluster)
+            run.write_config(config)
         from pipelines.watch import Follower
 
         with Follower(run, board, run.last_step()):
             _fit_until_done(config, run, index, board, fit.cluster)
+
+
+def _with_scales(config: Config, view: ClusterView) -> Config:
+    """:func:`didr_core.scales.resolve` where reward models run: this process may have no GPU."""
+    import ray
+
+    need = reward_need(config.workers, view)
+    task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus or None, resources=dict(need.custom) or None)
+    try:
+        resolved: Config = ray.get(task(scales.resolve).remote(config))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, DIDRError):
+            raise error.cause from None
+        raise
+    return resolved
 
 
 def _fit_until_done(config: Config, run: RunFolder, index: PromptIndex, board: Board, view: ClusterView) -> None:

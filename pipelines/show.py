@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -104,10 +104,22 @@ def _components(config: Config) -> Table:
 
 def _weights(component: Any) -> str:
     found = []
-    for key, value in component.model_dump().items():
+    for key, value in _leaves(component.model_dump()):
         if isinstance(value, str) and key != "name" and ("/" in value or "://" in value):
             found.append(f"{key}: {value}" + ("" if locate(value).exists() else " (missing)"))
     return "\n".join(found)
+
+
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """``(a.0.b, value)`` of a nested component's options; the name of a part is not an option."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _leaves(value, f"{key}.{name}" if key else name) if name != "name" else ()
+    elif isinstance(tree, list | tuple):
+        for number, value in enumerate(tree):
+            yield from _leaves(value, f"{key}.{number}")
+    else:
+        yield key, tree
 
 
 def _processes(config: Config) -> Table:

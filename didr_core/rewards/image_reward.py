@@ -1,13 +1,15 @@
-"""ImageReward (arXiv 2304.05977): BLIP's picture tokens cross-attended by its text encoder, an MLP on [CLS], standardised.
+"""ImageReward (arXiv 2304.05977): BLIP's picture tokens cross-attended by its text encoder, a linear head on [CLS], standardised.
 
-Folder layout: ``vision/`` (BlipVisionModel), ``text/`` (BlipTextModel), ``head.safetensors`` (``layers.N.weight/bias``,
-linear layers without activations, as published), tokenizer files, ``reward.json`` (``mean``, ``std``, ``max_length``).
+Two layouts. The published ``ImageReward.pt`` (``THUDM/ImageReward``), with ``tokenizer`` naming a folder of bert-base-uncased's tokenizer.
+Or a folder of ours: ``vision/`` (BlipVisionModel), ``text/`` (BlipTextModel), ``head.safetensors`` (``layers.N.weight/bias``), tokenizer
+files, ``reward.json`` (``mean``, ``std``, ``max_length``). Scores are standardised with the published mean and deviation.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,13 @@ from torch import Tensor, nn
 from didr_core.config import Component, locate
 from didr_core.contracts import DIDRError, Tensors
 from didr_core.images import clip_pixels
-from didr_core.weights import check_folder, quiet
+from didr_core.rewards import _blip
+from didr_core.rewards._head import linear_head, linear_layers
+from didr_core.weights import check_folder, check_model, check_tokenizer, find_file, load_pretrained, quiet, read_state
+
+FILE = "ImageReward.pt"
+PUBLISHED = {"mean": 0.16717362830052426, "std": 1.0333394966054072, "max_length": 35}
+"""Constants of upstream's ImageReward.py."""
 
 
 class ImageReward:
@@ -25,59 +33,73 @@ class ImageReward:
     differentiable = True
 
     class Config(Component):
-        """`path`: a folder in the layout above."""
+        """`path`: the published file, or a folder with it, or a folder in our layout. `tokenizer`: folder of its tokenizer, by default the
+        folder of `path`."""
 
         name: str = "image_reward"
         path: str
+        tokenizer: str | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.folder = locate(config.path)
+        self.path = locate(config.path)
         self._vision: Any = None
         self._text: Any = None
         self._tokenizer: Any = None
         self._head: nn.Sequential | None = None
         self._settings: dict[str, Any] = {}
 
+    @property
+    def published(self) -> bool:
+        """Whether `path` is upstream's single file (or a folder with it)."""
+        return not (self.path / "vision").is_dir() and (self.path.is_file() or (self.path / FILE).is_file())
+
     def check(self) -> None:
-        """Raises DIDRError unless the folder has the layout above."""
-        check_folder("image_reward path", self.folder / "vision", "config.json", "model_type", ("blip_vision_model",))
-        check_folder("image_reward path", self.folder / "text", "config.json", "model_type", ("blip_text_model",))
-        for file in ("head.safetensors", "reward.json"):
-            if not (self.folder / file).is_file():
-                raise DIDRError(
-                    f"image_reward path={str(self.folder)!r}: {file} is missing; see the layout in didr_core/rewards/image_reward.py."
-                )
+        """Raises DIDRError unless `path` is whole, in one of the two layouts. Reads no weights."""
+        if self.published:
+            file = find_file("reward.path", self.path, [FILE])
+            _blip.check(file, read_state("reward.path", file))
+            check_tokenizer("reward.tokenizer", self._tokenizer_folder())
+            return
+        if not self.path.is_dir():
+            find_file("reward.path", self.path, [FILE])
+        check_model("reward.path", self.path / "vision", ("blip_vision_model",))
+        check_model("reward.path", self.path / "text", ("blip_text_model",))
+        head = find_file("reward.path", self.path, ["head.safetensors"])
+        linear_layers("reward.path", head, read_state("reward.path", head))
+        settings = check_folder("reward.path", self.path, "reward.json", "max_length", [*range(1, 513)])
+        if not all(isinstance(settings.get(k), int | float) for k in ("mean", "std")) or not settings["std"]:
+            raise DIDRError(
+                f"reward.path={str(self.path)!r}: reward.json says {settings}; expected mean, and std above 0."
+            )
+        check_tokenizer("reward.tokenizer", self._tokenizer_folder())
 
     def load(self, device: torch.device | str = "cpu") -> None:
-        """Load towers, head and tokenizer, frozen."""
-        from safetensors.torch import load_file
+        """Load towers, head and tokenizer, frozen, float32."""
         from transformers import AutoTokenizer, BlipVisionModel
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         self.check()
         quiet()
-        self._settings = json.loads((self.folder / "reward.json").read_text())
-        self._vision = (
-            BlipVisionModel.from_pretrained(self.folder / "vision", dtype=torch.float32)
-            .to(device)
-            .eval()
-            .requires_grad_(False)
-        )
-        text = BlipTextModel.from_pretrained(self.folder / "text", add_pooling_layer=False, dtype=torch.float32)
-        self._text = text.to(device).eval().requires_grad_(False)
-        self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        weights = load_file(self.folder / "head.safetensors")
-        keys = sorted((k for k in weights if k.endswith(".weight")), key=lambda k: int(k.split(".")[-2]))
-        layers: list[nn.Module] = []
-        for key in keys:
-            out_features, in_features = weights[key].shape
-            layer = nn.Linear(in_features, out_features)
-            layer.load_state_dict(
-                {"weight": weights[key].float(), "bias": weights[key.replace("weight", "bias")].float()}
+        if self.published:
+            file = find_file("reward.path", self.path, [FILE])
+            state = read_state("reward.path", file)
+            self._settings = dict(PUBLISHED)
+            vision, text = _blip.convert(state)
+            head = linear_head("reward.path", file, state, "mlp.layers.")
+        else:
+            self._settings = json.loads((self.path / "reward.json").read_text())
+            vision = load_pretrained("reward.path", BlipVisionModel, self.path / "vision")
+            text = load_pretrained("reward.path", BlipTextModel, self.path / "text", add_pooling_layer=False)
+            file = self.path / "head.safetensors"
+            head = linear_head("reward.path", file, read_state("reward.path", file))
+        self._vision, self._text, self._head = vision.to(device), text.to(device), head.to(device)
+        self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_folder())
+        if len(self._tokenizer) > text.config.vocab_size:
+            raise DIDRError(
+                f"reward.tokenizer={str(self._tokenizer_folder())!r}: has {len(self._tokenizer)} tokens, the text tower "
+                f"{text.config.vocab_size}. Expected the tokenizer that the model was trained with (bert-base-uncased)."
             )
-            layers.append(layer)
-        self._head = nn.Sequential(*layers).to(device).eval().requires_grad_(False)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """``{"ids": [B, L], "mask": [B, L]}``."""
@@ -100,11 +122,16 @@ class ImageReward:
         tokens = self._vision(pixel_values=pixels).last_hidden_state
         seen = torch.ones(tokens.shape[:-1], dtype=torch.long, device=tokens.device)
         out = self._text(
-            input_ids=inputs["ids"],
-            attention_mask=inputs["mask"],
+            input_ids=inputs["ids"].to(tokens.device),
+            attention_mask=inputs["mask"].to(tokens.device),
             encoder_hidden_states=tokens,
             encoder_attention_mask=seen,
             return_dict=True,
         )
-        raw = self._head(out.last_hidden_state[:, 0].float()).squeeze(-1)
+        raw: Tensor = self._head(out.last_hidden_state[:, 0].float()).squeeze(-1)
         return (raw - self._settings["mean"]) / self._settings["std"]
+
+    def _tokenizer_folder(self) -> Path:
+        if self.config.tokenizer:
+            return locate(self.config.tokenizer)
+        return self.path.parent if self.path.is_file() else self.path

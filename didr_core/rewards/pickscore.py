@@ -1,76 +1,41 @@
 """PickScore (arXiv 2305.01569): ``exp(logit_scale) cos(image, text)`` of a transformers ``CLIPModel`` trained on pairs of pictures.
 
-Published weights: ``yuvalkirstain/PickScore_v1`` (scores about 22). The bundled world's taste reward is the same class at toy size.
+Published weights: ``yuvalkirstain/PickScore_v1`` (scores about 22), whose tokenizer is that of ``laion/CLIP-ViT-H-14-laion2B-s32B-b79K``.
+The bundled world's taste reward is the same class at toy size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from didr_core.config import Component, locate
-from didr_core.contracts import DIDRError, Tensors
-from didr_core.images import clip_pixels
-from didr_core.weights import check_folder, quiet
+from didr_core.rewards._clip import ClipReward, check_clip, load_clip
 
 
-class PickScore:
+class PickScore(ClipReward):
     """A differentiable reward; text features are made once per prompt by reward-model actors."""
 
-    differentiable = True
-
     class Config(Component):
-        """`path`: a CLIPModel folder with its tokenizer."""
+        """`path`: a CLIPModel folder. `tokenizer`: folder of its tokenizer, by default the same."""
 
         name: str = "pickscore"
         path: str
+        tokenizer: str | None = None
 
     def __init__(self, config: Config) -> None:
-        self.config = config
         self.folder = locate(config.path)
-        self._model: Any = None
-        self._tokenizer: Any = None
+        self.tokenizer = locate(config.tokenizer or config.path)
 
     def check(self) -> None:
-        """Raises DIDRError unless the folder holds a CLIPModel."""
-        check_folder("reward.path", self.folder, "config.json", "model_type", ("clip",))
+        """Raises DIDRError unless the folders hold a whole CLIPModel and a tokenizer."""
+        check_clip(self.folder, self.tokenizer)
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Load model and tokenizer, frozen."""
-        from transformers import AutoTokenizer, CLIPModel
+        self._towers = load_clip(self.folder, self.tokenizer, device)
 
-        self.check()
-        quiet()
-        self._model = (
-            CLIPModel.from_pretrained(self.folder, dtype=torch.float32).to(device).eval().requires_grad_(False)
-        )
-        self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
-
-    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """``{"text": [B, D]}``, unit length."""
-        model = self._loaded()
-        length = model.config.text_config.max_position_embeddings
-        tokens = self._tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).to(model.device)
-        with torch.no_grad():
-            features = model.get_text_features(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            ).pooler_output
-        return {"text": F.normalize(features.float(), dim=-1)}
-
-    def score(self, images: Tensor, inputs: Tensors) -> Tensor:
-        """Scores ``[B]`` on PickScore's scale."""
-        model = self._loaded()
-        pixels = clip_pixels(images, model.config.vision_config.image_size)
-        features = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
-        return model.logit_scale.exp() * (features * inputs["text"]).sum(-1)
-
-    def _loaded(self) -> Any:
-        if self._model is None:
-            raise DIDRError("reward pickscore: load() comes before prepare() and score()")
-        return self._model
+    def factor(self) -> Tensor:
+        """The trained temperature, 100 in the published weights."""
+        scale: Tensor = self.towers.model.logit_scale.exp()
+        return scale

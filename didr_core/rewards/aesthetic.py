@@ -1,0 +1,80 @@
+"""LAION's aesthetic predictor, version 2 (improved-aesthetic-predictor): a linear head on unit-length picture features of CLIP ViT-L/14.
+
+Scores are on the 1 to 10 of the people who rated its training pictures, not bounded to it. The prompt is not looked at, so that alone it
+rewards one pretty picture for everything: use it as a part of a composite, or as a judge. Published weights:
+``sac+logos+ava1-l14-linearMSE.pth`` and ``openai/clip-vit-large-patch14``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from didr_core.config import Component, locate
+from didr_core.contracts import DIDRError, Tensors
+from didr_core.images import clip_pixels
+from didr_core.rewards._head import linear_head, linear_layers
+from didr_core.weights import check_model, find_file, load_pretrained, read_state
+
+FILE = "sac+logos+ava1-l14-linearMSE.pth"
+
+
+class Aesthetic:
+    """A differentiable reward without text."""
+
+    differentiable = True
+
+    class Config(Component):
+        """`path`: the published head, or a folder with it. `clip`: folder of the CLIPModel that it was trained on."""
+
+        name: str = "aesthetic"
+        path: str
+        clip: str
+
+    def __init__(self, config: Config) -> None:
+        self.path, self.folder = locate(config.path), locate(config.clip)
+        self._vision: Any = None
+        self._head: nn.Sequential | None = None
+
+    def check(self) -> None:
+        """Raises DIDRError unless the head is whole and fits the CLIP. Reads no weights but the head's."""
+        self._checked()
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Load picture tower and head, frozen, float32; the text tower is left out."""
+        from transformers import CLIPVisionModelWithProjection
+
+        state, file = self._checked()
+        self._head = linear_head("reward.path", file, state).to(device)
+        self._vision = load_pretrained("reward.clip", CLIPVisionModelWithProjection, self.folder).to(device)
+
+    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Nothing: ``{}``."""
+        return {}
+
+    def score(self, images: Tensor, inputs: Tensors) -> Tensor:
+        """Scores ``[B]``, about 1 to 10."""
+        if self._head is None:
+            raise DIDRError("reward aesthetic: load() comes before score()")
+        pixels = clip_pixels(images, self._vision.config.image_size)
+        features = self._vision(pixel_values=pixels).image_embeds.float()
+        scores: Tensor = self._head(F.normalize(features, dim=-1)).squeeze(-1)
+        return scores
+
+    def _checked(self) -> tuple[dict[str, Tensor], Any]:
+        file = find_file("reward.path", self.path, [FILE])
+        state = read_state("reward.path", file)
+        width = linear_layers("reward.path", file, state)[0][1][1]
+        content = check_model("reward.clip", self.folder, ("clip", "clip_vision_model"), ("visual_projection.weight",))
+        vision = content.get("vision_config") or {}
+        gives = vision.get("projection_dim") or content.get("projection_dim") or 512  # transformers' own default
+        if gives != width:
+            raise DIDRError(
+                f"reward.clip={str(self.folder)!r}: its picture features have {gives} numbers, the head {file.name} takes {width}. "
+                "Expected the CLIP that the head was trained on (openai/clip-vit-large-patch14: 768)."
+            )
+        return state, file

@@ -1,0 +1,130 @@
+"""Several rewards at once: ``r = sum_i weight_i * raw_i / scale_i``.
+
+``scale_i`` is a fixed number: part i's standard deviation over pictures that the *starting* generator makes for one prompt, pooled over
+prompts; where the recipe gives none it is measured once, before training, and written into the run's config (:mod:`didr_core.scales`).
+Why fixed, and why this one:
+
+- ``raw / scale`` puts PickScore's 22 and HPSv2's 30 on one axis, so that equal weights pull equally hard, whatever the units.
+- A composite is then a reward like any other: the same formula on every worker, in the held-out scores and after a resume.
+- Its own baseline and spread are measured as for any reward (:class:`didr_core.feed.RewardPreparer`), so that ``drp.beta`` stays what it
+  is: the temperature in standard deviations of the starting generator's *whole* reward. Only the ratios of weights matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, SerializeAsAny, field_validator
+from torch import Tensor
+
+from didr_core.config import Component, Strict, build, component
+from didr_core.contracts import DIDRError, Tensors
+
+
+class Part(Strict):
+    """One reward of a composite. A negative weight pushes it down."""
+
+    weight: float = 1.0
+    reward: Annotated[SerializeAsAny[Component], component("rewards")]
+    scale: float | None = Field(
+        None, gt=0, description="its standard deviation within a prompt; none = measured at start"
+    )
+
+    @field_validator("reward")
+    @classmethod
+    def _plain(cls, value: Component) -> Component:
+        if isinstance(value, Composite.Config):
+            raise ValueError("a composite inside a composite: list its parts here instead")
+        return value
+
+    @field_validator("weight")
+    @classmethod
+    def _counts(cls, value: float) -> float:
+        if not value:
+            raise ValueError("weight=0: such a part is computed for nothing; leave it out")
+        return value
+
+
+class Composite:
+    """A weighted sum of standardised rewards; differentiable where all its parts are."""
+
+    class Config(Component):
+        """`parts`: at least one. `measure_prompts`: training prompts that missing scales are measured on."""
+
+        name: str = "composite"
+        parts: tuple[Part, ...] = Field(min_length=1)
+        measure_prompts: int = Field(64, ge=2)
+
+    def __init__(self, config: Config) -> None:
+        self.parts = config.parts
+        self.names = part_names(config)
+        self.rewards = [build("rewards", part.reward) for part in config.parts]
+        self.differentiable = all(reward.differentiable for reward in self.rewards)
+
+    def check(self) -> None:
+        """Raises DIDRError with the part that is not what the config says."""
+        for number, (part, reward) in enumerate(zip(self.parts, self.rewards, strict=True)):
+            try:
+                getattr(reward, "check", lambda: None)()
+            except DIDRError as error:
+                raise DIDRError(f"reward.parts[{number}] ({part.reward.name}): {error}") from error
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Load every part."""
+        for reward in self.rewards:
+            reward.load(device)
+
+    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the parts prepare, as ``"<number>/<name>"``."""
+        return {f"{n}/{k}": v for n, reward in enumerate(self.rewards) for k, v in reward.prepare(prompts).items()}
+
+    def raw(self, images: Tensor, inputs: Tensors) -> dict[str, Tensor]:
+        """The parts' own scores ``{name: [B]}``, on their published scales."""
+        scores = {}
+        for n, (name, reward) in enumerate(zip(self.names, self.rewards, strict=True)):
+            own = {k.removeprefix(f"{n}/"): v for k, v in inputs.items() if k.startswith(f"{n}/")}
+            scores[name] = reward.score(images, own).float()
+        return scores
+
+    def score(self, images: Tensor, inputs: Tensors) -> Tensor:
+        """``sum_i weight_i raw_i / scale_i``, ``[B]``.
+
+        Raises:
+            DIDRError: a part has no scale.
+        """
+        return self.details(images, inputs)[0]
+
+    def details(self, images: Tensor, inputs: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`score`; and for the logs, ``[B]`` each: ``<part>/raw``, ``<part>/scaled`` (raw / scale), ``<part>/weighted``."""
+        log: dict[str, Tensor] = {}
+        total: Tensor | float = 0.0
+        for part, (name, raw) in zip(self.parts, self.raw(images, inputs).items(), strict=True):
+            if part.scale is None:
+                raise DIDRError(
+                    f"reward.parts: {name} has scale=None. `didr align` measures it at start; elsewhere set the scale that is in the "
+                    "run's config.yaml."
+                )
+            scaled = raw / part.scale
+            weighted = part.weight * scaled
+            log |= {f"{name}/raw": raw, f"{name}/scaled": scaled, f"{name}/weighted": weighted}
+            total = total + weighted
+        assert isinstance(total, Tensor)
+        return total, log
+
+
+def part_names(config: Composite.Config) -> list[str]:
+    """A name for each part: its reward's (of a plug-in, the class's), numbered from the second of a name on."""
+    plain = [part.reward.name.rpartition(":")[2] for part in config.parts]
+    before = [plain[:n].count(name) for n, name in enumerate(plain)]
+    return [f"{name}_{count + 1}" if count else name for name, count in zip(plain, before, strict=True)]
+
+
+def with_scales(config: Composite.Config, scales: Sequence[Any]) -> Composite.Config:
+    """``config`` with ``scales`` in the parts that have none."""
+    parts = tuple(
+        part if part.scale is not None else part.model_copy(update={"scale": float(scale)})
+        for part, scale in zip(config.parts, scales, strict=True)
+    )
+    return config.model_copy(update={"parts": parts})
