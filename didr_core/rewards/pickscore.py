@@ -63,12 +63,17 @@ class PickScore:
             ).pooler_output
         return {"text": F.normalize(features.float(), dim=-1)}
 
-    def score(self, images: Tensor, inputs: Tensors) -> Tensor:
-        """Scores ``[B]`` on PickScore's scale."""
+    def features(self, images: Tensor) -> Tensor:
+        """Picture features ``[B, D]``, not normalised, of pictures ``[B, 3, H, W]`` in [0, 1]."""
         model = self._loaded()
         pixels = clip_pixels(images, model.config.vision_config.image_size)
-        features = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
-        return model.logit_scale.exp() * (features * inputs["text"]).sum(-1)
+        pooled: Tensor = model.get_image_features(pixel_values=pixels).pooler_output
+        return pooled.float()
+
+    def score(self, images: Tensor, inputs: Tensors) -> Tensor:
+        """Scores ``[B]`` on PickScore's scale."""
+        features = F.normalize(self.features(images), dim=-1)
+        return self._loaded().logit_scale.exp() * (features * inputs["text"]).sum(-1)  # type: ignore[no-any-return]
 
     def _loaded(self) -> Any:
         if self._model is None:
