@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from benchmarks.pareto_figure import save_fronts
 from benchmarks.tiny_world import markdown
 from didr_core import config as configs
 from didr_core.config import Config, build
-from didr_core.contracts import DIDRError, Tensors
+from didr_core.contracts import Batch, DIDRError, Tensors
 from didr_core.feed import LocalFeed
 from didr_core.finish import exported, heldout
 from didr_core.learner import Learner
@@ -120,9 +120,10 @@ def calibrate(
     missing = [m for m in methods if m not in known]
     if not missing:
         return known
-    runs = []
+    base = configs.load(recipe, overrides)
+    torch.set_num_threads(base.train.threads)
+    runs: list[tuple[str, Learner, Iterator[Batch], list[float]]] = []
     for method in missing:
-        base = configs.load(recipe, overrides)
         plan = [*overrides, "workers.train=1", f"train.steps={SETTLE + steps}", *METHODS[method].settings(base, 1.0)]
         config = configs.load(recipe, plan)
         runs.append((method, Learner(config), iter(LocalFeed(config)), []))
@@ -180,7 +181,7 @@ class Judges:
         self.backbone = build("backbones", config.backbone)
         self.backbone.load_text()
         self.backbone.load_decoder()
-        self.reward, self.judge = build("rewards", config.reward), build("rewards", config.judge)
+        self.reward, self.judge = build("rewards", config.reward), build("rewards", config.judge)  # type: ignore[arg-type]
         self.reward.load()
         self.judge.load()
 
@@ -207,7 +208,7 @@ class Judges:
         measured = {**scores.arrays[contestant.name], "features": features[None]}
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part.npz")
-        np.savez_compressed(part, wanted=np.array(wanted), **measured)
+        np.savez_compressed(part, wanted=np.array(wanted), **measured)  # type: ignore[arg-type]
         os.replace(part, file)
         return measured
 
