@@ -44,7 +44,7 @@ from didr_core.finish import exported, heldout
 from didr_core.learner import Learner
 from didr_core.picture_cache import fingerprint
 from didr_core.registry import find
-from didr_core.scoreboard import provenance, title
+from didr_core.scoreboard import describe, provenance
 from didr_core.scores import Contestant, one_step_contestant, score_models, teacher_contestant
 
 Overrides = list[str]
@@ -249,7 +249,7 @@ def fronts(summary: dict[str, dict[str, Array]], methods: dict[str, list[str]]) 
 
 def tables(tree: dict[str, Any]) -> str:
     """Markdown: hypervolumes by method, then every point."""
-    header = ["method", *(f"{title(p['gain'])} / {title(p['fidelity'])}" for p in tree["fronts"])]
+    header = ["method", *(f"{describe(p['gain']).title} / {describe(p['fidelity']).title}" for p in tree["fronts"])]
     rows = []
     for method in tree["methods"]:
         found = [p["methods"][method]["hypervolume"] for p in tree["fronts"]]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from didr_core.scoreboard import title
+from didr_core.scoreboard import describe
 from pipelines.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION
 
 COLOURS = {
@@ -64,8 +64,10 @@ def _panel(axes: Any, panel: Mapping[str, Any], tree: Mapping[str, Any]) -> None
             axes.plot([], [], mark, color=colour, markersize=9, label=label)
     if fidelity in SMALLER:
         axes.invert_xaxis()
-    axes.set_xlabel(title(fidelity) + (" (less is better)" if fidelity in SMALLER else ""), fontsize=12, color=INK)
-    axes.set_ylabel(title(gain), fontsize=12, color=INK)
+    axes.set_xlabel(
+        describe(fidelity).title + (" (less is better)" if fidelity in SMALLER else ""), fontsize=12, color=INK
+    )
+    axes.set_ylabel(describe(gain).title, fontsize=12, color=INK)
     axes.tick_params(labelsize=11, colors=INK)
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
