@@ -5,7 +5,7 @@ them. An alarm is advice, it never stops a run. What it cannot see (a held-out m
 measured at the end: see :mod:`didr_core.scores`.
 
 Metrics read, all optional: ``reward/gain`` (in standard deviations of the start), ``latent/mean``, ``latent/std``, ``image/clipped``,
-``drs/ratio``, ``drs/cosine``, ``drs/clipped``, ``loss/assistant``, ``grad/generator``.
+``drs/ratio``, ``drs/cosine`` (or ``reward/ratio``, ``reward/cosine``), ``drs/clipped``, ``loss/assistant``, ``grad/generator``.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _latent_spread(v: View) -> bool:
 
 
 def _away(v: View) -> bool:
-    return v.now.get("drs/ratio", 0.0) * v.now.get("drs/cosine", 0.0) < -v.limits.away_from_reference
+    pulls = (v.now.get(f"{part}/ratio", 0.0) * v.now.get(f"{part}/cosine", 0.0) for part in ("drs", "reward"))
+    return min(pulls) < -v.limits.away_from_reference
 
 
 ALARMS: tuple[Alarm, ...] = (
@@ -96,8 +97,8 @@ ALARMS: tuple[Alarm, ...] = (
     ),
     Alarm(
         "away-from-reference",
-        "Reward and matching disagree and reward wins (drs/ratio x drs/cosine below -{away_from_reference:g}; -1 is balance): "
-        "the update leads away from the reference. Raise drp.beta, or set drp.clip.",
+        "Reward and matching disagree and reward wins (ratio x cosine below -{away_from_reference:g}; -1 is balance): "
+        "the update leads away from the reference. Raise drp.beta or set drp.clip; for other algorithms lower algorithm.weight.",
         _away,
     ),
     Alarm(

@@ -248,9 +248,15 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        needs = registry.find("algorithms", self.algorithm.name).needs_reward
-        if needs and self.reward is None:
+        method = registry.find("algorithms", self.algorithm.name)
+        if method.needs_reward and self.reward is None:
             raise ValueError(f"reward: algorithm {self.algorithm.name!r} needs one, got none; name one, e.g. pickscore")
+        gradient = getattr(method, "needs_reward_gradient", False)
+        if gradient and self.reward and not registry.find("rewards", self.reward.name).differentiable:
+            raise ValueError(
+                f"reward.name={self.reward.name!r}: has no gradient, which algorithm {self.algorithm.name!r} needs; name a"
+                " differentiable reward, or say algorithm=didr and drp.estimator=importance"
+            )
         if self.train.batch % self.workers.train:
             raise ValueError(
                 f"train.batch={self.train.batch} does not divide by workers.train={self.workers.train}; every worker takes an equal share"
@@ -267,12 +273,15 @@ class Config(Strict):
         """Sizes that follow from the rest."""
         share = self.train.batch // self.workers.train
         micro = self.train.micro_batch or share
+        method = registry.find("algorithms", self.algorithm.name)
+        assistant_updates = self.train.assistant_updates if getattr(method, "needs_assistant", True) else 0
         return Sizes(
             share=share,
             micro_batch=micro,
             accumulation=share // micro,
             total_prompts=self.train.batch * self.train.steps,
-            updates_per_step=self.train.assistant_updates + 1,
+            assistant_updates=assistant_updates,
+            updates_per_step=assistant_updates + 1,
         )
 
 
@@ -283,6 +292,7 @@ class Sizes(Strict):
     micro_batch: int
     accumulation: int
     total_prompts: int
+    assistant_updates: int  # 0 where the algorithm needs no TA
     updates_per_step: int
 
 

@@ -211,7 +211,11 @@ class GeneratorContext(Protocol):
 
 
 class Algorithm(Protocol):
-    """One method: its equations and nothing else. One file each in `algorithms/`."""
+    """One method: its equations and nothing else. One file each in `algorithms/`.
+
+    Two more flags may be left out: `needs_reward_gradient` (default False: the reward may be a black box) and `needs_assistant` (default
+    True; False = the TA is not trained).
+    """
 
     needs_reward: bool
 

@@ -72,9 +72,10 @@ class Learner:
         if self.reward is not None:
             self.scale.update(batch.spread, self.parallel)
         metrics: dict[str, float] = {}
-        for k in range(self.config.train.assistant_updates):
+        assistant_updates = self.config.sizes.assistant_updates
+        for k in range(assistant_updates):
             metrics |= self._update_assistant(batch, noise, f"ta{k}")
-        if self.step_count >= self.config.train.assistant_warmup:
+        if self.step_count >= self.config.train.assistant_warmup or not assistant_updates:
             metrics |= self._update_generator(batch, noise)
         self.step_count += 1
         return StepReport(self.step_count, metrics)
@@ -111,8 +112,9 @@ class Learner:
         metrics = self._apply(
             "generator", batch, loss, self.generator_net, self.generator_opt, self.config.generator, extra
         )
-        if "drs/rms" in metrics:
-            metrics["drs/ratio"] = metrics["drs/rms"] / max(metrics["matching/rms"], 1e-12)
+        for part in ("drs", "reward"):  # a ratio of means: single samples may match perfectly
+            if f"{part}/rms" in metrics:
+                metrics[f"{part}/ratio"] = metrics[f"{part}/rms"] / max(metrics["matching/rms"], 1e-12)
         with torch.no_grad():
             decay = min(self.config.train.ema, (1 + self.step_count) / (10 + self.step_count))
             for mean, value in zip(self.ema_net.parameters(), self.generator_net.parameters(), strict=True):

@@ -46,3 +46,29 @@ def clip_rms(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     size = rms(x)
     factor = (limit / size.clamp_min(1e-12)).clamp_max(1)
     return x * factor.view(-1, *([1] * (x.dim() - 1))), (factor < 1).float()
+
+
+def pseudo_huber(y: Tensor, c: float) -> Tensor:
+    """``d(y) = sqrt(mean y^2 + c^2) - c`` per sample ``[B]``; ``y [B, ...]`` and ``c`` in the same unit (arXiv 2410.16794, section 3.3)."""
+    return (per_sample(y.square()) + c**2).sqrt() - c
+
+
+def score_divergence(x0: Tensor, assistant: Tensor, reference: Tensor, c: float) -> Tensor:
+    """SIM's tractable loss per sample ``[B]`` (arXiv 2410.16794): its gradient, not its value, is that of ``E d(D_psi - D~_ref)``.
+
+    With ``y = D_psi - D~_ref``: ``-d'(y)^T (s_psi - grad log q(x_t|x0))``, both scores written as x0 predictions, is
+    ``d'(y)^T (x0 - D_psi)``. All three ``[B, ...]`` carry their gradients through ``x_t``; the weights of the networks carry none.
+    """
+    y = assistant - reference
+    size = pseudo_huber(y, c) + c
+    return per_sample(y * (x0 - assistant)) / size
+
+
+def hinge(reward: Tensor, margin: float) -> Tensor:
+    """ReFL's loss ``max(0, margin - r) [B]``: a picture above the margin is left alone (arXiv 2304.05977, section 3)."""
+    return torch.relu(margin - reward)
+
+
+def linear(x0: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """``value [B]`` as a function of ``x0 [B, ...]`` whose gradient there is ``gradient [B, ...]``: a graph computed and freed before."""
+    return value + ((x0 - x0.detach()) * gradient).flatten(1).sum(1)

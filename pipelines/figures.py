@@ -150,7 +150,12 @@ PANELS = (
     Panel(
         "Reward against matching",
         "ratio, cosine (no unit)",
-        (("drs/ratio", "norm ratio DRS / matching", PURPLE), ("drs/cosine", "cosine", SKY)),
+        (
+            ("drs/ratio", "norm ratio DRS / matching", PURPLE),
+            ("drs/cosine", "cosine", SKY),
+            ("reward/ratio", "norm ratio reward / matching", PURPLE),
+            ("reward/cosine", "cosine", SKY),
+        ),
         zero="0",
     ),
     Panel(

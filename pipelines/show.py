@@ -27,7 +27,7 @@ def show(recipe: str, overrides: Sequence[str]) -> None:
     out = Console(highlight=False)
     text = yaml.safe_dump(configs.dump(config), sort_keys=False, allow_unicode=True)
     out.print(Syntax(text, "yaml", background_color="default") if out.is_terminal else text)
-    for table in (_sizes(config), _components(config), _processes(config)):
+    for table in (_algorithm(config), _sizes(config), _components(config), _processes(config)):
         out.print(table)
 
 
@@ -46,6 +46,23 @@ def show_known() -> None:
     out.print(table)
 
 
+def _algorithm(config: Config) -> Table:
+    """What the algorithm is, what it needs, and what its options mean."""
+    method = registry.find("algorithms", config.algorithm.name)
+    source = (inspect.getdoc(inspect.getmodule(method)) or "").split("\n\n")[0].replace("\n", " ")
+    table = _table(f"algorithm {config.algorithm.name}: {source}", "key", "value", "meaning")
+    for name, info in type(config.algorithm).model_fields.items():
+        if name != "name":
+            table.add_row(f"algorithm.{name}", str(getattr(config.algorithm, name)), info.description or "")
+    needs = {
+        "reward": method.needs_reward,
+        "its gradient": getattr(method, "needs_reward_gradient", False),
+        "teaching assistant": getattr(method, "needs_assistant", True),
+    }
+    table.add_row("needs", ", ".join(what for what, needed in needs.items() if needed), "")
+    return table
+
+
 def _sizes(config: Config) -> Table:
     sizes, train = config.sizes, config.train
     table = _table("sizes that follow", "what", "how many", "from")
@@ -55,7 +72,7 @@ def _sizes(config: Config) -> Table:
         "forward passes an update", f"{sizes.accumulation}", f"share {sizes.share} / micro-batch {sizes.micro_batch}"
     )
     table.add_row(
-        "updates a step", f"{sizes.updates_per_step}", f"{train.assistant_updates} of the TA, 1 of the generator"
+        "updates a step", f"{sizes.updates_per_step}", f"{sizes.assistant_updates} of the TA, 1 of the generator"
     )
     table.add_row("samples in the run", f"{sizes.total_prompts:,}", f"{train.steps} steps x {train.batch}")
     table.add_row(

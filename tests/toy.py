@@ -61,3 +61,9 @@ class Treacherous:
 
     def score(self, images: Tensor, inputs: Tensors) -> Tensor:
         return images.mean((1, 2, 3)) * inputs["factor"]
+
+
+class Opaque(Treacherous):
+    """A reward without a gradient: `toy:Opaque`."""
+
+    differentiable = False

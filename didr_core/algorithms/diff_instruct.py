@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pydantic import Field
 from torch import Tensor
 
 from didr_core import losses
@@ -15,10 +16,10 @@ class DiffInstruct:
     needs_reward = False
 
     class Config(Component):
-        """`normalize`: DMD's per-sample weight W, else 1."""
+        """`normalize`; see its description in `didr config show`."""
 
         name: str = "diff_instruct"
-        normalize: bool = True
+        normalize: bool = Field(True, description="DMD's weight W per sample; false = 1")
 
     def __init__(self, config: Config) -> None:
         self.config = config

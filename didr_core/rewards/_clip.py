@@ -40,11 +40,15 @@ class Towers:
         out = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return F.normalize(out.pooler_output.float(), dim=-1)
 
+    def features(self, images: Tensor) -> Tensor:
+        """Picture features ``[B, D]``, not normalised, of ``images [B, 3, H, W]`` in [0, 1]."""
+        pixels = self.pixels(images, self.model.config.vision_config.image_size)
+        pooled: Tensor = self.model.get_image_features(pixel_values=pixels).pooler_output
+        return pooled.float()
+
     def cosine(self, images: Tensor, text: Tensor) -> Tensor:
         """Cosines ``[B]`` of ``images [B, 3, H, W]`` in [0, 1] with unit-length ``text [B, D]``."""
-        pixels = self.pixels(images, self.model.config.vision_config.image_size)
-        features = self.model.get_image_features(pixel_values=pixels).pooler_output.float()
-        return (F.normalize(features, dim=-1) * text).sum(-1)
+        return (F.normalize(self.features(images), dim=-1) * text).sum(-1)
 
 
 class ClipReward:
@@ -56,6 +60,10 @@ class ClipReward:
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """``{"text": [B, D]}``, unit length."""
         return {"text": self.towers.text(prompts)}
+
+    def features(self, images: Tensor) -> Tensor:
+        """Picture features ``[B, D]``, not normalised: what a Fréchet distance is measured in."""
+        return self.towers.features(images)
 
     def score(self, images: Tensor, inputs: Tensors) -> Tensor:
         """Scores ``[B]`` on the published scale."""

@@ -114,6 +114,13 @@ class ImageReward:
         )
         return {"ids": tokens["input_ids"], "mask": tokens["attention_mask"]}
 
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features ``[B, D]`` of pictures ``[B, 3, H, W]`` in [0, 1], for feature distances."""
+        if self._vision is None:
+            raise DIDRError("reward image_reward: load() comes before features()")
+        pooled: Tensor = self._vision(pixel_values=clip_pixels(images, self._vision.config.image_size)).pooler_output
+        return pooled.float()
+
     def score(self, images: Tensor, inputs: Tensors) -> Tensor:
         """Scores ``[B]``, standardised as published."""
         if self._head is None:

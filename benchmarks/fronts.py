@@ -1,0 +1,105 @@
+"""The maths of `benchmarks.pareto`: Pareto fronts, hypervolume, a Fréchet distance, and all of them on bootstrap resamples. Pure numpy.
+
+Shape legend: ``P`` points (a method at one reward weight), ``T`` training seeds, ``S`` noise seeds, ``N`` captions, ``D`` features,
+``R`` resamples. Every resample draws captions and, apart from them, training seeds; all points share the draws, so comparisons are paired.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How often each caption ``[R, N]`` and training seed ``[R, T]`` is drawn; row 0 is the sample itself."""
+
+    captions: Array
+    trainings: Array
+
+    @classmethod
+    def make(cls, captions: int, trainings: int, resamples: int, seed: int = 0) -> Draws:
+        """``resamples`` draws after the sample itself."""
+        rng = np.random.default_rng(seed)
+        drawn = [
+            np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), resamples)]).astype(np.float64)
+            for n in (captions, trainings)
+        ]
+        return cls(*drawn)
+
+    def means(self, values: Array) -> Array:
+        """Mean of ``[T, S, N]`` over everything that is not NaN, on each resample: ``[R + 1]``. T = 1 serves any number of trainings."""
+        values = np.broadcast_to(values, (self.trainings.shape[1], *values.shape[1:]))
+        known = np.isfinite(values)
+        total, count = np.where(known, values, 0.0).sum(1), known.sum(1).astype(np.float64)  # [T, N]
+        sums = [np.einsum("rt,tn,rn->r", self.trainings, v, self.captions, optimize=True) for v in (total, count)]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(sums[0] / sums[1])
+
+    def distances(self, features: Array, reference: Array) -> Array:
+        """:func:`frechet` of ``features [T, S, N, D]`` and ``reference [1, S, N, D]`` on each resample, captions paired: ``[R + 1]``."""
+        out = []
+        for captions, trainings in zip(self.captions, self.trainings, strict=True):
+            seeds = trainings if len(features) > 1 else np.ones(1)
+            moments = []
+            for rows, weight in ((features, seeds), (reference, np.ones(1))):
+                share = np.broadcast_to(weight[:, None, None] * captions, rows.shape[:3]).reshape(-1)
+                moments.append(_moments(rows.reshape(-1, rows.shape[-1]), share))
+            out.append(frechet(*moments[0], *moments[1]))
+        return np.array(out)
+
+
+def _moments(rows: Array, share: Array) -> tuple[Array, Array]:
+    """Weighted mean ``[D]`` and covariance ``[D, D]`` of ``[M, D]``."""
+    share = share / share.sum()
+    mean = share @ rows
+    centred = rows - mean
+    return mean, (centred * share[:, None]).T @ centred
+
+
+def frechet(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
+    """``|m_a - m_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)``: squared Fréchet distance of two Gaussians (FID's formula)."""
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def front(points: Array) -> NDArray[np.int64]:
+    """Indices of the points ``[P, 2]`` (larger is better on both axes) that none dominates, by falling first coordinate."""
+    order = np.lexsort((-points[:, 1], -points[:, 0]))
+    kept, best = [], -np.inf
+    for i in order:
+        if points[i, 1] > best:
+            kept.append(int(i))
+            best = points[i, 1]
+    return np.array(kept, dtype=np.int64)
+
+
+def hypervolume(points: Array, worst: Array) -> float:
+    """Area that the points ``[P, 2]`` (larger is better) dominate above ``worst [2]``; points not above it on both axes add nothing."""
+    area, reached = 0.0, float(worst[1])
+    for x, y in points[front(points)]:
+        if x > worst[0] and y > reached:
+            area += float((x - worst[0]) * (y - reached))
+            reached = float(y)
+    return area
+
+
+def hypervolumes(gain: Array, fidelity: Array, worst: Array, best: Array) -> Array:
+    """Hypervolume ``[R + 1]`` of one method's points, gains and fidelities ``[P, R + 1]``, as a share of the box ``worst`` to ``best [2]``.
+
+    The box is fixed over resamples and methods, so that volumes compare; a resample may leave it, and then counts beyond 1.
+    """
+    points = (np.stack([gain, fidelity], -1) - worst) / np.maximum(best - worst, 1e-12)  # [P, R + 1, 2]
+    return np.array([hypervolume(points[:, r], np.zeros(2)) for r in range(points.shape[1])])
+
+
+def interval(values: Array) -> dict[str, float]:
+    """``values [R + 1]``: the sample's own, then resamples, to mean and 95 % interval."""
+    low, high = np.nanpercentile(values[1:], (2.5, 97.5)) if len(values) > 1 else (np.nan, np.nan)
+    return {key: float(f"{v:.6g}") for key, v in (("mean", values[0]), ("low", low), ("high", high))}

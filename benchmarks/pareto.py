@@ -1,0 +1,387 @@
+"""Do the rivals trade fidelity for reward better or worse than DIDR? Every method over a sweep of its reward weight, at equal wall-clock.
+
+    python -m benchmarks.pareto --seconds 240 --seeds 0 1 2 --jobs 2
+
+1. The seconds that a step takes are measured for all methods in turn, step by step, so that a change of the machine's load hits all alike;
+   `--seconds` then buys each method its own number of generator steps. Loading and evaluation do not count.
+2. Each (method, weight, seed) is one training of the recipe from the same start, in a process of its own (`didr_core.train`).
+3. Each is scored on the same held-out captions and noise: utility and held-out judge (gain) against strict accuracy, feature distance to
+   the guided teacher's pictures and diversity across noise seeds (fidelity).
+4. Fronts and hypervolumes per method, with 95 % intervals over captions and training seeds.
+
+A weight is a multiple of the method's own unit (:data:`METHODS`): for DIDR it divides the recipe's `drp.beta`. Everything finished in
+`--work` is kept: call again to go on. Writes ``pareto.json``, ``pareto.png`` and ``table.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.fronts import Array, Draws, front, hypervolumes, interval
+from benchmarks.pareto_figure import save_fronts
+from benchmarks.tiny_world import markdown
+from didr_core import config as configs
+from didr_core.config import Config, build
+from didr_core.contracts import Batch, DIDRError, Tensors
+from didr_core.feed import LocalFeed
+from didr_core.finish import exported, heldout
+from didr_core.learner import Learner
+from didr_core.picture_cache import fingerprint
+from didr_core.registry import find
+from didr_core.scoreboard import describe, provenance
+from didr_core.scores import Contestant, one_step_contestant, score_models, teacher_contestant
+
+Overrides = list[str]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a weight means for a method; without ``strength`` there is no reward and one training does for all weights."""
+
+    overrides: tuple[str, ...]
+    strength: Callable[[Config, float], str] | None = None
+
+    def settings(self, base: Config, weight: float) -> Overrides:
+        """Overrides of the training at ``weight``."""
+        return [*self.overrides, *([self.strength(base, weight)] if self.strength else [])]
+
+
+def _weight(name: str) -> Callable[[Config, float], str]:
+    unit = find("algorithms", name).Config.model_fields["weight"].default
+    return lambda _, weight: f"algorithm.weight={unit * weight:g}"
+
+
+METHODS: dict[str, Method] = {
+    "didr": Method(("algorithm=didr",), lambda base, weight: f"drp.beta={base.drp.beta / weight:g}"),
+    "diff_instruct_pp": Method(("algorithm=diff_instruct_pp",), _weight("diff_instruct_pp")),
+    "diff_instruct_star": Method(("algorithm=diff_instruct_star",), _weight("diff_instruct_star")),
+    "dmdr": Method(("algorithm=dmdr", "train.assistant_updates=5"), _weight("dmdr")),
+    "reward_only": Method(("algorithm=reward_only",), lambda _, weight: f"algorithm.margin={weight:g}"),
+    "diff_instruct": Method(("algorithm=diff_instruct",)),
+    "dmd2": Method(("algorithm=dmd2", "train.assistant_updates=5")),
+}
+WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
+GAINS = ("utility", "judge")
+FIDELITIES = ("strict", "feature_distance", "diversity")
+SMALLER_IS_BETTER = {"feature_distance"}
+SETTLE = 2  # first steps of a calibration, not counted
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training."""
+
+    method: str
+    weight: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"{self.label}-{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """The point of the sweep that it belongs to."""
+        return self.method if self.weight is None else f"{self.method}-{self.weight:g}"
+
+
+def points(methods: Sequence[str], weights: Sequence[float], seeds: Sequence[int]) -> list[Point]:
+    """All trainings, seed by seed, so that an interrupted benchmark is a smaller benchmark."""
+    return [
+        Point(method, weight, seed)
+        for seed in seeds
+        for method in methods
+        for weight in (weights if METHODS[method].strength else (None,))
+    ]
+
+
+def calibrate(
+    recipe: str, overrides: Sequence[str], methods: Sequence[str], steps: int, file: Path
+) -> dict[str, float]:
+    """Median seconds a step of each method, at weight 1; what ``file`` holds is not measured again."""
+    known: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+    missing = [m for m in methods if m not in known]
+    if not missing:
+        return known
+    base = configs.load(recipe, overrides)
+    torch.set_num_threads(base.train.threads)
+    runs: list[tuple[str, Learner, Iterator[Batch], list[float]]] = []
+    for method in missing:
+        plan = [*overrides, "workers.train=1", f"train.steps={SETTLE + steps}", *METHODS[method].settings(base, 1.0)]
+        config = configs.load(recipe, plan)
+        runs.append((method, Learner(config), iter(LocalFeed(config)), []))
+    for turn in range(SETTLE + steps):
+        for _, learner, batches, seconds in runs:
+            began = time.perf_counter()
+            learner.step(next(batches))
+            if turn >= SETTLE:
+                seconds.append(time.perf_counter() - began)
+    known |= {method: statistics.median(seconds) for method, _, _, seconds in runs}
+    _write(file, known)
+    return known
+
+
+def train(recipe: str, overrides: Sequence[str], point: Point, steps: int, base: Config, work: Path) -> Path:
+    """One training in a process of its own, resumed where an earlier call stopped; returns its export."""
+    folder = work / point.name
+    if (folder / "export" / "model_index.json").is_file():
+        return folder / "export"
+    command = [sys.executable, "-m", "didr_core.train"]
+    if (folder / "config.yaml").is_file():
+        command += ["--resume", str(folder)]
+    else:
+        settings = [*overrides, *METHODS[point.method].settings(base, point.weight or 1.0)]
+        settings += [f"seed={point.seed}", f"train.steps={steps}", "workers.train=1", "evaluation.prompts=0"]
+        command += ["--recipe", recipe, "--output", str(folder)]
+        command += list(itertools.chain.from_iterable(("--set", s) for s in settings))
+    began = time.time()
+    with (work / f"{point.name}.log").open("a") as log:
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+    print(f"{point.name}: {steps} steps in {time.time() - began:.0f} s", flush=True)
+    return folder / "export"
+
+
+class _Watched:
+    """The judge, keeping the features ``[B, D]`` of every batch of pictures that it scores: batch by batch, noise seed by noise seed."""
+
+    differentiable = False
+
+    def __init__(self, judge: Any) -> None:
+        self.judge, self.prepare, self.load, self.check = judge, judge.prepare, judge.load, judge.check
+        self.features: list[NDArray[np.float32]] = []
+
+    def score(self, images: torch.Tensor, inputs: Tensors) -> torch.Tensor:
+        """The judge's scores."""
+        self.features.append(self.judge.features(images).cpu().numpy())
+        return self.judge.score(images, inputs)  # type: ignore[no-any-return]
+
+
+class Judges:
+    """Everything that scores one generator at a time; results are kept in ``work/scores``."""
+
+    def __init__(self, config: Config, prompts: Sequence[str], noise_seeds: Sequence[int], work: Path) -> None:
+        self.config, self.prompts, self.noise_seeds, self.work = config, list(prompts), list(noise_seeds), work
+        self.backbone = build("backbones", config.backbone)
+        self.backbone.load_text()
+        self.backbone.load_decoder()
+        self.reward, self.judge = build("rewards", config.reward), build("rewards", config.judge)  # type: ignore[arg-type]
+        self.reward.load()
+        self.judge.load()
+
+    def measure(self, contestant: Contestant, key: str) -> dict[str, NDArray[Any]]:
+        """``{measure: [1, S, N]}`` and ``features [1, S, N, D]``; ``key`` must change whenever the pictures would."""
+        wanted = json.dumps([key, self.prompts, self.noise_seeds])
+        file = self.work / "scores" / f"{contestant.name}.npz"
+        if file.is_file():
+            with np.load(file, allow_pickle=False) as stored:
+                if str(stored["wanted"]) == wanted:
+                    return {name: stored[name] for name in stored.files if name != "wanted"}
+        watched = _Watched(self.judge)
+        scores = score_models(
+            self.backbone,
+            [contestant],
+            self.prompts,
+            seeds=self.noise_seeds,
+            reward=self.reward,
+            judge=watched,
+            world=self.config.evaluation.world,
+            cache=self.work / "teacher",
+        )
+        features = np.concatenate([np.stack(seen) for seen in batched(watched.features, len(self.noise_seeds))], 1)
+        measured = {**scores.arrays[contestant.name], "features": features[None]}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part.npz")
+        np.savez_compressed(part, wanted=np.array(wanted), **measured)  # type: ignore[arg-type]
+        os.replace(part, file)
+        return measured
+
+
+def summarise(
+    arrays: dict[str, dict[str, NDArray[Any]]], reference: NDArray[Any], trainings: int, resamples: int
+) -> dict[str, dict[str, Array]]:
+    """``{label: {measure: [R + 1]}}`` from ``{label: {measure: [T, S, N], "features": [T, S, N, D]}}``."""
+    draws = Draws.make(reference.shape[2], trainings, resamples)
+    summary = {}
+    for label, values in arrays.items():
+        summary[label] = {name: draws.means(values[name]) for name in (*GAINS, *FIDELITIES, "reward") if name in values}
+        summary[label]["feature_distance"] = draws.distances(
+            values["features"].astype(np.float64), reference.astype(np.float64)
+        )
+    return summary
+
+
+def fronts(summary: dict[str, dict[str, Array]], methods: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """One entry per (gain, fidelity): each method's front and its hypervolume, in the box that all points together span."""
+    out = []
+    for gain, fidelity in itertools.product(GAINS, FIDELITIES):
+        sign = -1.0 if fidelity in SMALLER_IS_BETTER else 1.0
+        of = {label: (values[gain], sign * values[fidelity]) for label, values in summary.items()}
+        corner = np.array([[x[0], y[0]] for x, y in of.values()])
+        worst, best = corner.min(0), corner.max(0)
+        entry: dict[str, Any] = {"gain": gain, "fidelity": fidelity, "worst": worst.tolist(), "best": best.tolist()}
+        entry["methods"] = {}
+        for method, labels in methods.items():
+            x, y = (np.stack([of[label][axis] for label in labels]) for axis in (0, 1))
+            entry["methods"][method] = {
+                "front": [labels[i] for i in front(np.stack([x[:, 0], y[:, 0]], 1))],
+                "hypervolume": interval(hypervolumes(x, y, worst, best)),
+            }
+        out.append(entry)
+    return out
+
+
+def tables(tree: dict[str, Any]) -> str:
+    """Markdown: hypervolumes by method, then every point."""
+    header = ["method", *(f"{describe(p['gain']).title} / {describe(p['fidelity']).title}" for p in tree["fronts"])]
+    rows = []
+    for method in tree["methods"]:
+        found = [p["methods"][method]["hypervolume"] for p in tree["fronts"]]
+        rows.append([method, *(f"{v['mean']:.2f} ({v['low']:.2f} to {v['high']:.2f})" for v in found)])
+    names = [*GAINS, *FIDELITIES, "reward"]
+    lines = []
+    for label, point in tree["points"].items():
+        shown = [point["measures"].get(name) for name in names]
+        cells = [f"{v['mean']:.4g} ({v['low']:.4g} to {v['high']:.4g})" if v else "" for v in shown]
+        lines.append([label, str(point["steps"] or ""), *cells])
+    return "\n\n".join(
+        [
+            "Hypervolume as a share of the box that all points span, with 95 % intervals over captions and training seeds:",
+            markdown(header, rows),
+            "Every point (a weight is a multiple of the method's unit):",
+            markdown(["point", "steps", *(n.replace("_", " ") for n in names)], lines),
+        ]
+    )
+
+
+def batched(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """``rows`` in runs of ``size``."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _write(file: Path, tree: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(tree, indent=1) + "\n")
+    os.replace(part, file)
+
+
+def _one_benchmark_a_folder(given: argparse.Namespace) -> None:
+    """Trainings in ``--work`` are reused by name, so they must have been made with the same settings."""
+    file = given.work / "settings.json"
+    settings = {"recipe": given.recipe, "overrides": given.overrides, "seconds": given.seconds}
+    if file.is_file() and (before := json.loads(file.read_text())) != settings:
+        raise DIDRError(f"--work {given.work}: holds trainings made with {before}, now {settings}; give another folder")
+    _write(file, settings)
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    about = __doc__.splitlines()[0] if __doc__ else ""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pareto", description=about)
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--weights", type=float, nargs="+", default=list(WEIGHTS), help="multiples of a method's unit")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
+    parser.add_argument("--seconds", type=float, default=240.0, help="training time of every point")
+    parser.add_argument("--calibrate", type=int, default=10, help="counted steps of each method when timing it")
+    parser.add_argument("--noise-seeds", type=int, nargs="+", default=[1000, 1001], help="pictures a caption (>= 2)")
+    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--teacher-steps", type=int, default=50)
+    parser.add_argument("--resamples", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("runs/pareto"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/pareto"))
+    parser.add_argument("--json", type=Path, help="default: pareto.json in --out")
+    given = parser.parse_args(arguments)
+    if min(given.weights) <= 0 or given.seconds <= 0 or given.calibrate < 1 or given.resamples < 2:
+        parser.error("--weights and --seconds must be above 0, --calibrate at least 1, --resamples at least 2")
+    if len(set(given.noise_seeds)) < 2:
+        parser.error("--noise-seeds: diversity needs two different ones at least")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    given = _arguments(arguments)
+    base = configs.load(given.recipe, given.overrides)
+    if base.reward is None or base.judge is None or base.data.heldout is None or base.evaluation.world != "tiny":
+        raise DIDRError(
+            f"recipe {given.recipe!r}: the benchmark needs reward, judge, data.heldout and evaluation.world=tiny (its utility)"
+        )
+    prompts = heldout(base, given.prompts)
+    _one_benchmark_a_folder(given)
+    seconds = calibrate(given.recipe, given.overrides, given.methods, given.calibrate, given.work / "seconds.json")
+    budget = {method: max(1, round(given.seconds / seconds[method])) for method in given.methods}
+    print("steps bought: " + ", ".join(f"{m} {budget[m]} ({seconds[m]:.2f} s each)" for m in given.methods), flush=True)
+    todo = points(given.methods, given.weights, given.seeds)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        jobs = {
+            p: pool.submit(train, given.recipe, given.overrides, p, budget[p.method], base, given.work) for p in todo
+        }
+        exports = {point: job.result() for point, job in jobs.items()}
+    torch.set_num_threads(given.jobs)
+    judges = Judges(base, prompts, given.noise_seeds, given.work)
+    teacher_net = judges.backbone.load_network("reference")
+    teacher = teacher_contestant(judges.backbone, teacher_net, given.teacher_steps, base.guidance.reference)
+    start_net = judges.backbone.load_network("generator")
+    start = one_step_contestant("start", judges.backbone, start_net)
+    measured: dict[str, list[dict[str, NDArray[Any]]]] = {
+        "teacher": [judges.measure(teacher, teacher.fingerprint or "")],
+        "start": [judges.measure(start, fingerprint(start_net))],
+    }
+    for point in todo:
+        network = exported(base, exports[point])
+        row = judges.measure(one_step_contestant(point.name, judges.backbone, network), fingerprint(network))
+        measured.setdefault(point.label, []).append(row)
+    arrays = {
+        label: {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        for label, rows in measured.items()
+    }
+    summary = summarise(arrays, arrays["teacher"]["features"], len(given.seeds), given.resamples)
+    sweeps = {m: list(dict.fromkeys(p.label for p in todo if p.method == m)) for m in given.methods}
+    competing = {label: values for label, values in summary.items() if label != "teacher"}
+    command = "python -m benchmarks.pareto " + " ".join(arguments if arguments is not None else sys.argv[1:])
+    of_label = {p.label: p for p in todo}
+    tree = {
+        "methods": sweeps,
+        "seconds": given.seconds,
+        "seconds_a_step": {m: float(f"{seconds[m]:.4g}") for m in given.methods},
+        "points": {
+            label: {
+                "weight": of_label[label].weight if label in of_label else None,
+                "steps": budget[of_label[label].method] if label in of_label else None,
+                "measures": {name: interval(value) for name, value in values.items()},
+            }
+            for label, values in summary.items()
+        },
+        "fronts": fronts(competing, sweeps),
+        "intervals": f"95 %, bootstrap over captions and training seeds, {given.resamples} resamples",
+        "facts": provenance(base.data.heldout, [command.strip()]),
+    }
+    _write(given.json or given.out / "pareto.json", tree)
+    save_fronts(tree, given.out / "pareto.png")
+    text = tables(tree) + f"\n\n`{command.strip()}`, {tree['facts']['date'][:10]}\n"
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
