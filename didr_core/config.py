@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
@@ -45,6 +45,10 @@ class Component(Strict):
 
     name: str
 
+    def exported(self, folder: Path) -> Self:
+        """A backbone's config, with what its `export` wrote into ``folder`` as the generator: by default a whole pipeline."""
+        return self.model_copy(update={"pipeline": str(folder), "generator": None})
+
 
 def build(kind: str, config: Component) -> Any:
     """The component that ``config`` describes."""
@@ -68,12 +72,16 @@ class Data(Strict):
 class DRP(Strict):
     """The diffused reward proxy: how s_r is estimated (math.md section 3)."""
 
-    estimator: Literal["tweedie", "ode", "truncated", "stochastic", "importance"] = "tweedie"
+    estimator: Literal["tweedie", "ode", "truncated", "stochastic", "importance", "hybrid"] = "tweedie"
     beta: float = Field(
         1.0, gt=0, description="reward-tilt temperature, in standard deviations of the starting generator's reward"
     )
     steps: int = Field(1, ge=1, description="K, denoising steps from x_t to x0")
-    particles: int = Field(4, ge=1, description="M, for stochastic and importance")
+    particles: int = Field(4, ge=1, description="M, for stochastic, importance and hybrid")
+    split: float = Field(
+        0.2, gt=0, lt=1, description="hybrid: time at and below which the posterior is taken to have one mode"
+    )
+    reach: float = Field(5.0, gt=0, description="hybrid: longest shift of x_t, in standard deviations of its noise")
     guidance: float | None = Field(None, ge=0, description="guidance scale inside the proxy; none = the reference's")
     snr_gate: bool = Field(False, description="multiply s_r by alpha_t^2: silent where the posterior has many modes")
     clip: float | None = Field(

@@ -131,7 +131,7 @@ def exported(config: Config, folder: str | Path) -> nn.Module:
     Raises:
         DIDRError: nothing exported there, or weights of another architecture.
     """
-    backbone = config.backbone.model_copy(update={"generator": str(find_export(folder) / "unet")})
+    backbone = config.backbone.exported(find_export(folder))
     network: nn.Module = build("backbones", backbone).load_network("generator")
     return network
 
