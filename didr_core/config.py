@@ -12,61 +12,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
 from didr_core import registry
+from didr_core.components import WORLD, Component, Strict, build, component, locate
 from didr_core.contracts import DIDRError
 
-WORLD = Path(__file__).parent / "zoo" / "world"
+__all__ = [
+    "WORLD",
+    "Component",
+    "Config",
+    "Strict",
+    "build",
+    "component",
+    "dump",
+    "flatten",
+    "load",
+    "locate",
+    "validate",
+]
+
 RECIPES = Path(__file__).parent.parent / "pipelines" / "recipes"
-
-
-class Strict(BaseModel):
-    """Base of every section: frozen, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-def component(kind: str) -> BeforeValidator:
-    """For a field that names a component of ``kind``: turns a name, or a mapping with ``name``, into that component's own Config."""
-
-    def validate(value: Any) -> Any:
-        if isinstance(value, BaseModel) or value is None:
-            return value
-        if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping) or "name" not in value:
-            raise ValueError(f"expected a name or a mapping with 'name', got {value!r}")
-        try:
-            return (own := registry.find(kind, value["name"]).Config)(**value)
-        except ValidationError as error:
-            raise ValueError("; ".join(_explain_own(e, own, value["name"]) for e in error.errors())) from None
-
-    return BeforeValidator(validate)
-
-
-def _explain_own(error: Any, own: type[BaseModel], name: str) -> str:
-    key = ".".join(str(p) for p in error["loc"])
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key.rpartition(".")[2], own.model_fields, 1, 0)
-        return f"{name} has no key {key!r}. Did you mean {near[0]!r}?"
-    return f"{name}: {key}: {error['msg'].removeprefix('Value error, ')}"
-
-
-class Component(Strict):
-    """Base of a component's own Config: its key and its options."""
-
-    name: str
-
-
-def build(kind: str, config: Component) -> Any:
-    """The component that ``config`` describes."""
-    return registry.find(kind, config.name)(config)
-
-
-def locate(path: str) -> Path:
-    """``zoo://x`` is inside the bundled world; anything else is a path as it stands."""
-    return WORLD / path.removeprefix("zoo://") if path.startswith("zoo://") else Path(path).expanduser()
 
 
 class Data(Strict):
@@ -81,12 +47,16 @@ class Data(Strict):
 class DRP(Strict):
     """The diffused reward proxy: how s_r is estimated (math.md section 3)."""
 
-    estimator: Literal["tweedie", "ode", "truncated", "stochastic", "importance"] = "tweedie"
+    estimator: Literal["tweedie", "ode", "truncated", "stochastic", "importance", "hybrid"] = "tweedie"
     beta: float = Field(
         1.0, gt=0, description="reward-tilt temperature, in standard deviations of the starting generator's reward"
     )
     steps: int = Field(1, ge=1, description="K, denoising steps from x_t to x0")
-    particles: int = Field(4, ge=1, description="M, for stochastic and importance")
+    particles: int = Field(4, ge=1, description="M, for stochastic, importance and hybrid")
+    split: float = Field(
+        0.2, gt=0, lt=1, description="hybrid: time at and below which the posterior is taken to have one mode"
+    )
+    reach: float = Field(5.0, gt=0, description="hybrid: longest shift of x_t, in standard deviations of its noise")
     guidance: float | None = Field(None, ge=0, description="guidance scale inside the proxy; none = the reference's")
     snr_gate: bool = Field(False, description="multiply s_r by alpha_t^2: silent where the posterior has many modes")
     clip: float | None = Field(

@@ -3,62 +3,34 @@
 One function each, one interface: a :class:`Problem` in, an :class:`Estimate` out. The first denoiser evaluation at ``x_t`` is the
 reference's own ``D~_ref(x_t)`` and is handed back, so that the matching gradient costs no further one.
 
-| estimator | formula | denoiser calls with / without backward |
-|---|---|---|
-| tweedie | ``(1/beta) J_D^T grad r(D(x_t))`` | 1 / 0 |
-| ode | ``(1/beta) grad_{x_t} r(ODE_K(x_t))``, the paper's proxy | K / 0 |
-| truncated | ``(1/beta) J_D^T grad r(x0^K)`` | 1 / K - 1 |
-| stochastic | ``(1/beta) J_D^T sum_m w_m grad r(x0^m)``, eta = 1 chains, ``w = softmax(r / beta)`` | 1 / M (K - 1) |
-| importance | ``(alpha/sigma^2) (sum_m w_m x0^m - mean_m x0^m) M/(M-1)``, no gradient of the reward | 0 / 1 + M (K - 1) |
+| estimator | formula | denoiser calls with / without backward | reward calls |
+|---|---|---|---|
+| tweedie | ``(1/beta) J_D^T grad r(D(x_t))`` | 1 / 0 | 1 |
+| ode | ``(1/beta) grad_{x_t} r(ODE_K(x_t))``, the paper's proxy | K / 0 | 1 |
+| truncated | ``(1/beta) J_D^T grad r(x0^K)`` | 1 / K - 1 | 1 |
+| stochastic | ``(1/beta) J_D^T sum_m w_m grad r(x0^m)``, eta = 1 chains, ``w = softmax(r / beta)`` | 1 / M (K - 1) | M |
+| importance | ``(alpha/sigma^2) (sum_m w_m x0^m - mean_m x0^m) M/(M-1)``, no gradient of the reward | 0 / 1 + M (K - 1) | M |
+| hybrid | M weighted eta = 1 chains from shifted x_t, gradient at their end (:mod:`didr_core.hybrid`) | 0 / 1 + M (K + 2) | 1 + M |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from didr_core.config import DRP
-from didr_core.contracts import Schedule
+from didr_core.hybrid import hybrid
+from didr_core.proxy import Estimate as Estimate
+from didr_core.proxy import Problem as Problem
+from didr_core.proxy import repeat, reward_gradient, weights_like
 from didr_core.schedule import chain_times, coeffs_like, step
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Everything an estimator may use. Functions take particle-major batches ``[M * B, ...]``."""
-
-    x: Tensor  # [B, ...] noised latents x_t
-    t: Tensor  # [B]
-    schedule: Schedule
-    denoise: Callable[[Tensor, Tensor], Tensor]  # guided reference, x0 prediction
-    reward: Callable[[Tensor], Tensor]  # clean latents -> standardised reward, differentiable where the reward is
-    noise: Callable[[str, int], Tensor]  # (tag, M) -> [M * B, ...] standard normal
-    beta: float
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """``score`` is s_r, ``x0`` the reference's Tweedie estimate at x_t, ``reward`` the mean reward at the end of the proxy; no grad."""
-
-    score: Tensor  # [B, ...]
-    x0: Tensor  # [B, ...]
-    reward: Tensor  # [B]
 
 
 def estimate(config: DRP, problem: Problem) -> Estimate:
     """The DRS by the configured estimator, before gate and clip."""
     return ESTIMATORS[config.estimator](config, problem)
-
-
-def _reward_gradient(problem: Problem, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """``r [N]`` and ``grad r`` at detached ``x0 [N, ...]``."""
-    with torch.enable_grad():
-        leaf = x0.detach().requires_grad_()
-        reward = problem.reward(leaf)
-        (gradient,) = torch.autograd.grad(reward.sum(), leaf)
-    return reward.detach(), gradient
 
 
 def _first(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -78,10 +50,9 @@ def _pull_back(x: Tensor, x0: Tensor, vector: Tensor) -> Tensor:
 def _rollout(problem: Problem, x0: Tensor, steps: int, particles: int, eta: float) -> Tensor:
     """From ``x_t`` and its Tweedie estimate, K - 1 further evaluations to clean latents ``[M * B, ...]``."""
     times = chain_times(problem.t, steps)
-    repeat = (particles, *([1] * (problem.x.dim() - 1)))
-    x, x0_hat = problem.x.repeat(repeat), x0.detach().repeat(repeat)
+    x, x0_hat = repeat(problem.x, particles), repeat(x0.detach(), particles)
     for k in range(1, steps):
-        now, before = times[k].repeat(particles), times[k - 1].repeat(particles)
+        now, before = repeat(times[k], particles), repeat(times[k - 1], particles)
         noise = problem.noise(f"drp/{k}", particles) if eta > 0 else None
         x = step(problem.schedule, x, x0_hat, before, now, eta, noise)
         x0_hat = problem.denoise(x, now)
@@ -91,7 +62,7 @@ def _rollout(problem: Problem, x0: Tensor, steps: int, particles: int, eta: floa
 def tweedie(config: DRP, problem: Problem) -> Estimate:
     """K = 1: the reward of the posterior mean."""
     x, x0 = _first(problem)
-    reward, gradient = _reward_gradient(problem, x0)
+    reward, gradient = reward_gradient(problem, x0)
     return Estimate(_pull_back(x, x0, gradient) / problem.beta, x0.detach(), reward)
 
 
@@ -104,14 +75,14 @@ def ode(config: DRP, problem: Problem) -> Estimate:
         for k in range(1, config.steps):
             x_k = step(problem.schedule, x_k, x0, times[k - 1], times[k])
             x0 = problem.denoise(x_k, times[k])
-    reward, gradient = _reward_gradient(problem, x0)
+    reward, gradient = reward_gradient(problem, x0)
     return Estimate(_pull_back(x, x0, gradient) / problem.beta, first.detach(), reward)
 
 
 def truncated(config: DRP, problem: Problem) -> Estimate:
     """K deterministic steps without grad, pulled back through the first Jacobian alone: constant memory in K."""
     x, first = _first(problem)
-    reward, gradient = _reward_gradient(problem, _rollout(problem, first, config.steps, 1, eta=0.0))
+    reward, gradient = reward_gradient(problem, _rollout(problem, first, config.steps, 1, eta=0.0))
     return Estimate(_pull_back(x, first, gradient) / problem.beta, first.detach(), reward)
 
 
@@ -119,9 +90,9 @@ def stochastic(config: DRP, problem: Problem) -> Estimate:
     """M ancestral particles, softmax weights, pulled back through the first Jacobian."""
     x, first = _first(problem)
     particles = _rollout(problem, first, config.steps, config.particles, eta=1.0)
-    reward, gradient = _reward_gradient(problem, particles)
+    reward, gradient = reward_gradient(problem, particles)
     reward, weights = _weights(reward, config.particles, problem.beta)
-    mean = (_like(weights, problem.x) * gradient.view(config.particles, *problem.x.shape)).sum(0)
+    mean = (weights_like(weights, problem.x) * gradient.view(config.particles, *problem.x.shape)).sum(0)
     return Estimate(_pull_back(x, first, mean) / problem.beta, first.detach(), reward.mean(0))
 
 
@@ -134,7 +105,7 @@ def importance(config: DRP, problem: Problem) -> Estimate:
     reward, weights = _weights(problem.reward(particles), m, problem.beta)
     x0 = particles.view(m, *problem.x.shape)
     alpha, sigma = coeffs_like(problem.schedule, problem.t, problem.x)
-    tilt = (_like(weights, problem.x) * x0).sum(0) - x0.mean(0)
+    tilt = (weights_like(weights, problem.x) * x0).sum(0) - x0.mean(0)
     return Estimate(alpha / sigma**2 * tilt * (m / (m - 1)), first, reward.mean(0))
 
 
@@ -144,15 +115,11 @@ def _weights(reward: Tensor, particles: int, beta: float) -> tuple[Tensor, Tenso
     return reward, torch.softmax(reward / beta, 0)
 
 
-def _like(weights: Tensor, x: Tensor) -> Tensor:
-    """``[M, B] -> [M, B, 1, ...]``."""
-    return weights.view(*weights.shape, *([1] * (x.dim() - 1)))
-
-
 ESTIMATORS: dict[str, Callable[[DRP, Problem], Estimate]] = {
     "tweedie": tweedie,
     "ode": ode,
     "truncated": truncated,
     "stochastic": stochastic,
     "importance": importance,
+    "hybrid": hybrid,
 }

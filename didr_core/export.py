@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from didr_core import registry
 from didr_core.config import Config, dump, locate
 from didr_core.contracts import Backbone, DIDRError
 from didr_core.scoreboard import commit, comparison_table, table
@@ -202,7 +203,14 @@ def _source(component: Any) -> str:
     return f"{component.name} {_public(path)}" if isinstance(path, str) else str(component.name)
 
 
+def usage(backbone: str) -> str:
+    """What a family that diffusers does not know says of sampling from its exports; empty for the others."""
+    return str(getattr(registry.find("backbones", backbone), "usage", ""))
+
+
 def _sampling(config: Config, single: str | None) -> str:
+    if told := usage(config.backbone.name):
+        return told
     if config.backbone.name != "sdxl":
         return "Load this folder with `diffusers.DiffusionPipeline.from_pretrained` and sample with one step, without guidance."
     step = config.backbone.model_dump().get("timestep", 399)

@@ -129,9 +129,9 @@ def exported(config: Config, folder: str | Path) -> nn.Module:
     """The generator that another run exported, as this config's backbone loads it; ``folder`` is the run's or its ``export``.
 
     Raises:
-        DIDRError: nothing exported there, or weights of another architecture.
+        DIDRError: nothing exported there, or nothing of this config's family.
     """
-    backbone = config.backbone.model_copy(update={"generator": str(find_export(folder) / "unet")})
+    backbone = config.backbone.exported(find_export(folder))
     network: nn.Module = build("backbones", backbone).load_network("generator")
     return network
 

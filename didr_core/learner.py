@@ -30,8 +30,17 @@ Which = Literal["generator", "ema", "start", "reference"]
 class Learner:
     """Networks, optimizers, reward scale and the update. Built from a Config alone."""
 
-    def __init__(self, config: Config, *, device: torch.device | str = "cpu", parallel: Parallel | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        device: torch.device | str = "cpu",
+        parallel: Parallel | None = None,
+        noise: Noise | None = None,
+    ) -> None:
+        """``noise`` stands in for the config's own random numbers, in benchmarks."""
         self.config = config
+        self.noise = noise or Noise(config.seed)
         self.device = torch.device(device)
         self.parallel: Parallel = parallel or Single()
         self.backbone: Backbone = build("backbones", config.backbone)
@@ -68,7 +77,7 @@ class Learner:
             NonFiniteError: a loss or reward is NaN or infinite on any rank; the update that saw it is not applied.
         """
         batch = batch.to(self.device)
-        noise = Noise(self.config.seed)
+        noise = self.noise
         if self.reward is not None:
             self.scale.update(batch.spread, self.parallel)
         metrics: dict[str, float] = {}

@@ -33,11 +33,9 @@ class OneStep:
                     f"export {str(folder)!r}: {file} is missing. Expected a folder that `didr align` or `didr export` wrote."
                 )
         config = configs.validate(yaml.safe_load((folder / "config.yaml").read_text()), f"{folder}/config.yaml")
-        # The export stands for the family's pipeline, with the generator in the network's place.
-        settings = config.backbone.model_dump() | {"pipeline": str(folder), "generator": None}
         self.device = torch.device(device)
-        self.backbone: Backbone = build("backbones", type(config.backbone)(**settings))
-        self.network: nn.Module = self.backbone.load_network("reference").to(self.device)
+        self.backbone: Backbone = build("backbones", config.backbone.exported(folder))
+        self.network: nn.Module = self.backbone.load_network("generator").to(self.device)
         self.backbone.load_text()
         self.backbone.load_decoder()
         getattr(self.backbone, "to", lambda _: None)(self.device)

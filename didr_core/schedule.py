@@ -6,6 +6,8 @@ in half precision (1e-3 of error in bf16).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,22 @@ class RectifiedFlow:
     def model_time(self, t: Tensor) -> Tensor:
         """``1 - s [B]``."""
         return 1 - self._sigma(t.float())
+
+
+class Cosine:
+    """``alpha = cos(pi t / 2)``, ``sigma = sin(pi t / 2)``: variance preserving, in the precision of ``t``; networks are told ``t``.
+
+    Times are kept 1e-3 away from both ends, where ``alpha / sigma`` or its inverse is infinite.
+    """
+
+    def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``alpha, sigma [B]``, float64 for float64 times, else float32."""
+        angle = (t if t.dtype == torch.float64 else t.float()).clamp(1e-3, 1 - 1e-3) * (math.pi / 2)
+        return angle.cos(), angle.sin()
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """``t [B]`` itself."""
+        return t
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from didr_core.alarms import explain
+from didr_core.export import usage
 from didr_core.runs import read_lines
 from didr_core.scoreboard import comparison_table, describe, read_scores, table
 from pipelines.console import clock
@@ -309,6 +310,8 @@ def _use(run: _Run) -> str:
             "<p>Not exported yet. <code>didr export</code> writes a folder that stock diffusers loads.</p>",
         )
     backbone = run.config.get("backbone") or {}
+    if told := usage(backbone.get("name", "sdxl")):
+        return _section("Use it", "", f"<p>{escape(told)}</p>")
     step = f", timesteps=[{backbone.get('timestep', 399)}]" if backbone.get("name") == "sdxl" else ""
     code = (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"

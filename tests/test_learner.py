@@ -53,7 +53,7 @@ def weights(of: Learner) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in of.generator_net.parameters()])
 
 
-@pytest.mark.parametrize("estimator", ["tweedie", "stochastic", "importance"])
+@pytest.mark.parametrize("estimator", ["tweedie", "stochastic", "importance", "hybrid"])
 def test_micro_batches_do_not_change_the_update(folders: tuple[Path, Path], estimator: str) -> None:
     drp = {
         "estimator": estimator,

@@ -1,0 +1,283 @@
+"""How near each estimator of the Diffused Reward Score, and the generator trained with it, comes to an exact answer.
+
+    python -m benchmarks.exactness [--dim 2] [--beta 1 0.3] \
+        [--estimator tweedie hybrid importance:32:64] [--seeds 3] [--updates 1500] [--json FILE]
+
+References are Gaussian mixtures, rewards quadratic: the DRS and DIDR's optimum p* have closed forms (:mod:`didr_core.mixtures`).
+Two parts, each printed as it is measured:
+
+1. pointwise, by noise level, at x_t from the reference's law: bias ``|mean estimate - exact|``, spread (standard deviation of one draw),
+   both over the size of the exact DRS (root mean square over points), mean cosine, and denoiser calls a sample;
+2. trained: generators from the Diff-Instruct start, through the same Learner as any recipe. Sliced Wasserstein-2 distance of samples to p*,
+   reward beside the optimum's, share of samples off the reference's support.
+
+An estimator is NAME or NAME:K:M (steps, particles). `exact` is the closed form itself, `default` the config's own defaults, `none` trains
+nothing: the start. With --json, rows that are in FILE already are not trained again. Dimensions above 64 are pointwise only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from didr_core import config as configs
+from didr_core import drp
+from didr_core.backbones.gaussian_mixture import GaussianMixture
+from didr_core.config import DRP, Config, build
+from didr_core.learner import Learner
+from didr_core.mixtures import Mixture, Quadratic, diffused_reward_score
+from didr_core.schedule import coeffs_like
+from didr_core.zoo.exact import BatchNoise, batches, distill
+
+TIMES = (0.15, 0.3, 0.5, 0.7, 0.9)
+STANDARD = {
+    "ode": (4, 1),
+    "truncated": (4, 1),
+    "stochastic": (8, 8),
+    "importance": (8, 8),
+    "hybrid": (6, 7),
+}  # K, M: at most 64 calls
+ESTIMATORS = ("exact", "default", "tweedie", "ode", "truncated", "stochastic", "importance", "hybrid")
+TRAINED_UP_TO = 64
+CACHE = Path("runs/exactness")
+
+
+@dataclass(frozen=True)
+class World:
+    """The reference, the reward, and what follows for one beta. In 2 dimensions the recipe's own; else eight modes drawn from N(0, I)."""
+
+    dim: int
+    beta: float
+
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        """The recipe `exact_2d`, in this dimension; rewards keep their scale, so beta is the plain one."""
+        sets = [f"drp.beta={self.beta}", "train.batch=256", "train.assistant_warmup=0"]
+        if self.dim != 2:
+            generator = torch.Generator().manual_seed(self.dim)
+            slope = 2 * torch.randn(self.dim, generator=generator) / math.sqrt(self.dim)
+            centre = 0.3 * torch.randn(self.dim, generator=generator)
+            sets += [
+                "backbone={name: gaussian_mixture, layout: normal, modes: 8, std: 0.5, width: 256}",
+                f"backbone.dim={self.dim}",
+            ]
+            sets += [f"reward.slope={slope.tolist()}", f"reward.centre={centre.tolist()}", "reward.curvature=0.15"]
+        return configs.load("exact_2d", [*sets, *overrides])
+
+    @cached_property
+    def reference(self) -> Mixture:
+        """p_ref."""
+        backbone: GaussianMixture = build("backbones", self.config().backbone)
+        return backbone.mixture
+
+    @cached_property
+    def reward(self) -> Quadratic:
+        """r."""
+        found: Quadratic = build("rewards", self.config().reward).formula(self.dim)  # type: ignore[arg-type]
+        return found
+
+    @cached_property
+    def optimum(self) -> Mixture:
+        """p*."""
+        return self.reference.tilted(self.reward, self.beta)
+
+    @cached_property
+    def support(self) -> float:
+        """Log-density of the reference below which a point is off support: -6 in 2 dimensions, else the 0.6 % quantile, as -6 is."""
+        if self.dim == 2:
+            return -6.0
+        return (
+            self.reference.log_prob(self.reference.sample(20_000, torch.Generator().manual_seed(0)))
+            .quantile(0.006)
+            .item()
+        )
+
+    def drs(self, x: Tensor, t: Tensor) -> Tensor:
+        """The exact ``s_r(x_t)``."""
+        alpha, sigma = coeffs_like(build("backbones", self.config().backbone).schedule, t, x)
+        return diffused_reward_score(self.reference, self.optimum, x, alpha, sigma)
+
+    def exact(self, config: DRP, problem: drp.Problem) -> drp.Estimate:
+        """The exact answer as an estimator."""
+        alpha, sigma = coeffs_like(problem.schedule, problem.t, problem.x)
+        score = diffused_reward_score(self.reference, self.optimum, problem.x, alpha, sigma)
+        first = self.reference.denoise(problem.x, alpha, sigma)
+        return drp.Estimate(score, first, problem.reward(first).detach())
+
+
+def settings(name: str, beta: float) -> DRP:
+    """The DRP section that NAME or NAME:K:M stands for.
+
+    Raises:
+        SystemExit: unknown name.
+    """
+    key, *numbers = name.split(":")
+    if key == "default":
+        return DRP(beta=beta)
+    if key in ("exact", "none"):
+        return DRP(beta=beta).model_copy(update={"estimator": key})
+    if key not in ESTIMATORS:
+        raise SystemExit(
+            f"--estimator {name!r}: unknown; known: {', '.join((*ESTIMATORS, 'none'))}, each also as NAME:K:M"
+        )
+    steps, particles = [int(n) for n in numbers] if numbers else STANDARD.get(key, (1, 1))
+    return DRP(estimator=key, beta=beta, steps=steps, particles=particles)  # type: ignore[arg-type]
+
+
+def pointwise(world: World, name: str, points: int = 64, draws: int = 64) -> list[dict[str, Any]]:
+    """A row a noise level: bias, spread, cosine, and denoiser calls a sample."""
+    config, rows = settings(name, world.beta), []
+    schedule = build("backbones", world.config().backbone).schedule
+    for at in TIMES:
+        generator = torch.Generator().manual_seed(1)
+        calls = 0
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal calls
+            calls += len(x)
+            return world.reference.denoise(x, *coeffs_like(schedule, t, x))
+
+        def noise(tag: str, particles: int, source: torch.Generator = generator) -> Tensor:
+            return torch.randn(particles * points * draws, world.dim, generator=source)
+
+        x0 = world.reference.sample(points, generator)
+        alpha, sigma = coeffs_like(schedule, torch.full((points,), at), x0)
+        x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
+        exact = world.drs(x, torch.full((points,), at))
+        t = torch.full((points * draws,), at)
+        problem = drp.Problem(x.repeat(draws, 1), t, schedule, denoise, world.reward, noise, world.beta)
+        got = drp.ESTIMATORS[config.estimator](config, problem).score.view(draws, points, -1)
+        mean, size = got.mean(0), exact.square().sum().sqrt()
+        rows.append(
+            {
+                "dim": world.dim,
+                "beta": world.beta,
+                "estimator": name,
+                "t": at,
+                "bias": ((mean - exact).square().sum().sqrt() / size).item(),
+                "spread": ((got - mean).square().sum((1, 2)).mean().sqrt() / size).item(),
+                "cosine": torch.cosine_similarity(got, exact.expand_as(got), dim=-1).mean().item(),
+                "calls": calls / len(t),
+            }
+        )
+    return rows
+
+
+def start(world: World, steps: int = 3000) -> str:
+    """A file of generator weights at the reference's law, distilled once and kept in ``CACHE``."""
+    from safetensors.torch import save_file
+
+    path = CACHE / f"start-{world.dim}-{steps}.safetensors"
+    if not path.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        save_file(distill(world.config(), steps).state_dict(), path)
+    return str(path)
+
+
+def train(world: World, name: str, seed: int, updates: int) -> dict[str, Any]:
+    """One generator trained from the start, as a row of the table."""
+    config = world.config([f"backbone.generator={start(world)}", f"seed={seed}", f"train.steps={max(updates, 1)}"])
+    config = config.model_copy(update={"drp": settings(name, world.beta)})
+    drp.ESTIMATORS["exact"] = world.exact
+    learner, calls = Learner(config, noise=BatchNoise(seed)), [0]
+    learner.reference_net.register_forward_hook(lambda _m, args, _out: calls.__setitem__(0, calls[0] + len(args[0])))
+    began = time.perf_counter()
+    for batch in batches(config.train.batch, 0 if name == "none" else updates):
+        learner.step(batch)
+    seconds = time.perf_counter() - began
+    made = samples(learner, 20_000)
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "dim": world.dim,
+        "beta": world.beta,
+        "estimator": name,
+        "seed": seed,
+        "updates": updates,
+        "distance": sliced_wasserstein(made, world.optimum.sample(len(made), generator)),
+        "distance_to_reference": sliced_wasserstein(made, world.reference.sample(len(made), generator)),
+        "reward": world.reward(made).mean().item(),
+        "reward_star": world.optimum.expected(world.reward),
+        "off_support": (world.reference.log_prob(made) < world.support).float().mean().item(),
+        "evaluations": calls[0]
+        / max(1, updates * config.train.batch),  # reference calls a sample of a generator update, all told
+        "seconds": round(seconds, 1),
+    }
+
+
+@torch.no_grad()
+def samples(learner: Learner, count: int) -> Tensor:
+    """``[count, D]`` of the running average."""
+    z = torch.randn(count, *learner.backbone.latent_shape, generator=torch.Generator().manual_seed(99))
+    return learner.backbone.generate(learner.generator("ema"), z, learner.backbone.encode([""] * count))
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, slices: int = 128) -> float:
+    """Wasserstein-2 distance of one-dimensional projections, root mean square over directions; ``a, b [N, D]``."""
+    directions = torch.randn(a.shape[1], slices, generator=torch.Generator().manual_seed(3))
+    directions = directions / directions.norm(dim=0)
+    return ((a @ directions).sort(0).values - (b @ directions).sort(0).values).square().mean().sqrt().item()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness", description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--dim", type=int, nargs="+", default=[2])
+    parser.add_argument("--beta", type=float, nargs="+", default=[1.0, 0.3])
+    parser.add_argument("--estimator", nargs="+", default=list(ESTIMATORS), metavar="NAME[:K:M]")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings an estimator; 0 = pointwise only")
+    parser.add_argument("--updates", type=int, default=1500)
+    parser.add_argument(
+        "--json", type=Path, help="file of training rows, read first and added to; pointwise rows lie beside it"
+    )
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    points: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(given.json.read_text()) if given.json and given.json.is_file() else []
+    worlds = [World(dim, beta) for dim in given.dim for beta in given.beta]
+    print(
+        f"{'pointwise':24s} dim  beta  bias (spread) cosine at t = {' '.join(f'{t:g}' for t in TIMES)}; calls",
+        flush=True,
+    )
+    for world in worlds:
+        for name in (n for n in given.estimator if n not in ("exact", "none")):
+            found = pointwise(world, name)
+            points += found
+            cells = "  ".join(f"{r['bias']:.2f} ({r['spread']:.2f}) {r['cosine']:.2f}" for r in found)
+            print(f"{name:24s} {world.dim:4d} {world.beta:4g}  {cells}; {found[0]['calls']:.0f}", flush=True)
+            _write(given.json and given.json.with_name(given.json.stem + "-pointwise.json"), points)
+    print(
+        "\ntrained: distance to p*, reward (optimum), share off support, reference calls a sample, seconds", flush=True
+    )
+    for world in (w for w in worlds if w.dim <= TRAINED_UP_TO):
+        for name in given.estimator:
+            for seed in range(given.seeds):
+                key = {"dim": world.dim, "beta": world.beta, "estimator": name, "seed": seed, "updates": given.updates}
+                row = next((r for r in rows if key.items() <= r.items()), None)
+                if row is None:
+                    row = train(world, name, seed, given.updates)
+                    rows.append(row)
+                    _write(given.json, rows)
+                print(
+                    f"{name:24s} {row['dim']:4d} {row['beta']:4g} seed {seed}: {row['distance']:.3f}  {row['reward']:.2f}"
+                    f" ({row['reward_star']:.2f})  {100 * row['off_support']:.1f} %  {row['evaluations']:.0f}  {row['seconds']:.0f} s",
+                    flush=True,
+                )
+
+
+def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
