@@ -70,8 +70,8 @@ def test_stock_ddim_with_guidance_equals_ours(teacher):
 def test_one_step_quality(generator):
     captions = CAPTIONS[:120]
     result = summary(assess(sample(generator, captions, seed=11).numpy(), captions))
-    assert result["strict"] >= 0.75, result
-    assert result["background_bits"] >= 1.5, result
+    assert result["strict"] >= 0.87, result
+    assert result["background_bits"] >= 1.7, result
 
 
 def test_teacher_quality(teacher):
@@ -85,8 +85,8 @@ def test_reward_ranks_fresh_pairs(name, teacher):
     model, tokenizer = load_reward(name)
     groups = draw_groups(120, 3, teacher.vae, seed=999, held_out=True)
     scores = score_groups(model, tokenizer, groups)
-    assert pair_accuracy(scores, groups.utility) >= 0.78
-    assert pair_accuracy(scores, groups.utility, 0.2) >= 0.80
+    assert pair_accuracy(scores, groups.utility) >= 0.84
+    assert pair_accuracy(scores, groups.utility, 0.2) >= 0.87
 
 
 def test_world_is_small_and_holds_only_plain_formats():
