@@ -15,9 +15,10 @@ import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,10 +26,14 @@ from didr_core import config as configs
 from didr_core.config import Config, build
 from didr_core.data import PromptIndex
 from didr_core.finish import contestants, exported
-from didr_core.scoreboard import Scores, comparison_table, pool, provenance, table
+from didr_core.scoreboard import Scores, comparison_table, pool, provenance, show, table, title
 from didr_core.scores import score_models
 
 ARMS = {"aligned": (), "control": ("algorithm=diff_instruct",)}
+FACETS = (
+    *(f"right_{fact}" for fact in ("count", "colour", "shape", "relation", "background")),
+    *(f"strict_{kind}" for kind in ("single", "count", "pair", "relation")),
+)
 SHOWN = ("utility", "judge", "reward", "strict", "background_entropy", "position_entropy")
 
 
@@ -81,6 +86,20 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
+def facet_table(tree: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Where it is right: each fact of the caption alone, and everything by kind of caption. Header and rows."""
+    header = ["model", *(title(name) for name in FACETS)]
+    rows = [
+        [model, *(show(row["measures"].get(name), name) for name in FACETS)] for model, row in tree["models"].items()
+    ]
+    return header, rows
+
+
+def tables(tree: Mapping[str, Any]) -> str:
+    """The three tables in Markdown: measures, facets, `aligned` against the others."""
+    return "\n\n".join(markdown(*t) for t in (table(tree), facet_table(tree), comparison_table(tree, "aligned", SHOWN)))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -120,11 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = "python -m benchmarks.tiny_world " + " ".join(arguments if arguments is not None else sys.argv[1:])
     pooled = pool(scores, facts=provenance(config.data.heldout, [command.strip()]))
     pooled.write(given.out)
-    text = [markdown(*table(pooled.tree)), markdown(*comparison_table(pooled.tree, "aligned", SHOWN))]
-    (given.out / "table.md").write_text(
-        "\n\n".join(text) + f"\n\n`{command.strip()}`, {pooled.tree['facts']['date'][:10]}\n"
-    )
-    print("\n\n".join(text))
+    text = tables(pooled.tree)
+    (given.out / "table.md").write_text(f"{text}\n\n`{command.strip()}`, {pooled.tree['facts']['date'][:10]}\n")
+    print(text)
 
 
 if __name__ == "__main__":
