@@ -39,11 +39,14 @@ def component(kind: str) -> BeforeValidator:
 
 
 def _explain_own(error: Any, own: type[BaseModel], name: str) -> str:
-    key = ".".join(str(p) for p in error["loc"])
+    key, value = ".".join(str(p) for p in error["loc"]), error["input"]
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key.rpartition(".")[2], own.model_fields, 1, 0)
-        return f"{name} has no key {key!r}. Did you mean {near[0]!r}?"
-    return f"{name}: {key}: {error['msg'].removeprefix('Value error, ')}"
+        known = [k for k in own.model_fields if k != "name"]
+        near = difflib.get_close_matches(key.rpartition(".")[2], known, 1, 0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(known) or 'no options'}."
+        return f"{name} has no key {key!r} (value {value!r}). {hint}"
+    got = "" if isinstance(value, Mapping) else f" (got {value!r})"
+    return f"{name}: {key}: {error['msg'].removeprefix('Value error, ')}{got}"
 
 
 class Component(Strict):

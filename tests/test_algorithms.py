@@ -287,12 +287,24 @@ def test_the_recipe_takes_the_name_and_config_show_describes_it(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["algorithm=dmdr", "algorithm.weight=-1"], r"algorithm\.weight: .*greater than or equal to 0 \(got -1\)"),
-        (["algorithm=diff_instruct_pp", "algorithm.weight=.inf"], r"algorithm\.weight: .*finite number \(got inf\)"),
-        (["algorithm=diff_instruct_star", "algorithm.c=0"], r"algorithm\.c: .*greater than 0 \(got 0\)"),
-        (["algorithm=reward_only", "algorithm.weight=0"], r"algorithm\.weight: .*greater than 0 \(got 0\)"),
-        (["algorithm=dmdr", "algorithm.margin=high"], r"algorithm\.margin: .*valid number.*\(got 'high'\)"),
-        (["algorithm=dmd2", "algorithm.weight=1"], r"unknown key 'algorithm\.weight'"),
+        (
+            ["algorithm=dmdr", "algorithm.weight=-1"],
+            r"algorithm: dmdr: weight: .*greater than or equal to 0 \(got -1\)",
+        ),
+        (
+            ["algorithm=diff_instruct_pp", "algorithm.weight=.inf"],
+            r"algorithm: diff_instruct_pp: weight: .*finite number \(got inf\)",
+        ),
+        (
+            ["algorithm=diff_instruct_star", "algorithm.c=0"],
+            r"algorithm: diff_instruct_star: c: .*greater than 0 \(got 0\)",
+        ),
+        (
+            ["algorithm=reward_only", "algorithm.weight=0"],
+            r"algorithm: reward_only: weight: .*greater than 0 \(got 0\)",
+        ),
+        (["algorithm=dmdr", "algorithm.margin=high"], r"algorithm: dmdr: margin: .*valid number.*\(got 'high'\)"),
+        (["algorithm=dmd2", "algorithm.weight=1"], r"dmd2 has no key 'weight' \(value 1\)\. It has "),
         (["algorithm=dmdd"], r"algorithms: unknown name 'dmdd'.*Did you mean 'dmdr'"),
         (["algorithm=reward_only", "reward=null"], r"algorithm 'reward_only' needs one, got none"),
         (
