@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ from numpy.typing import NDArray
 from benchmarks.fronts import Array, Draws, front, hypervolumes, interval
 from benchmarks.pareto_figure import save_fronts
 from benchmarks.tiny_world import markdown
+from benchmarks.trainings import train
 from didr_core import config as configs
 from didr_core.config import Config, build
 from didr_core.contracts import Batch, DIDRError, Tensors
@@ -138,24 +138,10 @@ def calibrate(
     return known
 
 
-def train(recipe: str, overrides: Sequence[str], point: Point, steps: int, base: Config, work: Path) -> Path:
-    """One training in a process of its own, resumed where an earlier call stopped; returns its export."""
-    folder = work / point.name
-    if (folder / "export" / "model_index.json").is_file():
-        return folder / "export"
-    command = [sys.executable, "-m", "didr_core.train"]
-    if (folder / "config.yaml").is_file():
-        command += ["--resume", str(folder)]
-    else:
-        settings = [*overrides, *METHODS[point.method].settings(base, point.weight or 1.0)]
-        settings += [f"seed={point.seed}", f"train.steps={steps}", "workers.train=1", "evaluation.prompts=0"]
-        command += ["--recipe", recipe, "--output", str(folder)]
-        command += list(itertools.chain.from_iterable(("--set", s) for s in settings))
-    began = time.time()
-    with (work / f"{point.name}.log").open("a") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-    print(f"{point.name}: {steps} steps in {time.time() - began:.0f} s", flush=True)
-    return folder / "export"
+def settings_of(point: Point, overrides: Sequence[str], steps: int, base: Config) -> list[str]:
+    """`key=value` of a point's training."""
+    method = METHODS[point.method].settings(base, point.weight or 1.0)
+    return [*overrides, *method, f"seed={point.seed}", f"train.steps={steps}"]
 
 
 class _Watched:
@@ -333,7 +319,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     todo = points(given.methods, given.weights, given.seeds)
     with ThreadPoolExecutor(given.jobs) as pool:
         jobs = {
-            p: pool.submit(train, given.recipe, given.overrides, p, budget[p.method], base, given.work) for p in todo
+            p: pool.submit(
+                train, given.recipe, settings_of(p, given.overrides, budget[p.method], base), given.work, p.name
+            )
+            for p in todo
         }
         exports = {point: job.result() for point, job in jobs.items()}
     torch.set_num_threads(given.jobs)

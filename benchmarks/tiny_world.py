@@ -11,10 +11,7 @@ Trainings run in one process each (`didr_core.train`, the same update as the Ray
 from __future__ import annotations
 
 import argparse
-import itertools
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.trainings import train
 from didr_core import config as configs
 from didr_core.config import Config, build
 from didr_core.data import PromptIndex
@@ -35,25 +33,6 @@ FACETS = (
     *(f"strict_{kind}" for kind in ("single", "count", "pair", "relation")),
 )
 SHOWN = ("utility", "judge", "reward", "strict", "background_entropy", "position_entropy")
-
-
-def train(recipe: str, seed: int, arm: str, overrides: Sequence[str], work: Path) -> Path:
-    """One training in a process of its own, resumed where an earlier call stopped; returns its export."""
-    folder = work / f"{arm}-{seed}"
-    if (folder / "export" / "model_index.json").is_file():
-        return folder / "export"
-    command = [sys.executable, "-m", "didr_core.train"]
-    if (folder / "config.yaml").is_file():
-        command += ["--resume", str(folder)]
-    else:
-        settings = [f"seed={seed}", "evaluation.prompts=0", "workers.train=1", *overrides, *ARMS[arm]]
-        command += ["--recipe", recipe, "--output", str(folder)]
-        command += list(itertools.chain.from_iterable(("--set", s) for s in settings))
-    began = time.time()
-    with (work / f"{arm}-{seed}.log").open("a") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-    print(f"{arm} seed {seed}: trained in {time.time() - began:.0f} s", flush=True)
-    return folder / "export"
 
 
 def score(
@@ -126,7 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(given.jobs) as jobs:
         waiting = {
-            (seed, arm): jobs.submit(train, given.recipe, seed, arm, given.overrides, given.work)
+            (seed, arm): jobs.submit(
+                train, given.recipe, [f"seed={seed}", *given.overrides, *ARMS[arm]], given.work, f"{arm}-{seed}"
+            )
             for seed in given.seeds
             for arm in ARMS
         }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from didr_core.config import Component, locate
 from didr_core.contracts import DIDRError, Tensors
 from didr_core.images import clip_pixels
 from didr_core.weights import check_model, check_tokenizer, load_pretrained, quiet
@@ -83,6 +84,28 @@ class ClipReward:
         if self._towers is None:
             raise DIDRError(f"reward {type(self).__name__}: load() comes before prepare() and score()")
         return self._towers
+
+
+class ClipFolderReward(ClipReward):
+    """One whose weights are a transformers ``CLIPModel`` folder. The subclass names itself in its Config and says the factor."""
+
+    class Config(Component):
+        """`path`: a CLIPModel folder. `tokenizer`: folder of its tokenizer, by default the same."""
+
+        path: str
+        tokenizer: str | None = None
+
+    def __init__(self, config: Config) -> None:
+        self.folder = locate(config.path)
+        self.tokenizer = locate(config.tokenizer or config.path)
+
+    def check(self) -> None:
+        """Raises DIDRError unless the folders hold a whole CLIPModel and a tokenizer."""
+        check_clip(self.folder, self.tokenizer)
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Load model and tokenizer, frozen."""
+        self._towers = load_clip(self.folder, self.tokenizer, device)
 
 
 def check_clip(folder: Path, tokenizer: Path) -> None:
