@@ -1,6 +1,6 @@
 """Part "distill": the project's own learner takes the regression start to the bundled generator (recipe `tiny_distill`).
 
-Diff-Instruct sharpens what regression left blurred, and loses modes (see the card). So the regression to the teacher's pairs is kept on as
+Diff-Instruct sharpens what regression left blurred, and alone it loses modes. So the regression to the teacher's pairs is kept on as
 an anchor, on the same pairs that the start was trained with.
 """
 
