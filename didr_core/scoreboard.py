@@ -156,7 +156,9 @@ def read_scores(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DIDRError(f"{path}: cannot read scores ({error}). A run with evaluation.prompts above 0 writes them.") from error
+        raise DIDRError(
+            f"{path}: cannot read scores ({error}). A run with evaluation.prompts above 0 writes them."
+        ) from error
     if not isinstance(tree, dict) or tree.get("version") != VERSION:
         found = tree.get("version") if isinstance(tree, dict) else type(tree).__name__
         raise DIDRError(f"{path}: scores of version {found!r}, expected {VERSION}. Score the run again.")

@@ -37,6 +37,7 @@ LOCAL_CPUS = 4
 ALWAYS_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() drains at this poll; Ray's 2 s would make every report cost 2 s
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # or relative paths of the recipe would mean something else on a trainer than in the preflight
 }
 QUIET_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # one run wrote 7,000 lines without

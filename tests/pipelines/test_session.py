@@ -128,3 +128,13 @@ def test_a_refused_token_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ray, "init", starting([ray.exceptions.AuthenticationError("InvalidAuthToken")]))
     with pytest.raises(DIDRError, match=r"InvalidAuthToken[\s\S]*RAY_AUTH_MODE=token[\s\S]*is unset"):
         session._attach(Place("attached", "auto"), verbose=False, level="ERROR")
+
+
+def test_trainers_stay_where_the_driver_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train moves its workers elsewhere unless told not to: relative paths then passed preflight and failed on them."""
+    monkeypatch.delenv("RAY_CHDIR_TO_TRIAL_DIR", raising=False)
+    prepare_environment()
+    from ray._private.ray_constants import env_bool
+    from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
+
+    assert env_bool(RAY_CHDIR_TO_TRIAL_DIR, True) is False
