@@ -40,13 +40,6 @@ from didr_core.schedule import coeffs_like
 from didr_core.zoo.exact import BatchNoise, batches, distill
 
 TIMES = (0.15, 0.3, 0.5, 0.7, 0.9)
-STANDARD = {
-    "ode": (4, 1),
-    "truncated": (4, 1),
-    "stochastic": (8, 8),
-    "importance": (8, 8),
-    "hybrid": (6, 7),
-}  # K, M: at most 64 calls
 ESTIMATORS = ("exact", "default", "tweedie", "ode", "truncated", "stochastic", "importance", "hybrid")
 TRAINED_UP_TO = 64
 CACHE = Path("runs/exactness")
@@ -122,15 +115,15 @@ def settings(name: str, beta: float) -> DRP:
     """
     key, *numbers = name.split(":")
     if key == "default":
-        return DRP(beta=beta)
+        return DRP.model_validate({"beta": beta})
     if key in ("exact", "none"):
-        return DRP(beta=beta).model_copy(update={"estimator": key})
+        return DRP(estimator="tweedie", beta=beta).model_copy(update={"estimator": key})
     if key not in ESTIMATORS:
         raise SystemExit(
             f"--estimator {name!r}: unknown; known: {', '.join((*ESTIMATORS, 'none'))}, each also as NAME:K:M"
         )
-    steps, particles = [int(n) for n in numbers] if numbers else STANDARD.get(key, (1, 1))
-    return DRP(estimator=key, beta=beta, steps=steps, particles=particles)  # type: ignore[arg-type]
+    sizes = dict(zip(("steps", "particles"), map(int, numbers), strict=False))
+    return DRP(estimator=key, beta=beta, **sizes)  # type: ignore[arg-type]
 
 
 def pointwise(world: World, name: str, points: int = 64, draws: int = 64) -> list[dict[str, Any]]:

@@ -69,6 +69,10 @@ def _weight(name: str) -> Callable[[Config, float], str]:
 
 METHODS: dict[str, Method] = {
     "didr": Method(("algorithm=didr",), lambda base, weight: f"drp.beta={base.drp.beta / weight:g}"),
+    "didr_tweedie": Method(
+        ("algorithm=didr", "drp.estimator=tweedie", "drp.steps=1", "drp.snr_gate=true"),
+        lambda base, weight: f"drp.beta={base.drp.beta / weight:g}",
+    ),
     "diff_instruct_pp": Method(("algorithm=diff_instruct_pp",), _weight("diff_instruct_pp")),
     "diff_instruct_star": Method(("algorithm=diff_instruct_star",), _weight("diff_instruct_star")),
     "dmdr": Method(("algorithm=dmdr", "train.assistant_updates=5"), _weight("dmdr")),
@@ -115,7 +119,10 @@ def points(methods: Sequence[str], weights: Sequence[float], seeds: Sequence[int
 def calibrate(
     recipe: str, overrides: Sequence[str], methods: Sequence[str], steps: int, file: Path
 ) -> dict[str, float]:
-    """Median seconds a step of each method, at weight 1; what ``file`` holds is not measured again."""
+    """Median processor seconds a step of each method, at weight 1; what ``file`` holds is not measured again.
+
+    A training has one thread, so that these are its wall-clock seconds on an idle machine, whatever else runs on this one.
+    """
     known: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
     missing = [m for m in methods if m not in known]
     if not missing:
@@ -129,10 +136,11 @@ def calibrate(
         runs.append((method, Learner(config), iter(LocalFeed(config)), []))
     for turn in range(SETTLE + steps):
         for _, learner, batches, seconds in runs:
-            began = time.perf_counter()
-            learner.step(next(batches))
+            batch = next(batches)
+            began = time.process_time()
+            learner.step(batch)
             if turn >= SETTLE:
-                seconds.append(time.perf_counter() - began)
+                seconds.append(time.process_time() - began)
     known |= {method: statistics.median(seconds) for method, _, _, seconds in runs}
     _write(file, known)
     return known

@@ -17,14 +17,17 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_va
 from didr_core import registry
 from didr_core.components import WORLD, Component, Strict, build, component, locate
 from didr_core.contracts import DIDRError
+from didr_core.proxy import DRP
 
 __all__ = [
+    "DRP",
     "WORLD",
     "Component",
     "Config",
     "Strict",
     "build",
     "component",
+    "differentiable",
     "dump",
     "flatten",
     "load",
@@ -42,42 +45,6 @@ class Data(Strict):
     heldout: str | None = Field(None, description="held-out prompts, for grids and scores")
     column: str = Field("prompt", description="text column")
     id_column: str = Field("id", description="optional id column; 'shard:row' when absent")
-
-
-class DRP(Strict):
-    """The diffused reward proxy: how s_r is estimated (math.md section 3)."""
-
-    estimator: Literal["tweedie", "ode", "truncated", "stochastic", "importance", "hybrid"] = "tweedie"
-    beta: float = Field(
-        1.0, gt=0, description="reward-tilt temperature, in standard deviations of the starting generator's reward"
-    )
-    steps: int = Field(1, ge=1, description="K, denoising steps from x_t to x0")
-    particles: int = Field(4, ge=1, description="M, for stochastic, importance and hybrid")
-    split: float = Field(
-        0.2, gt=0, lt=1, description="hybrid: time at and below which the posterior is taken to have one mode"
-    )
-    reach: float = Field(5.0, gt=0, description="hybrid: longest shift of x_t, in standard deviations of its noise")
-    guidance: float | None = Field(None, ge=0, description="guidance scale inside the proxy; none = the reference's")
-    snr_gate: bool = Field(False, description="multiply s_r by alpha_t^2: silent where the posterior has many modes")
-    clip: float | None = Field(
-        None,
-        gt=0,
-        description="cap of the rms of s_r per sample, as a multiple of the rms of the reference's own score",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DRP:
-        if self.estimator == "tweedie" and self.steps != 1:
-            raise ValueError(
-                f"drp.steps={self.steps}: tweedie is one step; use ode or truncated for K > 1, or drp.steps=1"
-            )
-        if self.estimator == "importance" and self.particles < 2:
-            raise ValueError(f"drp.particles={self.particles}: importance compares particles, so it needs at least 2")
-        if self.estimator == "importance" and self.steps < 2:
-            raise ValueError(
-                f"drp.steps={self.steps}: with one step all particles of importance are equal; use drp.steps >= 2"
-            )
-        return self
 
 
 class Guidance(Strict):
@@ -200,7 +167,7 @@ class Config(Strict):
     judge: Annotated[SerializeAsAny[Component] | None, component("rewards")] = Field(
         None, description="held-out reward; never trained on"
     )
-    drp: DRP = DRP()
+    drp: DRP = Field(default_factory=lambda: DRP.model_validate({}))
     guidance: Guidance = Guidance()
     times: Times = Times()
     generator: Optim
@@ -221,12 +188,17 @@ class Config(Strict):
         method = registry.find("algorithms", self.algorithm.name)
         if method.needs_reward and self.reward is None:
             raise ValueError(f"reward: algorithm {self.algorithm.name!r} needs one, got none; name one, e.g. pickscore")
-        gradient = getattr(method, "needs_reward_gradient", False)
-        if gradient and self.reward and not registry.find("rewards", self.reward.name).differentiable:
-            raise ValueError(
-                f"reward.name={self.reward.name!r}: has no gradient, which algorithm {self.algorithm.name!r} needs; name a"
-                " differentiable reward, or say algorithm=didr and drp.estimator=importance"
-            )
+        if self.reward and not differentiable(self.reward):
+            if getattr(method, "needs_reward_gradient", False):
+                raise ValueError(
+                    f"reward.name={self.reward.name!r}: has no gradient, which algorithm {self.algorithm.name!r} needs; name a"
+                    " differentiable reward, or say algorithm=didr and drp.estimator=importance"
+                )
+            if method.needs_reward and self.drp.estimator != "importance":
+                raise ValueError(
+                    f"reward.name={self.reward.name!r}: has no gradient, which drp.estimator={self.drp.estimator!r} needs; name a"
+                    " differentiable reward, or say drp.estimator=importance"
+                )
         if self.train.batch % self.workers.train:
             raise ValueError(
                 f"train.batch={self.train.batch} does not divide by workers.train={self.workers.train}; every worker takes an equal share"
@@ -253,6 +225,14 @@ class Config(Strict):
             assistant_updates=assistant_updates,
             updates_per_step=assistant_updates + 1,
         )
+
+
+def differentiable(reward: Component) -> bool:
+    """Whether the configured reward has a gradient; of a composite, whether all its parts have."""
+    parts = getattr(reward, "parts", None)
+    if parts:
+        return all(differentiable(part.reward) for part in parts)
+    return bool(registry.find("rewards", reward.name).differentiable)
 
 
 class Sizes(Strict):

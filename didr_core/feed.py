@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from didr_core import registry
-from didr_core.config import Config, build
+from didr_core.config import Config, build, differentiable
 from didr_core.contracts import Backbone, Batch, Condition, DIDRError
 from didr_core.data import Prompt, PromptIndex
 from didr_core.noise import Noise
@@ -43,6 +43,11 @@ def device_of(config: Config) -> torch.device:
 def needs_reward(config: Config) -> bool:
     """Whether the algorithm asks for rewards, and so for a :class:`RewardPreparer`."""
     return bool(registry.find("algorithms", config.algorithm.name).needs_reward)
+
+
+def is_black_box(config: Config) -> bool:
+    """Whether rewards are asked for whose model has no gradient: it need not sit on a trainer, actors can score for it."""
+    return needs_reward(config) and config.reward is not None and not differentiable(config.reward)
 
 
 def open_prompts(config: Config) -> PromptIndex:

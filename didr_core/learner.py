@@ -37,8 +37,9 @@ class Learner:
         device: torch.device | str = "cpu",
         parallel: Parallel | None = None,
         noise: Noise | None = None,
+        reward: Reward | None = None,
     ) -> None:
-        """``noise`` stands in for the config's own random numbers, in benchmarks."""
+        """``noise`` stands in for the config's own random numbers, in benchmarks, ``reward``, loaded, for its own: a black box."""
         self.config = config
         self.noise = noise or Noise(config.seed)
         self.device = torch.device(device)
@@ -51,8 +52,9 @@ class Learner:
         self.ema_net = copy.deepcopy(self.generator_net).requires_grad_(False)
         self.reward: Reward | None = None
         if self.algorithm.needs_reward and config.reward is not None:
-            self.reward = build("rewards", config.reward)
-            self.reward.load(self.device)
+            self.reward = reward or build("rewards", config.reward)
+            if reward is None:
+                self.reward.load(self.device)
             self.backbone.load_decoder()
             getattr(self.backbone, "to", lambda _: None)(self.device)
         self.anchor = AnchorPairs(config.train.anchor, self.device) if config.train.anchor else None

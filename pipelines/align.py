@@ -26,7 +26,7 @@ from didr_core import scales
 from didr_core.config import Config
 from didr_core.contracts import DIDRError, StepReport
 from didr_core.data import PromptIndex
-from didr_core.feed import needs_reward
+from didr_core.feed import is_black_box, needs_reward
 from didr_core.preflight import preflight
 from didr_core.runs import RunFolder
 from didr_core.train import Observer, outcome, train
@@ -171,7 +171,7 @@ def _open_tracker(config: Config, run: RunFolder) -> tracking.Tracker:
 
 
 def _plan(config: Config, view: ClusterView) -> Plan:
-    return align_plan(config.workers, view, with_rewards=needs_reward(config))
+    return align_plan(config.workers, view, with_rewards=needs_reward(config), with_scorers=is_black_box(config))
 
 
 def _slots(config: Config) -> int:
@@ -229,13 +229,16 @@ def _fit_until_done(config: Config, run: RunFolder, index: PromptIndex, board: B
     """
     from ray.train import TrainingFailedError
 
+    from pipelines.scoring import start_scorers
+
+    scorers = start_scorers(config, reward_need(config.workers, view)) if is_black_box(config) else []
     for failures in range(config.workers.max_failures + 1):
         step = run.last_step()
         run.forget_after(step)
         _forget_reasons(run)
         board.stage("starting workers" if not failures else f"starting workers again from step {step}")
         try:
-            _trainer(config, run, index, view, step).fit()
+            _trainer(config, run, index, view, step, scorers).fit()
             return
         except TrainingFailedError as error:
             reasons = _reasons(run)
@@ -252,7 +255,9 @@ def _fit_until_done(config: Config, run: RunFolder, index: PromptIndex, board: B
             shutil.rmtree(run.path / "ray", ignore_errors=True)
 
 
-def _trainer(config: Config, run: RunFolder, index: PromptIndex, view: ClusterView, step: int) -> Any:
+def _trainer(
+    config: Config, run: RunFolder, index: PromptIndex, view: ClusterView, step: int, scorers: Sequence[Any]
+) -> Any:
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -268,7 +273,12 @@ def _trainer(config: Config, run: RunFolder, index: PromptIndex, view: ClusterVi
         datasets["train"] = prompt_stream(config, index, cursor, encoder, reward)
     return TorchTrainer(
         train_worker,
-        train_loop_config={"config": configs.dump(config), "run": str(run.path), "corpus": index.fingerprint},
+        train_loop_config={
+            "config": configs.dump(config),
+            "run": str(run.path),
+            "corpus": index.fingerprint,
+            "scorers": scorers,
+        },
         scaling_config=ScalingConfig(
             num_workers=workers.train,
             use_gpu=need.gpus > 0,

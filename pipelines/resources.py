@@ -162,8 +162,15 @@ def reward_need(workers: Workers, cluster: ClusterView) -> Need:
     return Need(workers.reward_cpus, workers.reward_gpus, custom=custom)
 
 
-def align_plan(workers: Workers, cluster: ClusterView, with_rewards: bool = True) -> Plan:
-    """All that `didr align` runs at once. `with_rewards=False`: an algorithm without a reward has no reward actors."""
+def align_plan(workers: Workers, cluster: ClusterView, with_rewards: bool = True, with_scorers: bool = False) -> Plan:
+    """All that `didr align` runs at once.
+
+    Args:
+        with_rewards: False for an algorithm without a reward, which has no reward actors.
+        with_scorers: True for a reward without a gradient, which actors of its own score during training.
+    """
+    reward = reward_need(workers, cluster)
+    rewards = ("workers.rewards", "workers.reward_cpus or .reward_gpus")
     groups = [
         Group(
             "training worker",
@@ -179,13 +186,10 @@ def align_plan(workers: Workers, cluster: ClusterView, with_rewards: bool = True
             "workers.encoders",
             "workers.encoder_cpus or .encoder_gpus",
         ),
+        *([Group("reward actor", workers.rewards, reward, *rewards)] if with_rewards else []),
+        *([Group("scoring actor", workers.rewards, reward, *rewards)] if with_scorers else []),
         Group("listing of the shards", 1, Need(cpus=1)),
     ]
-    if with_rewards:
-        need = reward_need(workers, cluster)
-        groups.insert(
-            2, Group("reward actor", workers.rewards, need, "workers.rewards", "workers.reward_cpus or .reward_gpus")
-        )
     return Plan(tuple(groups))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from didr_core.runs import RunFolder
 from didr_core.train import Journal, Observer, loop
 from pipelines.figures import save_grid
 from pipelines.prompts import batches
+from pipelines.scoring import ActorReward
 
 SAY_EVERY_S = 0.5
 
@@ -54,12 +55,12 @@ class Stage:
 
 
 def train_worker(settings: Mapping[str, Any]) -> None:
-    """`train_loop_per_worker`. ``settings``: the resolved config as a tree, the run folder, the corpus's fingerprint."""
+    """`train_loop_per_worker`. ``settings``: the resolved config as a tree, the run folder, the corpus's fingerprint, scoring actors."""
     config = configs.validate(settings["config"])
     run = RunFolder(Path(settings["run"]))
     ranks = parallel.current()
     try:
-        _train(config, run, ranks, settings["corpus"])
+        _train(config, run, ranks, settings["corpus"], settings["scorers"])
     except Exception as error:
         mistake = users_mistake(error)
         if mistake:  # in a file: what Ray hands to the driver is a traceback
@@ -67,7 +68,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
         raise
 
 
-def _train(config: Config, run: RunFolder, ranks: Parallel, corpus: str) -> None:
+def _train(config: Config, run: RunFolder, ranks: Parallel, corpus: str, scorers: Sequence[Any]) -> None:
     torch.set_num_threads(config.train.threads)
     first = ranks.rank == 0
     stage: Say = Stage(run) if first else lambda *_: None
@@ -76,7 +77,8 @@ def _train(config: Config, run: RunFolder, ranks: Parallel, corpus: str) -> None
     if todo:  # the actors start when the first batch is asked for: let them load their models while we load ours
         stream = _started(batches(ray.train.get_dataset_shard("train"), config.sizes.share))
     stage("loading networks", 0, 0)
-    learner = Learner(config, device=ray.train.torch.get_device(), parallel=ranks)
+    reward = ActorReward(scorers) if scorers else None
+    learner = Learner(config, device=ray.train.torch.get_device(), parallel=ranks, reward=reward)
     journal = Journal(run, config, learner, corpus)
     journal.restore()
     gallery = Gallery(learner, config, run, save_grid) if first and config.evaluation.every else None

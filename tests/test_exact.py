@@ -123,7 +123,7 @@ def test_below_the_split_many_modes_and_a_linear_reward_are_exact() -> None:
     config = DRP(estimator="hybrid", steps=2, particles=2, split=0.6, reach=1e9)
     got = drp.estimate(config, problem(law, value, 0.5, 0.6, x)).score
     assert torch.allclose(got, exact_at(law, value, 0.5, 0.6, x), rtol=1e-6)
-    tweedie = drp.estimate(DRP(), problem(law, value, 0.5, 0.6, x)).score
+    tweedie = drp.estimate(DRP(estimator="tweedie"), problem(law, value, 0.5, 0.6, x)).score
     assert (tweedie - got).norm() > 0.05 * got.norm()
 
 
@@ -149,7 +149,7 @@ def test_importance_loses_its_bias_as_particles_and_steps_grow() -> None:
 
 @pytest.mark.parametrize("t", [0.3, 0.6, 0.9])
 def test_hybrid_is_near_the_exact_score_where_tweedie_is_not(t: float) -> None:
-    hybrid, tweedie = bias(DRP(estimator="hybrid", steps=6, particles=7), t), bias(DRP(), t, draws=1)
+    hybrid, tweedie = bias(DRP(estimator="hybrid", steps=6, particles=7), t), bias(DRP(estimator="tweedie"), t, draws=1)
     assert hybrid < 0.25 and hybrid < 0.6 * tweedie, (hybrid, tweedie)
 
 

@@ -113,9 +113,9 @@ def test_a_nan_names_the_prompt_and_changes_no_generator_weight(folders: tuple[P
 
 
 def test_beta_scales_the_drs_and_the_reward_scale_cancels_units(folders: tuple[Path, Path]) -> None:
-    base = learner(folders, drp={"beta": 1.0})
-    hot = learner(folders, drp={"beta": 0.5})
-    wide = learner(folders, drp={"beta": 1.0})
+    base = learner(folders, drp={"estimator": "tweedie", "beta": 1.0})
+    hot = learner(folders, drp={"estimator": "tweedie", "beta": 0.5})
+    wide = learner(folders, drp={"estimator": "tweedie", "beta": 1.0})
     one, two = base.step(batch(base)).metrics, hot.step(batch(hot)).metrics
     three = wide.step(batch(wide, spread=1.0)).metrics
     assert two["drs/rms"] == pytest.approx(2 * one["drs/rms"], rel=1e-3)

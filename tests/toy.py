@@ -25,7 +25,7 @@ def toy_recipe(folder: Path, **changes: Any) -> Path:
         "backbone": {"name": "sdxl", "pipeline": str(sdxl_folder(folder / "pipeline"))},
         "algorithm": "didr",
         "reward": {"name": "pickscore", "path": str(clip_folder(folder / "clip"))},
-        "drp": {"beta": 0.5, "snr_gate": True, "clip": 1.0},
+        "drp": {"estimator": "tweedie", "beta": 0.5, "snr_gate": True, "clip": 1.0},
         "generator": {"lr": 1e-3},
         "assistant": {"lr": 1e-3},
         "train": {"steps": STEPS, "batch": BATCH, "checkpoint_every": EVERY},
