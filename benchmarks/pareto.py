@@ -3,12 +3,13 @@
     python -m benchmarks.pareto --seconds 240 --seeds 0 1 2 --jobs 2
 
 1. The seconds that a step takes are measured for all methods in turn, step by step, so that a change of the machine's load hits all alike;
-   `--seconds` then buys each method its own number of generator steps. Loading and evaluation do not count.
+   `--seconds` then buys each method its own number of generator steps. Loading, evaluation and the assistant's head start do not count.
 2. Each (method, weight, seed) is one training of the recipe from the same start, in a process of its own (`didr_core.train`).
 3. Each is scored on the same held-out captions and noise: utility and held-out judge (gain) against strict accuracy, feature distance to
    the guided teacher's pictures and diversity across noise seeds (fidelity).
 4. Fronts and hypervolumes per method, with 95 % intervals over captions and training seeds.
 
+DMD2 without its GAN is not listed: where `diff_instruct` runs with five assistant updates and W on, as in `tiny`, they are one.
 A weight is a multiple of the method's own unit (:data:`METHODS`): for DIDR it divides the recipe's `drp.beta`. Everything finished in
 `--work` is kept: call again to go on. Writes ``pareto.json``, ``pareto.png`` and ``table.md``.
 """
@@ -56,6 +57,7 @@ class Method:
 
     overrides: tuple[str, ...]
     strength: Callable[[Config, float], str] | None = None
+    weights: tuple[float, ...] = ()  # its own, where a sweep would say nothing
 
     def settings(self, base: Config, weight: float) -> Overrides:
         """Overrides of the training at ``weight``."""
@@ -76,9 +78,8 @@ METHODS: dict[str, Method] = {
     "diff_instruct_pp": Method(("algorithm=diff_instruct_pp",), _weight("diff_instruct_pp")),
     "diff_instruct_star": Method(("algorithm=diff_instruct_star",), _weight("diff_instruct_star")),
     "dmdr": Method(("algorithm=dmdr", "train.assistant_updates=5"), _weight("dmdr")),
-    "reward_only": Method(("algorithm=reward_only",), lambda _, weight: f"algorithm.margin={weight:g}"),
+    "reward_only": Method(("algorithm=reward_only",), lambda _, weight: f"algorithm.margin={weight:g}", (1.0,)),
     "diff_instruct": Method(("algorithm=diff_instruct",)),
-    "dmd2": Method(("algorithm=dmd2", "train.assistant_updates=5")),
 }
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
 GAINS = ("utility", "judge")
@@ -112,7 +113,7 @@ def points(methods: Sequence[str], weights: Sequence[float], seeds: Sequence[int
         Point(method, weight, seed)
         for seed in seeds
         for method in methods
-        for weight in (weights if METHODS[method].strength else (None,))
+        for weight in ((METHODS[method].weights or weights) if METHODS[method].strength else (None,))
     ]
 
 
@@ -131,7 +132,8 @@ def calibrate(
     torch.set_num_threads(base.train.threads)
     runs: list[tuple[str, Learner, Iterator[Batch], list[float]]] = []
     for method in missing:
-        plan = [*overrides, "workers.train=1", f"train.steps={SETTLE + steps}", *METHODS[method].settings(base, 1.0)]
+        plan = [*overrides, "workers.train=1", f"train.steps={SETTLE + steps}", "train.assistant_warmup=0"]
+        plan += METHODS[method].settings(base, 1.0)
         config = configs.load(recipe, plan)
         runs.append((method, Learner(config), iter(LocalFeed(config)), []))
     for turn in range(SETTLE + steps):
@@ -149,7 +151,8 @@ def calibrate(
 def settings_of(point: Point, overrides: Sequence[str], steps: int, base: Config) -> list[str]:
     """`key=value` of a point's training."""
     method = METHODS[point.method].settings(base, point.weight or 1.0)
-    return [*overrides, *method, f"seed={point.seed}", f"train.steps={steps}"]
+    head_start = base.train.assistant_warmup if point.method != "reward_only" else 0
+    return [*overrides, *method, f"seed={point.seed}", f"train.steps={head_start + steps}"]
 
 
 class _Watched:

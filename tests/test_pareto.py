@@ -20,7 +20,7 @@ def test_every_method_and_weight_is_a_valid_run() -> None:
     base = config.load("tiny")
     for name, method in pareto.METHODS.items():
         for weight in pareto.WEIGHTS:
-            assert config.load("tiny", method.settings(base, weight)).algorithm.name == name
+            assert config.load("tiny", method.settings(base, weight)).algorithm.name == name.removesuffix("_tweedie")
     stronger = config.load("tiny", pareto.METHODS["didr"].settings(base, 2.0))
     assert stronger.drp.beta == pytest.approx(base.drp.beta / 2)
     dmdr = [config.load("tiny", pareto.METHODS["dmdr"].settings(base, w)).algorithm for w in (1.0, 4.0)]
@@ -28,8 +28,9 @@ def test_every_method_and_weight_is_a_valid_run() -> None:
 
 
 def test_controls_are_trained_once_a_seed_and_seeds_come_first() -> None:
-    plan = pareto.points(["didr", "dmd2"], [0.5, 1.0], [0, 1])
-    assert [p.name for p in plan] == ["didr-0.5-0", "didr-1-0", "dmd2-0", "didr-0.5-1", "didr-1-1", "dmd2-1"]
+    plan = pareto.points(["didr", "diff_instruct"], [0.5, 1.0], [0, 1])
+    names = [f"{label}-{seed}" for seed in (0, 1) for label in ("didr-0.5", "didr-1", "diff_instruct")]
+    assert [p.name for p in plan] == names
 
 
 def test_a_work_folder_serves_one_benchmark(tmp_path: Path) -> None:
