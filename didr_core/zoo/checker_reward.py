@@ -54,6 +54,10 @@ class CheckerReward:
 
     @torch.no_grad()
     def score(self, images: Tensor, inputs: Tensors) -> Tensor:
-        """``[B, 3, 32, 32]`` to the utility ``[B]``."""
+        """``[B, 3, 32, 32]`` to the utility ``[B]``; NaN where the picture is not finite, so that the run stops and names the prompt."""
         captions = [bytes(row).rstrip(b"\0").decode() for row in inputs["caption"].cpu().numpy()]
-        return torch.from_numpy(judge.utility(images.float().cpu().numpy(), captions)).to(images.device)
+        pictures = images.detach().float().cpu()
+        broken = ~pictures.flatten(1).isfinite().all(1)
+        readable = pictures.masked_fill(broken[:, None, None, None], 0.0)
+        scores = torch.from_numpy(judge.utility(readable.numpy(), captions))
+        return scores.masked_fill(broken, float("nan")).to(images.device)
