@@ -54,7 +54,7 @@ def save(trained: Rows, pointwise: Rows, path: Path) -> Path:
     left.set_xscale("log")
     left.set_xlabel("distance of the trained generator to p* (sliced Wasserstein-2; less is better)", fontsize=11)
     left.set_title("2 dimensions, 1,500 updates, one mark a seed", fontsize=12, color=INK)
-    left.legend(fontsize=11, frameon=False, loc="lower right")
+    left.legend(fontsize=11, frameon=False, loc="upper right")
     dim = max(r["dim"] for r in pointwise if r["dim"] <= 64)
     for name in [n for n in COLOURS if n in {r["estimator"] for r in pointwise}]:
         rows = sorted(
@@ -72,7 +72,7 @@ def save(trained: Rows, pointwise: Rows, path: Path) -> Path:
     right.set_yscale("log")
     right.set_xlabel("time t (0 clean, 1 noise)", fontsize=11)
     right.set_ylabel("bias over the size of the exact score", fontsize=11)
-    right.set_title(f"{dim} dimensions, beta 1, estimates averaged over 64 draws", fontsize=12, color=INK)
+    right.set_title(f"{dim} dimensions, beta 1, mean of 64 draws", fontsize=12, color=INK)
     right.legend(fontsize=10, frameon=False, ncols=2)
     for axes in (left, right):
         axes.grid(alpha=0.25)

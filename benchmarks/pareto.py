@@ -236,21 +236,51 @@ def fronts(summary: dict[str, dict[str, Array]], methods: dict[str, list[str]]) 
         entry["methods"] = {}
         for method, labels in methods.items():
             x, y = (np.stack([of[label][axis] for label in labels]) for axis in (0, 1))
+            on_front = [labels[i] for i in front(np.stack([x[:, 0], y[:, 0]], 1))]
+            at = {label: (value[0][0], value[1][0]) for label, value in of.items()}
             entry["methods"][method] = {
-                "front": [labels[i] for i in front(np.stack([x[:, 0], y[:, 0]], 1))],
+                "front": on_front,
+                "beaten_by": [
+                    other
+                    for other in at
+                    if other not in labels
+                    and any(at[other][0] > at[m][0] and at[other][1] > at[m][1] for m in on_front)
+                ],
                 "hypervolume": interval(hypervolumes(x, y, worst, best)),
             }
         out.append(entry)
     return out
 
 
+def by_seed(
+    arrays: dict[str, dict[str, NDArray[Any]]], reference: NDArray[Any], methods: dict[str, list[str]]
+) -> list[list[dict[str, float]]]:
+    """Hypervolumes of each training seed alone, ``{method: value}`` a panel; what was trained once serves every seed."""
+    trainings = max(len(values["features"]) for values in arrays.values())
+    out = []
+    for seed in range(trainings):
+        alone = {
+            label: {name: value[seed : seed + 1] if len(value) > 1 else value for name, value in values.items()}
+            for label, values in arrays.items()
+        }
+        panels = fronts(summarise(alone, reference, 1, 0), methods)
+        out.append([{m: found["hypervolume"]["mean"] for m, found in p["methods"].items()} for p in panels])
+    return out
+
+
 def tables(tree: dict[str, Any]) -> str:
-    """Markdown: hypervolumes by method, then every point."""
+    """Markdown: hypervolumes by method, in how many seeds it is the largest, who beats it; then every point."""
     header = ["method", *(f"{describe(p['gain']).title} / {describe(p['fidelity']).title}" for p in tree["fronts"])]
     rows = []
     for method in tree["methods"]:
         found = [p["methods"][method]["hypervolume"] for p in tree["fronts"]]
         rows.append([method, *(f"{v['mean']:.2f} ({v['low']:.2f} to {v['high']:.2f})" for v in found)])
+    seeds = tree["by_seed"]
+    won, beaten = [], []
+    for method in tree["methods"]:
+        largest = [sum(one[i][method] == max(one[i].values()) for one in seeds) for i in range(len(header) - 1)]
+        won.append([method, *(f"{count} of {len(seeds)}" for count in largest)])
+        beaten.append([method, *(", ".join(p["methods"][method]["beaten_by"]) or "none" for p in tree["fronts"])])
     names = [*GAINS, *FIDELITIES, "reward"]
     lines = []
     for label, point in tree["points"].items():
@@ -261,6 +291,10 @@ def tables(tree: dict[str, Any]) -> str:
         [
             "Hypervolume as a share of the box that all points span, with 95 % intervals over captions and training seeds:",
             markdown(header, rows),
+            "Training seeds, each by itself, in which the method's hypervolume is the largest:",
+            markdown(header, won),
+            "Points that are better in both measures than some point of the method's own front:",
+            markdown(header, beaten),
             "Every point (a weight is a multiple of the method's unit):",
             markdown(["point", "steps", *(n.replace("_", " ") for n in names)], lines),
         ]
@@ -372,6 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for label, values in summary.items()
         },
         "fronts": fronts(competing, sweeps),
+        "by_seed": by_seed({k: v for k, v in arrays.items() if k != "teacher"}, arrays["teacher"]["features"], sweeps),
         "intervals": f"95 %, bootstrap over captions and training seeds, {given.resamples} resamples",
         "facts": provenance(base.data.heldout, [command.strip()]),
     }

@@ -75,7 +75,12 @@ def test_the_report_ranks_a_front_that_is_known(tmp_path: Path) -> None:
             for label, values in summary.items()
         },
         "fronts": panels,
+        "by_seed": pareto.by_seed(
+            {k: v for k, v in arrays.items() if k != "teacher"}, arrays["teacher"]["features"], methods
+        ),
     }
+    assert [[p["better"] > p["worse"] for p in seed] for seed in tree["by_seed"]] == [[True] * 6] * 2
+    assert panels[0]["methods"]["better"]["beaten_by"] == [] and panels[0]["methods"]["worse"]["beaten_by"]
     assert json.loads(json.dumps(tree)) == tree
     text = pareto.tables(tree)
     assert "| better | " in text and "| worse-0.3 | 7 | " in text
