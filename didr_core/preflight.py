@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 from didr_core.config import Config, build
@@ -38,7 +39,10 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
     if needs_reward(config) and config.reward is not None:
         _check(build("rewards", config.reward))
     if config.judge is not None:
-        _check(build("rewards", config.judge))
+        try:
+            _check(build("rewards", config.judge))
+        except DIDRError as error:  # rewards know themselves as `reward`
+            raise DIDRError(re.sub(r"\breward\.(?=[a-z]+[=:\[])", "judge.", str(error))) from error
     if config.evaluation.control:
         find_export(config.evaluation.control)
     _output(config)

@@ -97,6 +97,11 @@ def test_prompts_that_are_no_prompts(
     assert expected in fails(didr, toy, tmp_path, f"data.prompts={tmp_path}/p")
 
 
+def test_a_broken_judge_is_called_judge(didr: Didr, toy: Path, tmp_path: Path) -> None:
+    said = fails(didr, toy, tmp_path, f"judge={{name: pickscore, path: '{tmp_path}/no'}}")
+    assert "judge.path=" in said and "reward.path" not in said
+
+
 def test_unknown_names(didr: Didr, toy: Path, tmp_path: Path) -> None:
     said = didr("align", "--recipe", "tniy")
     assert "'tniy'" in said and "Did you mean 'tiny'?" in said
