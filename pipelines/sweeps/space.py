@@ -1,8 +1,8 @@
 """Search spaces as plain data: found by name or file, checked against the configuration, turned into points. No Ray.
 
-    space = find("tilt_by_drp")
-    points = draw(space, "random", trials=12, seed=0)   # [{"drp.beta": 0.21, "drp.steps": 4, "drp.estimator": "ode"}, ...]
-    check(space, points, "tiny", ["train.steps=100"])   # DIDRError names the key, before anything starts
+space = find("tilt_by_drp")
+points = draw(space, "random", trials=12, seed=0)   # [{"drp.beta": 0.21, "drp.steps": 4}, ...]
+check(space, points, "tiny", ["train.steps=100"])   # DIDRError names the key, before anything starts
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from didr_core.config import Config
 from didr_core.contracts import DIDRError
 
 Point = dict[str, Any]
-"""Dotted key to value: the settings of one trial, swept and fixed."""
+"""Swept key to value: what one trial has of its own."""
 
 KINDS = ("loguniform", "uniform", "choice", "grid")
 PACKAGE = "tune_spaces"
 GRID_POINTS = 4  # of a range, where a grid is asked for
 CORNERS = 256
+DEFAULT_TRIALS = 12
 NOT_SWEPT = ("evaluation", "data.heldout", "judge", "backbone", "workers", "tracking", "output", "name", "device")
 """Trials that differ in these are judged differently, or share no start: they cannot be compared."""
 
@@ -143,7 +144,9 @@ def _domain(name: str, key: str, value: Mapping[str, Any]) -> Domain:
         raise DIDRError(f"space {name!r}: {key}: unknown kind {kind!r}; known: {', '.join(KINDS)}.{hint}")
     if kind in ("choice", "grid"):
         if not values or len(set(map(repr, values))) < len(values):
-            raise DIDRError(f"space {name!r}: {key}: {kind} of {list(values)!r}; expected different values, one at least")
+            raise DIDRError(
+                f"space {name!r}: {key}: {kind} of {list(values)!r}; expected different values, one at least"
+            )
         return Domain(kind, tuple(values))
     numbers = len(values) == 2 and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
     if not numbers or values[0] >= values[1] or (kind == "loguniform" and values[0] <= 0):
@@ -153,27 +156,22 @@ def _domain(name: str, key: str, value: Mapping[str, Any]) -> Domain:
 
 
 def draw(space: Space, search: str, trials: int | None, seed: int) -> list[Point]:
-    """The points of a sweep in the order they are tried, fixed values included.
+    """The points of a sweep in the order they are tried.
 
     "grid": all combinations, in an order shuffled by ``seed``, so that a sweep cut short still covers the space.
     "random": a Latin hypercube of ``trials`` points: each key alone is spread evenly.
     """
     rng = random.Random(seed)
     if search == "grid":
-        combinations = [dict(zip(space.domains, row, strict=True)) for row in _product(d.grid() for d in space.domains.values())]
-        rng.shuffle(combinations)
-        chosen = combinations[: trials or len(combinations)]
-    else:
-        count = trials or DEFAULT_TRIALS
-        columns = {}
-        for key, domain in space.domains.items():
-            strata = rng.sample(range(count), count)
-            columns[key] = [domain.at((place + rng.random()) / count) for place in strata]
-        chosen = [{key: column[i] for key, column in columns.items()} for i in range(count)]
-    return [dict(space.fixed) | point for point in chosen]
-
-
-DEFAULT_TRIALS = 12
+        rows = _product(d.grid() for d in space.domains.values())
+        rng.shuffle(rows)
+        return [dict(zip(space.domains, row, strict=True)) for row in rows[:trials]]
+    count = trials or DEFAULT_TRIALS
+    columns = {}
+    for key, domain in space.domains.items():
+        strata = rng.sample(range(count), count)
+        columns[key] = [domain.at((place + rng.random()) / count) for place in strata]
+    return [{key: column[i] for key, column in columns.items()} for i in range(count)]
 
 
 def _product(lists: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
@@ -183,7 +181,7 @@ def _product(lists: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
 def corners(space: Space) -> list[Point]:
     """Points that stand for a space whose points are not known beforehand."""
     rows = _product(d.ends() for d in space.domains.values())[:CORNERS]
-    return [dict(space.fixed) | dict(zip(space.domains, row, strict=True)) for row in rows]
+    return [dict(zip(space.domains, row, strict=True)) for row in rows]
 
 
 def settings(point: Mapping[str, Any]) -> list[str]:
@@ -191,29 +189,33 @@ def settings(point: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in point.items()]
 
 
-def shown(point: Mapping[str, Any], keys: Iterable[str]) -> str:
+def shown(point: Mapping[str, Any]) -> str:
     """``beta 0.21, steps 4``: the last word of each key."""
-    return ", ".join(f"{k.rpartition('.')[2]} {v:g}" if isinstance(v, float) else f"{k.rpartition('.')[2]} {v}" for k in keys if (v := point.get(k)) is not None)
+    parts = ((key.rpartition(".")[2], value) for key, value in point.items())
+    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in parts)
 
 
 def check(space: Space, points: Sequence[Point], recipe: str, overrides: Sequence[str]) -> Config:
-    """Every point against the configuration model; returns the configuration that trials share (recipe, fixed values, overrides).
+    """Every point against the configuration model; returns the configuration of the first, which is what trials share.
+
+    ``overrides`` win over what the space fixes.
 
     Raises:
         DIDRError: names the key and the point; also where ``--set`` fixes what the space sweeps.
     """
-    for item in overrides:
-        key = item.partition("=")[0].strip()
+    taken = [item.partition("=")[0].strip() for item in overrides]
+    for item, key in zip(overrides, taken, strict=True):
         if key in space.domains:
             raise DIDRError(
                 f"--set {item!r}: the space {space.name!r} sweeps {key}. Leave it out, or use a space of your own without it."
             )
-    base = configs.load(recipe, overrides)  # mistakes of the recipe or of --set, in their own words
-    taken = {item.partition("=")[0].strip() for item in overrides}
+    configs.load(recipe, overrides)  # mistakes of the recipe or of --set, in their own words
+    fixed = {key: value for key, value in space.fixed.items() if key not in taken}
+    checked = []
     for point in points:
-        rest = {k: v for k, v in point.items() if k not in taken}
+        own = settings(fixed | point)
         try:
-            base = configs.load(recipe, [*overrides, *settings(rest)])
+            checked.append(configs.load(recipe, [*overrides, *own]))
         except DIDRError as error:
-            raise DIDRError(f"space {space.name!r}, point {', '.join(settings(rest))}: {error}") from None
-    return base
+            raise DIDRError(f"space {space.name!r}, point {' '.join(own)}: {error}") from None
+    return checked[0]
