@@ -1,4 +1,4 @@
-"""`didr`: align, sweep, sample, export, config. Heavy libraries are imported by the command that needs them, so that `didr --help` is quick."""
+"""`didr`: align, sweep, sample, export, config. A command imports the heavy libraries that it needs, so `didr --help` is quick."""
 
 from __future__ import annotations
 

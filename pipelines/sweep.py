@@ -186,7 +186,7 @@ def _with_slots(view: ClusterView, config: Config, plan: Sweep) -> ClusterView:
 def _decide(folder: SweepFolder, config: Config, view: ClusterView, out: Any) -> tuple[Sweep, Fit]:
     """How many trials at once; print the plan."""
     plan = folder.plan()
-    asked = plan.concurrent if "asked" not in folder.info() else folder.info()["asked"]
+    asked = folder.info().get("asked", plan.concurrent)
     at_once, found = fit(config, view, plan.workers, plan.trials, asked or None)
     plan = replace(plan, concurrent=at_once)
     folder.update(plan=asdict(plan), asked=asked)
@@ -234,7 +234,7 @@ def _missing(folder: SweepFolder) -> list[int]:
 
 
 def _elsewhere(need: Any, function: str, *arguments: Any) -> Any:
-    """A function of :mod:`pipelines.sweeps.work` in a process with a trial's resources: the driver may have no GPU, and keeps no networks."""
+    """A function of :mod:`pipelines.sweeps.work` in a process with a trial's resources: the driver may have no GPU."""
     import ray
 
     from pipelines.sweeps import work

@@ -2,7 +2,8 @@
 
 - **gain**: mean difference to the starting generator's score, caption by caption and noise by noise, in standard deviations of the start's
   scores. The score is the held-out judge's; the training reward's where a recipe names no judge.
-- **distance**: Fréchet distance of picture features to the reference's pictures of the same captions, in units of the start's own.
+- **distance**: Fréchet distance of picture features to the reference's pictures of the same captions, in units of the start's own (where
+  the start itself is the reference: in units of the distance between two draws of it).
 - **score**: gain minus the distance added to the start's: one standard deviation of held-out reward is worth one more start's distance.
 
 The start's and the reference's pictures are scored once a sweep (:class:`Bench`) and read from files by every trial.
@@ -37,9 +38,9 @@ QUICK_PROMPTS = 64  # of a look during training
 RESAMPLES = 200
 LARGE = 256  # features above which distances are not resampled: each would cost a large eigenvalue problem
 WORDS = (
-    "score = gain - (distance - 1): gain of held-out reward over the start in standard deviations of the start's scores, minus the "
-    "distance to the reference that was added to the start's own, in units of the start's own. One standard deviation of held-out reward "
-    "is worth one more start's distance."
+    "score = gain - (distance - the start's distance): held-out reward won over the start, in standard deviations of the start's scores, "
+    "minus the distance to the reference that was added to the start's own. One standard deviation of held-out reward is worth as much "
+    "distance as the start has."
 )
 
 
@@ -49,17 +50,24 @@ class Worth:
 
     gain: Mapping[str, float | None]
     distance: Mapping[str, float | None]
+    start: float  # the start's distance: 1, or 0 where the start is the reference
 
     @property
     def score(self) -> float:
         """The scalarisation that :data:`WORDS` says."""
-        return float(self.gain["mean"] or 0.0) - (float(self.distance["mean"] or 0.0) - 1.0)
+        return float(self.gain["mean"] or 0.0) - (float(self.distance["mean"] or 0.0) - self.start)
 
     def flat(self) -> dict[str, float | None]:
         """For result.json, tables and trackers."""
         spread = {"gain": self.gain, "distance": self.distance}
         named = {f"{k}_{end}": v[end] for k, v in spread.items() for end in ("low", "high")}
-        return {"gain": self.gain["mean"], "distance": self.distance["mean"], "score": round(self.score, 6), **named}
+        return {
+            "gain": self.gain["mean"],
+            "distance": self.distance["mean"],
+            "score": round(self.score, 6),
+            "start_distance": self.start,
+            **named,
+        }
 
 
 def check(config: Config) -> None:
@@ -72,7 +80,8 @@ def check(config: Config) -> None:
         raise DIDRError("judge: neither judge nor reward is configured, so trials cannot be compared. Name a judge.")
     if config.evaluation.prompts < LEAST_PROMPTS:
         raise DIDRError(
-            f"evaluation.prompts={config.evaluation.prompts}: a sweep judges its trials on held-out prompts; expected at least {LEAST_PROMPTS}."
+            f"evaluation.prompts={config.evaluation.prompts}: a sweep judges its trials on held-out prompts; "
+            f"expected at least {LEAST_PROMPTS}."
         )
 
 
@@ -97,7 +106,9 @@ class Bench:
         }
         found, drawn = self.start["features"], self.reference["features"]
         # Where the start is the reference, two draws of it are still this far apart.
-        self.unit = max(_apart(found, drawn), _apart(drawn[:, :1], drawn[:, 1:2]), 1e-9)
+        own = _apart(found, drawn)
+        self.unit = max(own, _apart(drawn[:, :1], drawn[:, 1:2]), 1e-9)
+        self.own = round(own / self.unit, 6)
 
     def _once(self, name: str) -> Measured:
         """Scores of the start or the reference, made by whoever asks first.
@@ -142,9 +153,10 @@ class Bench:
     def _worth(self, aligned: Measured, start: Measured, reference: Measured, draws: Draws) -> Worth:
         spread = max(float(np.std(self.start[self.measure])), 1e-9)
         gain = draws.means((aligned[self.measure] - start[self.measure]).astype(np.float64)) / spread
-        return Worth(
-            _interval(gain), _interval(_distances(draws, aligned["features"], reference["features"]) / self.unit)
-        )
+        distance = _distances(draws, aligned["features"], reference["features"]) / self.unit
+        # Drawing captions with replacement adds distance to every resample: what counts is how they spread, not where.
+        distance[1:] += distance[0] - (distance[1:].mean() if len(distance) > 1 else 0.0)
+        return Worth(_interval(gain), _interval(distance), self.own)
 
     def scores(self, aligned: Measured, command: str) -> Scores:
         """scores.json of a trial: start, aligned and, where there is one, the teacher, paired."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,55 +51,44 @@ def save_front(
     figure = Figure(figsize=(9.2, 6.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    members = front_of(known)
-    line = [next(r for r in known if r["number"] == n) for n in members]
-    axes.plot(
-        [r["distance"] for r in line],
-        [r["gain"] for r in line],
-        color=FAINT,
-        linewidth=2,
-        linestyle=(0, (4, 2)),
-        zorder=1,
-    )
-    kinds = _values(known, marker) if marker else [None]
-    marks = dict(zip(kinds, MARKS, strict=False))
-    norm = _norm(known, colour)
+    members = {r["number"]: r for r in known}
+    line = [members[n] for n in front_of(known)]
+    dashed = {"color": FAINT, "linewidth": 2, "linestyle": (0, (4, 2))}
+    axes.plot([r["distance"] for r in line], [r["gain"] for r in line], **dashed, zorder=1)
     for r in known:
-        spread = [_half(r, "distance"), _half(r, "gain")]
-        axes.errorbar(
-            r["distance"], r["gain"], yerr=spread[1], xerr=spread[0], color=GREY, alpha=0.5, linewidth=1.2, zorder=2
-        )
-    shown = None
-    for kind in kinds:
+        spread = {"xerr": _half(r, "distance"), "yerr": _half(r, "gain")}
+        axes.errorbar(r["distance"], r["gain"], **spread, color=GREY, alpha=0.5, linewidth=1.2, zorder=2)
+    handles = []
+    norm, drawn = _norm(known, colour), None
+    kinds = _values(known, marker) if marker else [None]
+    for kind, mark in zip(kinds, MARKS, strict=False):
         rows = [r for r in known if marker is None or r["set"].get(marker) == kind]
         values = [r["set"][colour] for r in rows] if colour else [0.0] * len(rows)
-        shown = axes.scatter(
-            [r["distance"] for r in rows], [r["gain"] for r in rows], c=values, cmap=COLOURS, norm=norm, marker=marks.get(kind, "o"), s=130,
-            edgecolors=INK, linewidths=1.0, zorder=3,
-        )  # fmt: skip
-    handles = [
-        Line2D(
-            [],
-            [],
-            marker=marks.get(k, "o"),
-            color="none",
-            markerfacecolor=GREY,
-            markeredgecolor=INK,
-            markersize=11,
-            label=f"{_word(marker)} = {k}",
-        )
-        for k in kinds
-        if marker
-    ]
-    handles.append(Line2D([], [], color=FAINT, linewidth=2, linestyle=(0, (4, 2)), label="Pareto front"))
-    start = axes.plot(1.0, 0.0, "P", color=INK, markersize=13, zorder=2, linestyle="none", label="start")[0]
-    handles.append(start)
-    best = next((r for r in known if r["number"] == chosen), None)
-    if best:
-        ring = axes.plot(best["distance"], best["gain"], "o", markersize=24, markerfacecolor="none", markeredgecolor=VERMILION, markeredgewidth=2.6, zorder=4, linestyle="none", label=f"recommended (trial {best['number'] + 1})")[0]  # fmt: skip
-        handles.append(ring)
+        places = [[r[axis] for r in rows] for axis in ("distance", "gain")]
+        looks = {"cmap": COLOURS, "norm": norm, "s": 130, "edgecolors": INK, "linewidths": 1.0, "zorder": 3}
+        drawn = axes.scatter(*places, c=values, marker=mark, **looks)
+        if marker:
+            name = f"{_word(marker)} = {kind}"
+            looks = {"markerfacecolor": GREY, "markeredgecolor": INK, "markersize": 11}
+            handles.append(Line2D([], [], marker=mark, color="none", label=name, **looks))
+    handles.append(Line2D([], [], **dashed, label="Pareto front"))
+    handles += axes.plot(
+        known[0].get("start_distance", 1.0),
+        0.0,
+        "P",
+        color=INK,
+        markersize=13,
+        zorder=2,
+        linestyle="none",
+        label="start",
+    )
+    if chosen in members:
+        place = (members[chosen]["distance"], members[chosen]["gain"])
+        ring = {"markerfacecolor": "none", "markeredgecolor": VERMILION, "markeredgewidth": 2.6, "zorder": 4}
+        name = f"recommended (trial {chosen + 1})"
+        handles += axes.plot(*place, "o", markersize=24, linestyle="none", label=name, **ring)
     if colour:
-        bar = figure.colorbar(shown, ax=axes, pad=0.02)
+        bar = figure.colorbar(drawn, ax=axes, pad=0.02)
         bar.set_label(_unit(colour), fontsize=14, color=INK)
         bar.ax.tick_params(labelsize=13, colors=INK)
         _plain_ticks(bar.ax.yaxis, sorted({r["set"][colour] for r in known}), norm)
@@ -111,7 +101,7 @@ def save_front(
 
 
 def save_heat(results: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """Mean score by beta (in bins) and K; the number of trials in each cell, empty cells left white. None where fewer than two keys are swept."""
+    """Mean score by beta (in bins) and K; empty cells are left white. None where fewer than two keys are swept."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -171,14 +161,14 @@ def _norm(results: Sequence[Mapping[str, Any]], key: str | None) -> Any:
 
 
 def _bins(values: Sequence[float]) -> tuple[Any, list[str]]:
-    """Edges ``[n + 1]`` and labels ``[n]``: the values themselves where they are few, else bins, even in logarithm where all are positive."""
+    """Edges ``[n + 1]`` and labels ``[n]``: the values themselves where they are few, else bins, even in logarithm over wide ranges."""
     different = sorted(set(values))
     if len(different) <= BINS + 1:
         return np.array([*different, math.inf]), [f"{v:.3g}" for v in different]
     log = different[0] > 0 and different[-1] / different[0] > 5
     make = np.geomspace if log else np.linspace
     edges = make(different[0], different[-1], BINS + 1)
-    return edges, [f"{a:.2g} to {b:.2g}" for a, b in zip(edges, edges[1:], strict=False)]
+    return edges, [f"{a:.2g} to {b:.2g}" for a, b in pairwise(edges)]
 
 
 def _half(result: Mapping[str, Any], key: str) -> Any:

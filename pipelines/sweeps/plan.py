@@ -26,7 +26,7 @@ EARLIER_RUNS = 20
 
 
 def trial_need(config: Config, view: ClusterView, workers: int) -> Need:
-    """What a trial's own process reserves: a training worker's share (a GPU, half a one), or next to nothing where it only drives others."""
+    """What a trial's own process reserves: a training worker's share (a GPU, half a one); next to nothing where it only drives others."""
     return train_need(config.workers, view) if workers == 1 else Need(DRIVER_CPUS)
 
 
@@ -106,8 +106,7 @@ def plan_table(config: Config, space: Space, plan: Sweep, found: Fit, path: Path
     )
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    rounded = {k: v for k, v in trial_need(config, found.cluster, plan.workers).amounts().items()}
-    needs = ", ".join(f"{v:g} {k}" for k, v in rounded.items())
+    needs = ", ".join(f"{v:g} {k}" for k, v in trial_need(config, found.cluster, plan.workers).amounts().items())
     group = "" if plan.workers == 1 else f", driving {plan.workers} training workers and their actors"
     for name, text in (
         ("space", f"{space.name}: {space.about}"),

@@ -148,16 +148,16 @@ def front_tree(
     members = front_of(results)
     counts = {status: sum(r["status"] == status for r in results) for status in sorted({r["status"] for r in results})}
     teacher = config.evaluation.teacher_steps
+    judge = "held-out judge" if config.judge else "training reward (no judge is configured)"
+    reference = f"the {teacher}-step guided reference's" if teacher else "the starting generator's"
     return {
         "sweep": folder.name,
         "space": {"name": plan.space, "about": plan.about, "values": dict(plan.tree)},
         "trials": {"planned": plan.trials, **counts},
         "objectives": {
-            "gain": f"mean gain of the {'held-out judge' if config.judge else 'training reward (no judge is configured)'} over the starting "
-            "generator, in standard deviations of the start's scores; higher is better",
-            "distance": "Fréchet distance of picture features to "
-            + (f"the {teacher}-step guided reference's" if teacher else "the starting generator's")
-            + " pictures of the same captions, in units of the start's own; lower is better",
+            "gain": f"mean gain of the {judge} over the starting generator, in standard deviations of the start's scores; higher is better",
+            "distance": f"Fréchet distance of picture features to {reference} pictures of the same captions, in units of the start's own; "
+            "lower is better",
         },
         "scalarisation": WORDS,
         "judged_on": {"prompts": config.evaluation.prompts, "noises": max(2, config.evaluation.seeds)},
@@ -188,7 +188,18 @@ def timing(folder: SweepFolder, results: Sequence[Mapping[str, Any]]) -> dict[st
 
 
 def _short(result: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("number", "set", *PARTS, "gain_low", "gain_high", "distance_low", "distance_high", "measures", "alarms")
+    keys = (
+        "number",
+        "set",
+        *PARTS,
+        "gain_low",
+        "gain_high",
+        "distance_low",
+        "distance_high",
+        "start_distance",
+        "measures",
+        "alarms",
+    )
     return {k: result[k] for k in keys if k in result} | {"run": f"trials/{result['number']:04d}"}
 
 

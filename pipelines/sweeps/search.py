@@ -1,7 +1,7 @@
 """Which point comes next, and which trial is stopped early: Ray Tune's searcher and scheduler over what the sweep folder holds.
 
-Tune's own state is a snapshot now and then; the sweep folder is exact. The searcher therefore keeps nothing but how many numbers it has given:
-a point is written to points.jsonl before its trial starts, and a resumed sweep gives the same number the same point.
+Tune's own state is a snapshot now and then, the sweep folder is exact. So the searcher keeps nothing but how many numbers it has given:
+a point is in points.jsonl before its trial starts, and a resumed sweep gives the same number the same point.
 """
 
 from __future__ import annotations

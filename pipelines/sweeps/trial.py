@@ -1,7 +1,7 @@
 """The Ray Tune trainable: a trial in a warm actor.
 
-A class trainable, not a function: Tune asks for one leg at a time and gets an answer or an exception, so there is no queue that could be left
-full and no thread that could be left waiting. Actors are reused from trial to trial (`reset_config`), with torch, the judges and the page
+A class trainable, not a function: Tune asks for one leg at a time and gets an answer or an exception, so there is no queue to be left full
+and no thread to be left waiting. Actors are reused from trial to trial (`reset_config`), with torch, the judges and the page
 cache warm. A user's mistake or a diverged training is an answer too ("failed", with its reason): it ends the trial and keeps the actor.
 """
 

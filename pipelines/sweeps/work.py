@@ -1,7 +1,7 @@
 """One trial, in this process: the loop of `didr_core.train` in legs, then its worth, grid and scores. No Ray.
 
-A trial is a run folder. Whatever it was doing when its process died, another process goes on from its newest checkpoint, and a trial that has
-a result.json is over: asking again costs milliseconds. One process keeps the judges from trial to trial.
+A trial is a run folder. Whatever it was doing when its process died, another process goes on from its newest checkpoint; a trial that
+has a result.json is over: asking again costs milliseconds. One process keeps the judges from trial to trial.
 """
 
 from __future__ import annotations
