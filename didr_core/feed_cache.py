@@ -61,5 +61,5 @@ def _write(path: Path, columns: Columns) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     plain = {k: np.asarray(v, str) if np.asarray(v).dtype == object else v for k, v in columns.items()}
-    np.savez(part, **plain)
+    np.savez(part, **plain)  # type: ignore[arg-type]
     os.replace(part, path)

@@ -82,7 +82,7 @@ def save_front(
         linestyle="none",
         label="start",
     )
-    if chosen in members:
+    if chosen is not None and chosen in members:
         place = (members[chosen]["distance"], members[chosen]["gain"])
         ring = {"markerfacecolor": "none", "markeredgecolor": VERMILION, "markeredgewidth": 2.6, "zorder": 4}
         name = f"recommended (trial {chosen + 1})"
@@ -184,7 +184,7 @@ def _word(key: str | None) -> str:
 
 def _unit(key: str) -> str:
     named = {
-        BETA: "beta, reward-tilt temperature (sd of the start's reward)",
+        BETA: "beta, reward tilt (sd of the start's reward)",
         STEPS: "K, DRP steps",
         "guidance.reference": "guidance scale of the reference (no unit)",
     }

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from didr_core.alarms import HACKING
+from didr_core.config import Config
 from didr_core.fronts import front
 from didr_core.scoreboard import describe
 from pipelines.sweeps.bench import WORDS
@@ -201,6 +202,11 @@ def _short(result: Mapping[str, Any]) -> dict[str, Any]:
         "alarms",
     )
     return {k: result[k] for k in keys if k in result} | {"run": f"trials/{result['number']:04d}"}
+
+
+def unit_of(config: Config) -> str:
+    """What 1 is, on the axis of distance."""
+    return "the start's = 1" if config.evaluation.teacher_steps else "two draws of the start = 1"
 
 
 def write_front(folder: SweepFolder, tree: Mapping[str, Any]) -> None:
