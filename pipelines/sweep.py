@@ -156,6 +156,9 @@ def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) 
     prepare_environment(verbose)
     config, plan = folder.config(), folder.plan()
     out = console()
+    if folder.info()["status"] == "finished":
+        _say(folder, out, began)  # nothing to go on with
+        return
     folder.update(status="running")
     folder.forget_lost()
     view = _view_of_this_machine(config, address)
