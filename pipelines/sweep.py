@@ -311,7 +311,7 @@ def _conclude(folder: SweepFolder, board: Any, need: Any, began: float) -> None:
             chosen,
             folder.path / "front.png",
             gain=f"gain of the {judge} (sd of the start's scores)",
-            distance=f"Fréchet distance to the reference's pictures ({results.unit_of(folder.config())})",
+            distance=f"Fréchet distance to the reference's pictures\n(1 is {results.unit_of(found)})",
         )
         figures.save_heat(found, folder.path / "heat.png")
         _elsewhere(need, "export", str(folder.path), chosen)

@@ -2,9 +2,9 @@
 
 - **gain**: mean difference to the starting generator's score, caption by caption and noise by noise, in standard deviations of the start's
   scores. The score is the held-out judge's; the training reward's where a recipe names no judge.
-- **distance**: Fréchet distance of picture features to the reference's pictures of the same captions, in units of the start's own (where
-  the start itself is the reference: in units of the distance between two draws of it).
-- **score**: gain minus the distance added to the start's: one standard deviation of held-out reward is worth one more start's distance.
+- **distance**: Fréchet distance of picture features to the reference's pictures of the same captions. 1 is the start's own distance or,
+  where that is larger, the distance between two draws of the reference: less than that could hardly be told apart.
+- **score**: gain minus the distance added to the start's: one standard deviation of held-out reward is worth 1 of distance.
 
 The start's and the reference's pictures are scored once a sweep (:class:`Bench`) and read from files by every trial.
 """
@@ -39,8 +39,8 @@ RESAMPLES = 200
 LARGE = 256  # features above which distances are not resampled: each would cost a large eigenvalue problem
 WORDS = (
     "score = gain - (distance - the start's distance): held-out reward won over the start, in standard deviations of the start's scores, "
-    "minus the distance to the reference that was added to the start's own. One standard deviation of held-out reward is worth as much "
-    "distance as the start has."
+    "minus the distance to the reference that was added to the start's own. One standard deviation of held-out reward is worth 1 of "
+    "distance, which is the start's own or, where that is larger, the distance between two draws of the reference."
 )
 
 
@@ -50,7 +50,7 @@ class Worth:
 
     gain: Mapping[str, float | None]
     distance: Mapping[str, float | None]
-    start: float  # the start's distance: 1, or 0 where the start is the reference
+    start: float  # the start's distance, at most 1; 0 where the start is the reference
 
     @property
     def score(self) -> float:
@@ -105,7 +105,6 @@ class Bench:
             "quick": Draws.make(min(QUICK_PROMPTS, len(prompts)), 1, 0),
         }
         found, drawn = self.start["features"], self.reference["features"]
-        # Where the start is the reference, two draws of it are still this far apart.
         own = _apart(found, drawn)
         self.unit = max(own, _apart(drawn[:, :1], drawn[:, 1:2]), 1e-9)
         self.own = round(own / self.unit, 6)

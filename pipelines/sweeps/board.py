@@ -271,10 +271,9 @@ def outcome_line(result: Mapping[str, Any]) -> str:
     if result["status"] != "finished":
         return f"{result['status']}: {str(result.get('reason', '')).splitlines()[0][:300]}"
     alarms = f"  alarms: {', '.join(result['alarms'])} ({explain(result['alarms'][0])})" if result.get("alarms") else ""
-    return (
-        f"done in {clock(result['seconds'])}: gain {result['gain']:+.3f} sd, distance {result['distance']:.3g} x the start's, "
-        f"score {result['score']:+.3f}{alarms}"
-    )
+    distance = f"{result['distance']:.3g} (start {result['start_distance']:.2g})"
+    worth = f"gain {result['gain']:+.3f} sd, distance {distance}, score {result['score']:+.3f}"
+    return f"done in {clock(result['seconds'])}: {worth}{alarms}"
 
 
 _BOARDS: dict[str, Board] = {}

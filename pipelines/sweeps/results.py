@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from didr_core.alarms import HACKING
-from didr_core.config import Config
 from didr_core.fronts import front
 from didr_core.scoreboard import describe
 from pipelines.sweeps.bench import WORDS
@@ -52,7 +51,7 @@ def recommend(results: Sequence[Mapping[str, Any]]) -> tuple[int | None, str]:
     passed = [n for n in members if known[n]["score"] > best["score"]]
     why = (
         f"of the {len(members)} trial(s) on the front it has the highest score, {best['score']:+.3f}: gain {best['gain']:+.3f} sd at "
-        f"{best['distance']:.3g} x the start's distance"
+        f"distance {best['distance']:.3g} (start {best['start_distance']:.2g})"
     )
     if passed:
         why += f" ({', '.join(f'trial {n + 1}' for n in passed)} scored higher and ended with the alarm {HACKING})"
@@ -157,7 +156,7 @@ def front_tree(
         "trials": {"planned": plan.trials, **counts},
         "objectives": {
             "gain": f"mean gain of the {judge} over the starting generator, in standard deviations of the start's scores; higher is better",
-            "distance": f"Fréchet distance of picture features to {reference} pictures of the same captions, in units of the start's own; "
+            "distance": f"Fréchet distance of picture features to {reference} pictures of the same captions; 1 is {unit_of(results)}; "
             "lower is better",
         },
         "scalarisation": WORDS,
@@ -204,9 +203,10 @@ def _short(result: Mapping[str, Any]) -> dict[str, Any]:
     return {k: result[k] for k in keys if k in result} | {"run": f"trials/{result['number']:04d}"}
 
 
-def unit_of(config: Config) -> str:
+def unit_of(results: Sequence[Mapping[str, Any]]) -> str:
     """What 1 is, on the axis of distance."""
-    return "the start's = 1" if config.evaluation.teacher_steps else "two draws of the start = 1"
+    own = all(r.get("start_distance") == 1.0 for r in judged(results))
+    return "the start's own distance" if own else "the distance between two draws of the reference"
 
 
 def write_front(folder: SweepFolder, tree: Mapping[str, Any]) -> None:

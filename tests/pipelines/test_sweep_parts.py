@@ -125,8 +125,9 @@ def test_a_half_made_folder_is_made_again(toy: Path, tmp_path: Path) -> None:
 
 def test_results_say_what_a_trial_is_worth(swept: SweepFolder) -> None:
     for result in swept.results():
-        assert result["status"] == "finished" and result["start_distance"] == 1.0
-        assert result["score"] == pytest.approx(result["gain"] - (result["distance"] - 1), abs=1e-5)
+        assert result["status"] == "finished" and 0 < result["start_distance"] <= 1.0
+        added = result["distance"] - result["start_distance"]
+        assert result["score"] == pytest.approx(result["gain"] - added, abs=1e-5)
         assert result["gain_low"] <= result["gain"] <= result["gain_high"]
         assert result["distance_low"] <= result["distance"] <= result["distance_high"]
         logged = sum(row["time/step"] for row in read_lines(swept.trial(result["number"]).metrics_path))
@@ -141,7 +142,9 @@ def test_gain_is_the_paired_difference_in_the_starts_deviations(swept: SweepFold
     worth, measured = judge.judge(judge.judges.backbone.load_network("generator"), swept.path / "again", "key")
     assert np.array_equal(measured["judge"], start)  # the same network, captions and noise
     assert (
-        worth.gain["mean"] == 0 and worth.distance["mean"] == pytest.approx(1.0, abs=1e-4) and abs(worth.score) < 1e-4
+        worth.gain["mean"] == 0
+        and worth.distance["mean"] == pytest.approx(judge.own, abs=1e-4)
+        and abs(worth.score) < 1e-4
     )
     moved = {**measured, "judge": measured["judge"] + 2 * start.std()}
     assert judge._worth(moved, judge.start, judge.reference, judge._draws["full"]).gain["mean"] == pytest.approx(
@@ -157,6 +160,7 @@ def trial(number: int, gain: float, distance: float, **more: Any) -> dict[str, A
         "set": {},
         "gain": gain,
         "distance": distance,
+        "start_distance": 1.0,
         "score": score,
         "alarms": [],
         **more,
