@@ -14,13 +14,16 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
 
-.PHONY: help demo install test lint types check-python clean
+.PHONY: help demo sweep-demo install test lint types check-python clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: install ## align the bundled tiny generator with its bundled reward, through Ray and MLflow; results under runs/
 	@$(BIN)/didr align --recipe tiny $(ARGS)
+
+sweep-demo: install ## four short trials over beta and K on the bundled world: front, heat map and recommendation under runs/
+	@$(BIN)/didr sweep --recipe tiny --space smoke $(ARGS)
 
 install: $(STAMP) ## create .venv from requirements.lock (does nothing when it is up to date)
 

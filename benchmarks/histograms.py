@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.fronts import Array
 from benchmarks.tiny_world import markdown
 from benchmarks.trainings import train
 from didr_core import config as configs
 from didr_core.config import Config, build
 from didr_core.finish import exported, heldout
+from didr_core.fronts import Array
 from didr_core.picture_cache import fingerprint
 from didr_core.proxy import STEPS_AND_PARTICLES
 from didr_core.scoreboard import provenance

@@ -33,20 +33,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.fronts import Array, Draws, front, hypervolumes, interval
 from benchmarks.pareto_figure import save_fronts
 from benchmarks.tiny_world import markdown
 from benchmarks.trainings import train
 from didr_core import config as configs
-from didr_core.config import Config, build
-from didr_core.contracts import Batch, DIDRError, Tensors
+from didr_core.config import Config
+from didr_core.contracts import Batch, DIDRError
 from didr_core.feed import LocalFeed
 from didr_core.finish import exported, heldout
+from didr_core.fronts import Array, Draws, front, hypervolumes, interval
+from didr_core.judges import Judges
 from didr_core.learner import Learner
 from didr_core.picture_cache import fingerprint
 from didr_core.registry import find
 from didr_core.scoreboard import describe, provenance
-from didr_core.scores import Contestant, one_step_contestant, score_models, teacher_contestant
+from didr_core.scores import one_step_contestant, teacher_contestant
 
 Overrides = list[str]
 
@@ -155,61 +156,6 @@ def settings_of(point: Point, overrides: Sequence[str], steps: int, base: Config
     return [*overrides, *method, f"seed={point.seed}", f"train.steps={head_start + steps}"]
 
 
-class _Watched:
-    """The judge, keeping the features ``[B, D]`` of every batch of pictures that it scores: batch by batch, noise seed by noise seed."""
-
-    differentiable = False
-
-    def __init__(self, judge: Any) -> None:
-        self.judge, self.prepare, self.load, self.check = judge, judge.prepare, judge.load, judge.check
-        self.features: list[NDArray[np.float32]] = []
-
-    def score(self, images: torch.Tensor, inputs: Tensors) -> torch.Tensor:
-        """The judge's scores."""
-        self.features.append(self.judge.features(images).cpu().numpy())
-        return self.judge.score(images, inputs)  # type: ignore[no-any-return]
-
-
-class Judges:
-    """Everything that scores one generator at a time; results are kept in ``work/scores``."""
-
-    def __init__(self, config: Config, prompts: Sequence[str], noise_seeds: Sequence[int], work: Path) -> None:
-        self.config, self.prompts, self.noise_seeds, self.work = config, list(prompts), list(noise_seeds), work
-        self.backbone = build("backbones", config.backbone)
-        self.backbone.load_text()
-        self.backbone.load_decoder()
-        self.reward, self.judge = build("rewards", config.reward), build("rewards", config.judge)  # type: ignore[arg-type]
-        self.reward.load()
-        self.judge.load()
-
-    def measure(self, contestant: Contestant, key: str) -> dict[str, NDArray[Any]]:
-        """``{measure: [1, S, N]}`` and ``features [1, S, N, D]``; ``key`` must change whenever the pictures would."""
-        wanted = json.dumps([key, self.prompts, self.noise_seeds])
-        file = self.work / "scores" / f"{contestant.name}.npz"
-        if file.is_file():
-            with np.load(file, allow_pickle=False) as stored:
-                if str(stored["wanted"]) == wanted:
-                    return {name: stored[name] for name in stored.files if name != "wanted"}
-        watched = _Watched(self.judge)
-        scores = score_models(
-            self.backbone,
-            [contestant],
-            self.prompts,
-            seeds=self.noise_seeds,
-            reward=self.reward,
-            judge=watched,
-            world=self.config.evaluation.world,
-            cache=self.work / "teacher",
-        )
-        features = np.concatenate([np.stack(seen) for seen in batched(watched.features, len(self.noise_seeds))], 1)
-        measured = {**scores.arrays[contestant.name], "features": features[None]}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part.npz")
-        np.savez_compressed(part, wanted=np.array(wanted), **measured)  # type: ignore[arg-type]
-        os.replace(part, file)
-        return measured
-
-
 def summarise(
     arrays: dict[str, dict[str, NDArray[Any]]], reference: NDArray[Any], trainings: int, resamples: int
 ) -> dict[str, dict[str, Array]]:
@@ -299,11 +245,6 @@ def tables(tree: dict[str, Any]) -> str:
             markdown(["point", "steps", *(n.replace("_", " ") for n in names)], lines),
         ]
     )
-
-
-def batched(rows: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """``rows`` in runs of ``size``."""
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _write(file: Path, tree: Any) -> None:

@@ -149,15 +149,20 @@ class LocalFeed:
         self._stages: list[Any] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
+        for step in range(self.start // self.config.train.batch, self.config.train.steps):
+            yield to_batch(self.columns(step))
+
+    def columns(self, step: int) -> Columns:
+        """This rank's share of the batch of ``step`` (0 is the first), as numpy columns."""
         config, size = self.config, self.config.train.batch
         share = size // self.world
         if self._stages is None:
             self._stages = [PromptEncoder(config), *([RewardPreparer(config)] if needs_reward(config) else [])]
-        for first in range(self.start + self.rank * share, size * config.train.steps, size):
-            batch = columns(self.index.read(np.arange(first, first + share), config.seed))
-            for stage in self._stages:
-                batch = stage(batch)
-            yield to_batch(batch)
+        first = step * size + self.rank * share
+        batch = columns(self.index.read(np.arange(first, first + share), config.seed))
+        for stage in self._stages:
+            batch = stage(batch)
+        return batch
 
 
 def _move(backbone: Backbone, device: torch.device) -> None:

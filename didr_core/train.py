@@ -92,8 +92,9 @@ def loop(
     *,
     writes: bool = True,
     gallery: Gallery | None = None,
+    until: int | None = None,
 ) -> None:
-    """Steps until ``config.train.steps`` are done. Every rank calls it with its share of each batch.
+    """Steps until ``config.train.steps`` (or ``until`` of them) are done. Every rank calls it with its share of each batch.
 
     Args:
         batches: one a step, from the step that the learner is at.
@@ -105,7 +106,8 @@ def loop(
     """
     train = journal.config.train
     stream = iter(batches)
-    while learner.step_count < train.steps:
+    end = train.steps if until is None else min(until, train.steps)
+    while learner.step_count < end:
         began = time.perf_counter()
         batch = next(stream, None)
         if batch is None or bool((batch.index // train.batch != learner.step_count).any()):

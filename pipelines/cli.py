@@ -1,4 +1,4 @@
-"""`didr`: align, sample, export, config. Heavy libraries are imported by the command that needs them, so that `didr --help` is quick."""
+"""`didr`: align, sweep, sample, export, config. A command imports the heavy libraries that it needs, so `didr --help` is quick."""
 
 from __future__ import annotations
 
@@ -55,6 +55,49 @@ def align(
         output=output,
         resume=resume,
         local=local,
+        address=address,
+        verbose=verbose,
+        command=_command(),
+    )
+
+
+@app.command()
+def sweep(
+    recipe: Recipe = "tiny",
+    space: Annotated[str, typer.Option(help="a file of tune_spaces/ by name, or a path ending in .py")] = "tilt_by_drp",
+    trials: Annotated[int | None, typer.Option(min=1, help="how many (default: 12, or the whole grid)")] = None,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="the sweep's folder in the output folder")] = None,
+    output: Annotated[str | None, typer.Option(help="where sweeps and runs lie (default: the recipe's)")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="go on with a sweep: its name or folder")] = None,
+    search: Annotated[str | None, typer.Option(help="grid, random or optuna (default: as the space says)")] = None,
+    scheduler: Annotated[str, typer.Option(help="none, or asha: stop trials with a poor score early")] = "none",
+    concurrent: Annotated[int | None, typer.Option(min=1, help="trials at once (default: as many as fit)")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="training workers of one trial; 1 = its own process")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="of the points, not of the trainings")] = 0,
+    patience: Annotated[float, typer.Option(min=0.1, help="give up after so many minutes without news")] = 30.0,
+    address: Annotated[
+        str | None, typer.Option(help="a Ray cluster: auto, or HOST:PORT (default: a Ray of our own)")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Many trainings over a space: which beta, which K? Ends in a Pareto front and a recommended trial."""
+    from pipelines import sweep as job
+
+    job.sweep(
+        recipe,
+        overrides or (),
+        space_name=space,
+        trials=trials,
+        search=search,
+        scheduler=scheduler,
+        concurrent=concurrent,
+        workers=workers,
+        name=name,
+        resume=resume,
+        output=output,
+        seed=seed,
+        patience=patience,
         address=address,
         verbose=verbose,
         command=_command(),
@@ -183,8 +226,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "didr") -> None:
         code = app(given, prog_name=prog, standalone_mode=False)
     except typer.Abort:
         sys.exit(130)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; `didr align --resume RUN` goes on from the last checkpoint", err=True)
+    except KeyboardInterrupt as stopped:
+        way = str(stopped) or "`didr align --resume RUN`"
+        typer.echo(f"interrupted; {way} goes on from the last checkpoint", err=True)
         sys.exit(130)
     except Exception as error:
         sys.exit(_explain(error, verbose="-v" in given or "--verbose" in given))

@@ -155,13 +155,13 @@ def print_summary(
     if scores:
         counts = scores["counts"]
         out.print(f"\n{counts['prompts']} held-out prompts x {counts['seeds']} noise seeds, ± half the 95 % interval")
-        out.print(_rich_table(*table(scores)))
+        out.print(rich_table(*table(scores)))
         header, rows = comparison_table(
             scores, "aligned", [m for m in ("reward", "judge", "utility") if m in scores["measures"]]
         )
         if rows:
             out.print("\naligned against the others, prompt by prompt")
-            out.print(_rich_table(header, rows))
+            out.print(rich_table(header, rows))
     for name in alarms:
         out.print(Text(f"alarm {name}: {explain(name)}", style="yellow"), soft_wrap=True)
     if seconds is not None:
@@ -176,10 +176,11 @@ def print_summary(
             out.print(Text(f"{label:<9}{Path(run) / name}"), soft_wrap=True)
 
 
-def _rich_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], bold: str = "aligned") -> Table:
+    """Header and rows of text as a plain table; the row that starts with ``bold`` stands out."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(header):
         made.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        made.add_row(*row, style="bold" if row[0] == "aligned" else "")
+        made.add_row(*row, style="bold" if row[0] == bold else "")
     return made

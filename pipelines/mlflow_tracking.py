@@ -76,6 +76,14 @@ class MlflowTracker(NullTracker):
             self._ringing = (*self._ringing, *fresh)
         self.metrics(step, {f"alarm/{name}": float(name in names) for name in self._ringing})
 
+    def final(self, values: Mapping[str, float]) -> None:
+        """See :class:`Tracker`."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        rows = [Metric(key, float(value), now, 0) for key, value in values.items()]
+        self._try(lambda: self._client.log_batch(self.run_id, metrics=rows))
+
     def tags(self, values: Mapping[str, str]) -> None:
         """See :class:`Tracker`."""
         if not values:
@@ -186,6 +194,17 @@ def attach(client: Any, run_id: str) -> MlflowTracker:
             last = max((point.step for point in client.get_metric_history(run_id, key)), default=0)
             break
     return MlflowTracker(client, run_id, last, run.data.params)
+
+
+def find(client: Any, experiment: str, tags: Mapping[str, str]) -> str | None:
+    """Id of the oldest run of the experiment with all ``tags`` and nothing else under ``didr.trial``; None where there is none."""
+    home = client.get_experiment_by_name(experiment)
+    if home is None:
+        return None
+    asked = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    runs = client.search_runs([home.experiment_id], asked, order_by=["attributes.start_time ASC"])
+    same = [run for run in runs if run.data.tags.get("didr.trial") == tags.get("didr.trial")]
+    return str(same[0].info.run_id) if same else None
 
 
 def experiment(client: Any, name: str, uri: str, runs: Path) -> str:

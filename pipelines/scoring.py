@@ -1,7 +1,7 @@
 """Rewards without a gradient, scored in actors while training runs: the trainer sends pictures and gets numbers back.
 
 A differentiable reward must sit on the trainer, in the generator's graph. A black box (a program, a service, a judge in another framework)
-need not: :class:`ActorReward` stands in for it in the learner, and `workers.rewards` actors, wherever `workers.reward_*` places them, hold it.
+need not: :class:`ActorReward` stands in for it in the learner, and `workers.rewards` actors hold it.
 """
 
 from __future__ import annotations

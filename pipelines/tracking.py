@@ -38,6 +38,10 @@ class Tracker(Protocol):
         """Alarms that ring at this step."""
         ...
 
+    def final(self, values: Mapping[str, float]) -> None:
+        """Numbers that a run has once, at its end; not tied to a step."""
+        ...
+
     def tags(self, values: Mapping[str, str]) -> None:
         """Tags of the run."""
         ...
@@ -73,6 +77,9 @@ class NullTracker:
         """See :class:`Tracker`."""
 
     def alarms(self, step: int, names: Sequence[str]) -> None:
+        """See :class:`Tracker`."""
+
+    def final(self, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`."""
 
     def tags(self, values: Mapping[str, str]) -> None:
@@ -139,6 +146,15 @@ def preflight(tracking: Tracking, runs: Path) -> str:
                 "or track nothing with --set tracking.uri=none."
             ) from error
     return uri
+
+
+def find_run(tracking: Tracking, uri: str, tags: Mapping[str, str]) -> str | None:
+    """The MLflow run that has all these tags: for those who may have died between starting a run and noting its id."""
+    if uri == "none":
+        return None
+    from pipelines import mlflow_tracking
+
+    return mlflow_tracking.find(mlflow_tracking.client(uri), tracking.experiment, tags)
 
 
 def open_tracker(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.fronts import Draws, frechet, front, hypervolume, hypervolumes, interval
+from didr_core.fronts import Draws, frechet, front, hypervolume, hypervolumes, interval
 
 
 def test_the_front_keeps_what_nothing_dominates() -> None:

@@ -1,1 +1,1 @@
-"""Search spaces for `didr sweep`, one `def space() -> dict` a file."""
+"""Search spaces of `didr sweep`: a file each, with one plain function `space()`. See README.md."""

@@ -114,6 +114,25 @@ def test_align_as_a_job(head: Head, clone: Path, tmp_path: Path) -> None:
     assert (run / "export" / "model_index.json").is_file()
 
 
+def test_sweep_as_a_job(head: Head, clone: Path, tmp_path: Path) -> None:
+    settings = {
+        "train.steps": 2,
+        "train.batch": 4,
+        "train.checkpoint_every": 2,
+        "evaluation.grid": 2,
+        "evaluation.prompts": 4,
+        "evaluation.teacher_steps": 0,
+        "tracking.uri": "none",
+    }
+    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    words = ["--recipe", "tiny", "--space", "smoke", "--trials", "2", "--output", str(tmp_path), "--name", "s", *sets]
+    done = head.submit(clone, "python", "-m", "pipelines.sweep", *words, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    front = json.loads((tmp_path / "s" / "front.json").read_text())
+    assert front["trials"] == {"planned": 2, "finished": 2}
+    assert (tmp_path / "s" / "export" / "model_index.json").is_file()
+
+
 def test_a_failing_job_says_why_last_and_exits_non_zero(head: Head, clone: Path) -> None:
     done = head.submit(clone, "python", "-m", "pipelines.align", "--recipe", "tiny", "--set", "drp.beta=-1")
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""The maths of `benchmarks.pareto`: Pareto fronts, hypervolume, a Fréchet distance, and all of them on bootstrap resamples. Pure numpy.
+"""Two measures at once: Pareto fronts, hypervolume, a Fréchet distance, and all of them on bootstrap resamples. Pure numpy.
 
 Shape legend: ``P`` points (a method at one reward weight), ``T`` training seeds, ``S`` noise seeds, ``N`` captions, ``D`` features,
 ``R`` resamples. Every resample draws captions and, apart from them, training seeds; all points share the draws, so comparisons are paired.

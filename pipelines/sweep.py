@@ -1,0 +1,348 @@
+"""`didr sweep`: trials over a space with Ray Tune, one MLflow run with a child a trial, and at the end a front and a recommendation.
+
+    python -m pipelines.sweep --recipe tiny --space tilt_by_drp          # also the entrypoint for `ray job submit`
+    didr sweep --resume NAME                                             # finished trials stay, the others go on
+
+The sweep folder is the truth (:mod:`pipelines.sweeps.folder`), Tune schedules, the driver follows files. See README.md.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from didr_core import scales
+from didr_core.config import Config
+from didr_core.contracts import DIDRError
+from didr_core.preflight import preflight
+from pipelines import tracking
+from pipelines.align import WAIT_FOR_NODES_S, _view_of_this_machine, _with_scales
+from pipelines.console import clock, console, rich_table
+from pipelines.resources import ClusterView, Fit
+from pipelines.session import await_room, prepare_environment, ray_session
+from pipelines.sweeps import bench, results, space
+from pipelines.sweeps.folder import Sweep, SweepFolder
+from pipelines.sweeps.plan import estimate, fit, plan_table, slots, sweep_plan, trial_need
+from pipelines.sweeps.space import DEFAULT_TRIALS, Point
+
+PASSES = 3  # of Tune over what is missing: one does, unless its snapshot lags behind the folder
+TUNE_ENV = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # we write our own files
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no score
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep at once: everything worth keeping is on disk already
+    "TUNE_RESULT_BUFFER_LENGTH": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+def sweep(
+    recipe: str = "tiny",
+    overrides: Sequence[str] = (),
+    *,
+    space_name: str = "tilt_by_drp",
+    trials: int | None = None,
+    search: str | None = None,
+    scheduler: str = "none",
+    concurrent: int | None = None,
+    workers: int = 1,
+    name: str | None = None,
+    resume: str | None = None,
+    output: str | None = None,
+    seed: int = 0,
+    patience: float = 30.0,
+    address: str | None = None,
+    verbose: bool = False,
+    command: str = "",
+) -> SweepFolder:
+    """A whole sweep, new or resumed.
+
+    Args:
+        recipe, overrides: what every trial starts from. space_name: of `tune_spaces/`, or a file.
+        trials: how many (default: 12, or the whole grid). search: grid, random, optuna (default: grid for spaces of grids, else random).
+        scheduler: none, or asha. concurrent: trials at once (default: as many as fit).
+        workers: processes that train one trial; 1 = its own.
+        name: of the sweep's folder in `output`. resume: a sweep to go on with.
+        patience: minutes without any news after which the sweep gives up.
+
+    Raises:
+        DIDRError: anything the user can mend. The folder keeps all that is done.
+    """
+    began = time.monotonic()
+    if resume:
+        folder = SweepFolder.find(resume, output or "runs")
+        if overrides:
+            raise DIDRError(
+                f"--set {overrides[0]!r}: a resumed sweep goes on as it began. Start another one for other settings."
+            )
+    else:
+        own = [f"output={output}"] if output else []
+        folder = _new(
+            recipe, [*overrides, *own], space_name, trials, search, scheduler, concurrent, workers, name, seed, patience, command
+        )  # fmt: skip
+    with folder.lock():
+        try:
+            _run(folder, address, verbose, began)
+        except KeyboardInterrupt:
+            folder.update(status="interrupted")
+            raise KeyboardInterrupt(f"`didr sweep --resume {folder.path if output else folder.name}`") from None
+        except BaseException:
+            folder.update(status="failed")
+            raise
+    return folder
+
+
+def _new(
+    recipe: str,
+    overrides: list[str],
+    space_name: str,
+    trials: int | None,
+    search: str | None,
+    scheduler: str,
+    concurrent: int | None,
+    workers: int,
+    name: str | None,
+    seed: int,
+    patience: float,
+    command: str,
+) -> SweepFolder:
+    """Check everything that can be checked, then make the folder."""
+    prepare_environment()
+    from pipelines.sweeps.search import SCHEDULERS, SEARCHES, need_optuna
+
+    found = space.find(space_name)
+    search = search or ("grid" if found.is_grid else "random")
+    for key, value, known in (("--search", search, SEARCHES), ("--scheduler", scheduler, SCHEDULERS)):
+        if value not in known:
+            raise DIDRError(f"{key} {value!r}: expected one of {', '.join(known)}")
+    if search == "optuna":
+        need_optuna()
+    points: list[Point] = [] if search == "optuna" else space.draw(found, search, trials, seed)
+    config = space.check(found, points or space.corners(found), recipe, overrides)
+    bench.check(config)
+    if not config.workers.train_gpus and config.device == "cuda":
+        raise DIDRError(
+            "workers.train_gpus=0 with device=cuda: a trial reserves no GPU. Say --set workers.train_gpus=1, or a fraction."
+        )
+    preflight(config, here=False)
+    count = len(points) or trials or DEFAULT_TRIALS
+    plan = Sweep(
+        name=name or f"sweep-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+        recipe=recipe,
+        overrides=[o for o in overrides if not o.startswith("output=")],
+        space=found.name,
+        about=found.about,
+        tree=found.tree(),
+        search=search,
+        scheduler=scheduler,
+        trials=count,
+        concurrent=concurrent or 0,
+        workers=workers,
+        seed=seed,
+        patience=patience,
+        command=command,
+    )
+    return SweepFolder.create(plan, config, points)
+
+
+def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) -> None:
+    for key, value in TUNE_ENV.items():
+        os.environ.setdefault(key, value)
+    prepare_environment(verbose)
+    config, plan = folder.config(), folder.plan()
+    out = console()
+    if folder.info()["status"] == "finished":
+        _say(folder, out, began)  # nothing to go on with
+        return
+    folder.update(status="running")
+    folder.forget_lost()
+    view = _view_of_this_machine(config, address)
+    if view:
+        view = _with_slots(view, config, plan)
+        plan, _ = _decide(folder, config, view, out)
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(tracking.preflight, config.tracking, folder.path.parent)
+        with ray_session(
+            address, slots(config, plan.workers, plan.concurrent or 1) if view else None, verbose
+        ) as cluster:
+            if view is None:
+                await_room(
+                    lambda v: sweep_plan(config, v, plan.workers, plan.concurrent or 1), cluster, WAIT_FOR_NODES_S
+                )
+                plan, _ = _decide(folder, config, cluster, out)
+            _on_ray(folder, cluster, opening, began)
+    _say(folder, out, began)
+
+
+def _with_slots(view: ClusterView, config: Config, plan: Sweep) -> ClusterView:
+    """A Ray of our own has as many CPU slots as the trials asked for need."""
+    node = view.nodes[0]
+    cpus = slots(config, plan.workers, plan.concurrent or 1)
+    return replace(view, nodes=(replace(node, resources={**node.resources, "CPU": cpus}),))
+
+
+def _decide(folder: SweepFolder, config: Config, view: ClusterView, out: Any) -> tuple[Sweep, Fit]:
+    """How many trials at once; print the plan."""
+    plan = folder.plan()
+    asked = folder.info().get("asked", plan.concurrent)
+    at_once, found = fit(config, view, plan.workers, plan.trials, asked or None)
+    plan = replace(plan, concurrent=at_once)
+    folder.update(plan=asdict(plan), asked=asked)
+    out.print(plan_table(config, space.read(plan.space, plan.tree, plan.about), plan, found, folder.path))
+    done = len(folder.results())
+    if done:
+        out.print(f"going on: {done} of {plan.trials} trials are over")
+    return plan, found
+
+
+def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], began: float) -> None:
+    from pipelines.sweeps.board import Board
+
+    config, plan = folder.config(), folder.plan()
+    if scales.missing(config):
+        config = _with_scales(config, cluster)
+        folder.set_config(config)
+    need = trial_need(config, cluster, 1)
+    with Board(folder, opening.result()) as board:
+        try:
+            if _missing(folder):
+                board.note("shared work: prompts, the start's and the reference's scores")
+                step_seconds = _elsewhere(need, "prepare", str(folder.path))
+                board.note(f"time: {estimate(config, plan, step_seconds)}")
+            resources = trial_need(config, cluster, plan.workers).amounts()
+            for _ in range(PASSES):
+                if not (missing := _missing(folder)):
+                    break
+                _tune(folder, board, missing, resources)
+        except KeyboardInterrupt:
+            if board.silent:
+                raise DIDRError(board.silence()) from None
+            raise
+        for number in folder.points():
+            board.settle(number)
+        if missing := _missing(folder):
+            raise DIDRError(
+                f"{len(missing)} trial(s) did not end; `didr sweep --resume {folder.name}` tries them again: {missing}"
+            )
+        _conclude(folder, board, need, began)
+
+
+def _missing(folder: SweepFolder) -> list[int]:
+    return [number for number in range(folder.plan().trials) if folder.result(number) is None]
+
+
+def _elsewhere(need: Any, function: str, *arguments: Any) -> Any:
+    """A function of :mod:`pipelines.sweeps.work` in a process with a trial's resources: the driver may have no GPU."""
+    import ray
+
+    from pipelines.sweeps import work
+
+    task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus or None, resources=dict(need.custom) or None)
+    try:
+        return ray.get(task(getattr(work, function)).remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, DIDRError):
+            raise error.cause from None
+        raise
+
+
+def _tune(folder: SweepFolder, board: Any, missing: list[int], resources: dict[str, float]) -> None:
+    """One Tuner over the trials that are missing; restored where Tune has a state of this sweep, so that a scheduler keeps its rungs."""
+    from ray import tune
+
+    from pipelines.sweeps.board import News
+    from pipelines.sweeps.search import Points, scheduler_of
+    from pipelines.sweeps.trial import Trial
+
+    plan, config = folder.plan(), folder.config()
+    storage = folder.path / "tune"
+    earlier = sorted(storage.glob("pass-*"))
+    news = News.to(board)
+    tuner = None
+    if earlier and not board.restored and tune.Tuner.can_restore(str(earlier[-1])):
+        board.restored = True
+        try:
+            tuner = tune.Tuner.restore(str(earlier[-1]), trainable=Trial, resume_unfinished=True)
+        except Exception as error:
+            board.note(
+                f"Tune's own state is not usable ({type(error).__name__}: {error}); going on from the folder", "yellow"
+            )
+    if tuner is None:
+        board.restored = True
+        tuner = tune.Tuner(
+            Trial,
+            tune_config=tune.TuneConfig(
+                search_alg=Points(str(folder.path), missing, resources),
+                scheduler=scheduler_of(folder),
+                num_samples=len(missing),
+                max_concurrent_trials=plan.concurrent,
+                reuse_actors=plan.workers == 1,
+                trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}-{trial.trial_id}",
+            ),
+            run_config=tune.RunConfig(
+                name=f"pass-{len(earlier):02d}",
+                storage_path=str(storage),
+                callbacks=[news],
+                failure_config=tune.FailureConfig(max_failures=config.workers.max_failures),
+                verbose=0,
+            ),
+        )
+    tuner.fit()
+
+
+def _conclude(folder: SweepFolder, board: Any, need: Any, began: float) -> None:
+    """Table, front, figures, export of the recommended trial."""
+    from pipelines.report import write_report
+    from pipelines.sweeps import figures
+
+    found = folder.results()
+    chosen, why = results.recommend(found)
+    results.write_table(folder, found, chosen)
+    if chosen is not None:
+        tree = results.front_tree(folder, found, chosen, why)
+        judge = "held-out judge" if folder.config().judge else "training reward on held-out prompts"
+        figures.save_front(
+            found,
+            chosen,
+            folder.path / "front.png",
+            gain=f"gain of the {judge} (sd of the start's scores)",
+            distance=f"Fréchet distance to the reference's pictures\n(1 is {results.unit_of(found)})",
+        )
+        figures.save_heat(found, folder.path / "heat.png")
+        _elsewhere(need, "export", str(folder.path), chosen)
+        write_report(folder.trial(chosen).path)
+        board.final(
+            {f"recommended/{k}": float(tree["recommended"][k]) for k in results.PARTS},
+            {"didr.recommended": str(chosen)},
+        )
+    folder.update(wall=[*folder.info().get("wall", []), round(time.monotonic() - began, 3)])
+    results.write_front(folder, results.front_tree(folder, found, chosen, why))
+    board.keep("front.png", "heat.png", "trials.parquet", "front.json", "config.yaml")
+    folder.update(status="finished", ended=time.time(), recommended=chosen)
+
+
+def _say(folder: SweepFolder, out: Any, began: float) -> None:
+    found = folder.results()
+    chosen, why = results.recommend(found)
+    header, rows = results.table(folder, found, chosen)
+    out.print(rich_table(header, rows, bold="" if chosen is None else str(chosen + 1)))
+    for line in results.summary(folder, chosen, why):
+        out.print(line, soft_wrap=True)
+    out.print(f"\ntook {clock(time.monotonic() - began)}")
+    for name in ("front.png", "heat.png", "trials.parquet", "front.json", "export"):
+        if (folder.path / name).exists():
+            out.print(f"{Path(name).stem:<9}{folder.path / name}", soft_wrap=True)
+    if chosen is None:
+        reasons = [f"trial {r['number'] + 1}: {r.get('reason', r['status'])}" for r in found]
+        raise DIDRError("no trial ran to its end. " + "; ".join(reasons[:3]))
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    main(["sweep", *sys.argv[1:]], prog=f"python -m {Path(__file__).parent.name}.sweep")

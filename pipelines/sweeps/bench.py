@@ -1,0 +1,189 @@
+"""What a trial is worth: held-out gain over the start against distance to the reference, with intervals. No Ray.
+
+- **gain**: mean difference to the starting generator's score, caption by caption and noise by noise, in standard deviations of the start's
+  scores. The score is the held-out judge's; the training reward's where a recipe names no judge.
+- **distance**: Fréchet distance of picture features to the reference's pictures of the same captions. 1 is the start's own distance or,
+  where that is larger, the distance between two draws of the reference: less than that could hardly be told apart.
+- **score**: gain minus the distance added to the start's: one standard deviation of held-out reward is worth 1 of distance.
+
+The start's and the reference's pictures are scored once a sweep (:class:`Bench`) and read from files by every trial.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from didr_core import sampling
+from didr_core.config import Config, dump
+from didr_core.contracts import DIDRError
+from didr_core.finish import heldout
+from didr_core.fronts import Array, Draws, interval
+from didr_core.judges import Judges, Measured
+from didr_core.sampling import Sampler
+from didr_core.scoreboard import Scores, provenance
+from didr_core.scores import Contestant, one_step_contestant
+
+NOISE_SEED = 1000  # of the pictures that trials are judged by: not those of the grid
+LEAST_PROMPTS = 4
+QUICK_PROMPTS = 64  # of a look during training
+RESAMPLES = 200
+LARGE = 256  # features above which distances are not resampled: each would cost a large eigenvalue problem
+WORDS = (
+    "score = gain - (distance - the start's distance): held-out reward won over the start, in standard deviations of the start's scores, "
+    "minus the distance to the reference that was added to the start's own. One standard deviation of held-out reward is worth 1 of "
+    "distance, which is the start's own or, where that is larger, the distance between two draws of the reference."
+)
+
+
+@dataclass(frozen=True)
+class Worth:
+    """A trial's place: each a mean with its 95 % interval (None where not resampled)."""
+
+    gain: Mapping[str, float | None]
+    distance: Mapping[str, float | None]
+    start: float  # the start's distance, at most 1; 0 where the start is the reference
+
+    @property
+    def score(self) -> float:
+        """The scalarisation that :data:`WORDS` says."""
+        return float(self.gain["mean"] or 0.0) - (float(self.distance["mean"] or 0.0) - self.start)
+
+    def flat(self) -> dict[str, float | None]:
+        """For result.json, tables and trackers."""
+        spread = {"gain": self.gain, "distance": self.distance}
+        named = {f"{k}_{end}": v[end] for k, v in spread.items() for end in ("low", "high")}
+        return {
+            "gain": self.gain["mean"],
+            "distance": self.distance["mean"],
+            "score": round(self.score, 6),
+            "start_distance": self.start,
+            **named,
+        }
+
+
+def check(config: Config) -> None:
+    """What a sweep needs to judge its trials.
+
+    Raises:
+        DIDRError: no reward at all, or too few held-out prompts.
+    """
+    if config.reward is None and config.judge is None:
+        raise DIDRError("judge: neither judge nor reward is configured, so trials cannot be compared. Name a judge.")
+    if config.evaluation.prompts < LEAST_PROMPTS:
+        raise DIDRError(
+            f"evaluation.prompts={config.evaluation.prompts}: a sweep judges its trials on held-out prompts; "
+            f"expected at least {LEAST_PROMPTS}."
+        )
+
+
+class Bench:
+    """Judges, and what trials are compared with; one a process, kept from trial to trial."""
+
+    def __init__(self, config: Config, shared: Path, device: Any = "cpu") -> None:
+        """``config``: what trials share; what it says of evaluation, judge and backbone is the same for all of them."""
+        check(config)
+        self.config = config
+        prompts = heldout(config, config.evaluation.prompts)
+        seeds = range(NOISE_SEED, NOISE_SEED + max(2, config.evaluation.seeds))
+        self.judges = Judges(config, prompts, seeds, shared, device)
+        self.measure = "judge" if config.judge is not None else "reward"
+        tree = dump(config)
+        self.key = repr([tree[k] for k in ("backbone", "reward", "judge", "data", "evaluation", "guidance")])
+        self.start = self._once("start")
+        self.reference = self._once("reference")
+        self._draws = {
+            "full": self._resampling(len(prompts)),
+            "quick": Draws.make(min(QUICK_PROMPTS, len(prompts)), 1, 0),
+        }
+        found, drawn = self.start["features"], self.reference["features"]
+        own = _apart(found, drawn)
+        self.unit = max(own, _apart(drawn[:, :1], drawn[:, 1:2]), 1e-9)
+        self.own = round(own / self.unit, 6)
+
+    def _once(self, name: str) -> Measured:
+        """Scores of the start or the reference, made by whoever asks first.
+
+        The reference is the guided teacher of `evaluation.teacher_steps`; with 0 steps it is the start itself.
+        """
+        judges, config = self.judges, self.config
+        steps = config.evaluation.teacher_steps if name == "reference" else 0
+
+        def sampler() -> Sampler:
+            network = judges.backbone.load_network("reference" if steps else "generator").to(judges.device)
+            if steps:
+                return sampling.reference(judges.backbone, network, steps, config.guidance.reference)
+            return sampling.one_step(judges.backbone, network)
+
+        return judges.measure(Contestant(name, _when_needed(sampler)), self.key)
+
+    def _resampling(self, prompts: int) -> Draws:
+        return Draws.make(prompts, 1, RESAMPLES if self.reference["features"].shape[-1] <= LARGE else 0)
+
+    def judge(self, network: nn.Module, work: Path, key: str) -> tuple[Worth, Measured]:
+        """A trained generator on all held-out prompts. What it measures is kept in ``work``.
+
+        Raises:
+            NonFiniteError: a reward is NaN or infinite on its pictures.
+        """
+        judges = self.judges.first(len(self.judges.prompts), len(self.judges.noise_seeds))
+        judges.work = work
+        measured = judges.measure(one_step_contestant("aligned", judges.backbone, network), key)
+        return self._worth(measured, self.start, self.reference, self._draws["full"]), measured
+
+    def glance(self, network: nn.Module) -> Worth:
+        """The same on the first :data:`QUICK_PROMPTS` prompts and one noise, without intervals: to stop poor trials early."""
+        judges = self.judges.first(QUICK_PROMPTS)
+        measured = judges.look(one_step_contestant("aligned", judges.backbone, network))
+        start, reference = (
+            {k: v[:, :1, : len(judges.prompts)] for k, v in m.items() if v.ndim >= 3}
+            for m in (self.start, self.reference)
+        )
+        return self._worth(measured, start, reference, self._draws["quick"])
+
+    def _worth(self, aligned: Measured, start: Measured, reference: Measured, draws: Draws) -> Worth:
+        spread = max(float(np.std(self.start[self.measure])), 1e-9)
+        gain = draws.means((aligned[self.measure] - start[self.measure]).astype(np.float64)) / spread
+        distance = _distances(draws, aligned["features"], reference["features"]) / self.unit
+        # Drawing captions with replacement adds distance to every resample: what counts is how they spread, not where.
+        distance[1:] += distance[0] - (distance[1:].mean() if len(distance) > 1 else 0.0)
+        return Worth(_interval(gain), _interval(distance), self.own)
+
+    def scores(self, aligned: Measured, command: str) -> Scores:
+        """scores.json of a trial: start, aligned and, where there is one, the teacher, paired."""
+        steps = self.config.evaluation.teacher_steps
+        rows = {"start": self.start, "aligned": aligned} | ({"teacher": self.reference} if steps else {})
+        models = {name: {"steps": steps if name == "teacher" else 1} for name in rows}
+        arrays = {name: {k: v for k, v in row.items() if k != "features"} for name, row in rows.items()}
+        facts = provenance(self.config.data.heldout or self.config.data.prompts, [command])
+        judges = self.judges
+        return Scores.build(
+            models, arrays, judges.prompts, list(judges.noise_seeds), facts=facts, world=self.config.evaluation.world
+        )
+
+
+def _when_needed(make: Callable[[], Sampler]) -> Sampler:
+    """A sampler whose network is loaded only if it has to draw: mostly a file has its scores."""
+    ready = functools.cache(make)
+    return lambda condition, z: ready()(condition, z)
+
+
+def _distances(draws: Draws, features: NDArray[Any], reference: NDArray[Any]) -> Array:
+    return draws.distances(features.astype(np.float64), reference.astype(np.float64))
+
+
+def _apart(features: NDArray[Any], reference: NDArray[Any]) -> float:
+    return float(_distances(Draws.make(features.shape[2], 1, 0), features, reference)[0])
+
+
+def _interval(values: Array) -> dict[str, float | None]:
+    found = interval(values)
+    return {k: v if math.isfinite(v) else None for k, v in found.items()}

@@ -1,0 +1,194 @@
+"""The folder of one sweep: the truth about it, so that a kill at any moment loses nothing and nothing is done twice.
+
+runs/<name>/
+  sweep.json       the plan, MLflow run ids, status
+  config.yaml      what all trials share
+  points.jsonl     a line a trial: its number and its settings, written before the trial starts
+  trials/0003/     a run folder, as of `didr align`: metrics.jsonl, checkpoints/, grid.png, scores.json; result.json ends it
+  shared/          batches, the start's and the reference's scores: made once
+  tune/            Ray Tune's own state
+  trials.parquet, front.json, front.png, heat.png, export/    made at the end
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from didr_core import config as configs
+from didr_core.config import Config
+from didr_core.contracts import DIDRError
+from didr_core.runs import RunFolder, disk, local_folder, provenance, read_lines
+from pipelines.sweeps.space import Point, settings
+
+FINAL = ("finished", "failed", "stopped")
+"""How a trial may end. "lost" (its process or node died too often) is tried again by a resume."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The plan, as sweep.json keeps it."""
+
+    name: str
+    recipe: str
+    overrides: Sequence[str]
+    space: str
+    about: str
+    tree: Mapping[str, Any]  # the space, as plain data
+    search: str  # grid, random, optuna
+    scheduler: str  # none, asha
+    trials: int
+    concurrent: int
+    workers: int  # of one trial: 1 = the trial's own process trains
+    seed: int
+    patience: float  # minutes
+    command: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """An existing sweep folder; make one with :meth:`create`, find one with :meth:`find`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, plan: Sweep, config: Config, points: Sequence[Point]) -> SweepFolder:
+        """A new folder ``<config.output>/<plan.name>``.
+
+        Raises:
+            DIDRError: it exists.
+        """
+        path = local_folder("output", config.output) / plan.name
+        if (path / "sweep.json").is_file():
+            raise DIDRError(
+                f"--name {plan.name}: that sweep exists. `didr sweep --resume {plan.name}` goes on with it."
+            )
+        if path.exists() and any(path.iterdir()):
+            raise DIDRError(f"--name {plan.name}: {path} exists and is not empty. Choose another name.")
+        folder = cls(path)
+        with disk("output", path):
+            (path / "trials").mkdir(parents=True, exist_ok=True)
+            folder.set_config(config)
+            for number, point in enumerate(points):
+                folder.give(number, point)
+        folder.update(plan=asdict(plan) | {"facts": provenance()}, status="running", started=time.time())
+        return folder
+
+    @classmethod
+    def find(cls, name: str, output: str = "runs") -> SweepFolder:
+        """The folder ``name``, or the sweep of that name in ``output``.
+
+        Raises:
+            DIDRError: there is none (names those that there are).
+        """
+        for path in (Path(name).expanduser(), local_folder("output", output) / name):
+            if (path / "sweep.json").is_file():
+                return cls(path.resolve())
+        there = sorted(p.parent.name for p in local_folder("output", output).glob("*/sweep.json"))
+        raise DIDRError(
+            f"--resume {name!r}: no sweep of that name or path. Sweeps in {output}: {', '.join(there[-8:]) or 'none'}."
+        )
+
+    @property
+    def name(self) -> str:
+        """The sweep's name."""
+        return self.path.name
+
+    @property
+    def shared(self) -> Path:
+        """What is made once and read by every trial."""
+        return self.path / "shared"
+
+    def plan(self) -> Sweep:
+        """The plan it began with."""
+        return Sweep(**self.info()["plan"])
+
+    def info(self) -> dict[str, Any]:
+        """What sweep.json says."""
+        path = self.path / "sweep.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def update(self, **values: Any) -> None:
+        """Set keys of sweep.json. Only the driver does."""
+        self._replace("sweep.json", json.dumps(self.info() | values, indent=1, default=str) + "\n")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One driver a sweep.
+
+        Raises:
+            DIDRError: another one is at work.
+        """
+        with RunFolder(self.path).lock():
+            yield
+
+    def config(self) -> Config:
+        """What trials share (and the first trial's own point)."""
+        return configs.load(str(self.path / "config.yaml"))
+
+    def set_config(self, config: Config) -> None:
+        """Write config.yaml."""
+        self._replace("config.yaml", yaml.safe_dump(configs.dump(config), sort_keys=False, allow_unicode=True))
+
+    def config_of(self, number: int, workers: int = 1) -> Config:
+        """The whole configuration of one trial."""
+        own = [
+            f"workers.train={workers}",
+            "train.keep_checkpoints=1",
+            "evaluation.every=0",
+            *([] if workers == 1 else ["evaluation.prompts=0"]),  # the group's rank 0 does not judge: the sweep does
+        ]
+        return configs.load(str(self.path / "config.yaml"), [*settings(self.points()[number]), *own])
+
+    def points(self) -> dict[int, Point]:
+        """Number to settings of the trials that are known so far."""
+        return {int(row["number"]): row["set"] for row in read_lines(self.path / "points.jsonl")}
+
+    def give(self, number: int, point: Point) -> None:
+        """Write down a trial, before it starts."""
+        with disk("output", self.path), (self.path / "points.jsonl").open("a") as file:
+            file.write(json.dumps({"number": number, "set": point}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def trial(self, number: int) -> RunFolder:
+        """The run folder of a trial, whether or not it is there yet."""
+        return RunFolder(self.path / "trials" / f"{number:04d}")
+
+    def result(self, number: int) -> dict[str, Any] | None:
+        """How the trial ended; None while it has not."""
+        path = self.trial(number).path / "result.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def end(self, number: int, **values: Any) -> dict[str, Any]:
+        """Write result.json: from now on the trial is over. ``status`` is one of :data:`FINAL`, or "lost"."""
+        tree = {"number": number, "set": self.points().get(number, {}), **values}
+        self.trial(number).path.mkdir(parents=True, exist_ok=True)
+        self._replace(f"trials/{number:04d}/result.json", json.dumps(tree, indent=1) + "\n")
+        return tree
+
+    def forget_lost(self) -> None:
+        """Trials whose process died too often may try again."""
+        for number in self.points():
+            if (self.result(number) or {}).get("status") == "lost":
+                (self.trial(number).path / "result.json").unlink()
+
+    def results(self) -> list[dict[str, Any]]:
+        """All results so far, by number."""
+        return [r for number in sorted(self.points()) if (r := self.result(number))]
+
+    def _replace(self, name: str, text: str) -> None:
+        path = self.path / name
+        part = path.with_name(f"{path.name}.part")
+        with disk("output", path):
+            part.write_text(text)
+            part.replace(path)

@@ -1,0 +1,121 @@
+"""A trial of several workers: Ray Train inside a Ray Tune trial.
+
+The trial's actor drives `TorchTrainer.fit` in a thread, exactly as `didr align` does, and answers Tune from what rank 0 writes into the run
+folder. Nothing is passed through a queue, so nothing can be left in one: Ray's `TuneReportCallback` leaves a trial RUNNING for ever when
+its driver function returns before the queue is drained. A scheduler that stops the trial ends its actor, and with it all it started.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from didr_core.config import Config
+from didr_core.contracts import DIDRError
+from didr_core.feed import open_prompts
+from didr_core.sample import trained_generator
+from pipelines.align import _fit_until_done
+from pipelines.resources import train_need
+from pipelines.session import cluster_view, prepare_environment
+from pipelines.sweeps.folder import SweepFolder
+from pipelines.sweeps.work import TrialWork, bench_of, conclude
+
+POLL_S = 0.3
+
+
+class _Say:
+    """What `align` tells of a restart goes to the trial's own log."""
+
+    step = 0
+
+    def __init__(self) -> None:
+        self.progress = self
+
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Nobody watches."""
+
+    def note(self, text: str, style: str = "") -> None:
+        """To stdout, which Ray keeps."""
+        print(text, flush=True)
+
+
+class GroupWork(TrialWork):
+    """:class:`TrialWork` whose steps are taken by a Ray Train worker group."""
+
+    def _load(self) -> None:
+        prepare_environment()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._fit, name=f"trial-{self.number}", daemon=True)
+        self._thread.start()
+
+    def _fit(self) -> None:
+        try:
+            config = self.config
+            _fit_until_done(config, self.run, open_prompts(config), _Say(), cluster_view())  # type: ignore[arg-type]
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def step(self) -> int:
+        """Of the newest checkpoint."""
+        return self.run.last_step()
+
+    def advance(self, until: int) -> int:
+        """Wait for the group to reach ``until``.
+
+        Raises:
+            DIDRError: a mistake of the user's, or workers that died too often.
+        """
+        while self._thread.is_alive() and self.step < until:
+            time.sleep(POLL_S)
+        if self._error is not None:
+            raise self._error
+        if self.step < until:
+            raise DIDRError(f"the worker group ended at step {self.step} of {self.steps} and gave no reason")
+        return self.step
+
+    def glance(self) -> dict[str, Any]:
+        """See :meth:`TrialWork.glance`; in a process with a trainer's resources."""
+        return dict(self._elsewhere(_glance, str(self.folder.path), self.number))
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for the group to end (it draws the grid), then judge in a process with a trainer's resources."""
+        self._thread.join()
+        self.advance(self.steps)
+        return dict(self._elsewhere(_conclude, str(self.folder.path), self.number, self.began))
+
+    def _elsewhere(self, function: Any, *arguments: Any) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        need = train_need(self.config.workers, cluster_view())
+        outside = PlacementGroupSchedulingStrategy(placement_group=None)  # the trial's own group holds its driver only
+        task = ray.remote(
+            num_cpus=need.cpus,
+            num_gpus=need.gpus or None,
+            resources=dict(need.custom) or None,
+            scheduling_strategy=outside,
+        )(function)
+        try:
+            return ray.get(task.remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, DIDRError):
+                raise error.cause from None
+            raise
+
+
+def _trained(folder: SweepFolder, number: int) -> tuple[Config, Any]:
+    config = folder.config_of(number)
+    return config, trained_generator(config, folder.trial(number))[1]
+
+
+def _glance(path: str, number: int) -> dict[str, Any]:
+    folder = SweepFolder(Path(path))
+    return bench_of(folder).glance(_trained(folder, number)[1].to(bench_of(folder).judges.device)).flat()
+
+
+def _conclude(path: str, number: int, started: float) -> dict[str, Any]:
+    folder = SweepFolder(Path(path))
+    return conclude(folder, number, _trained(folder, number)[1], started, time.time())

@@ -1,0 +1,155 @@
+"""What a sweep will need and how long it may take: arithmetic, answered before anything starts."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from rich.table import Table
+
+from didr_core.config import Config
+from didr_core.feed import needs_reward
+from didr_core.runs import local_folder, read_lines
+from pipelines.console import clock
+from pipelines.resources import CPU, ClusterView, Fit, Group, Need, Plan, PlanDoesNotFit, align_plan, check, train_need
+from pipelines.sweeps.bench import WORDS
+from pipelines.sweeps.folder import Sweep
+from pipelines.sweeps.space import Space
+
+DRIVER_CPUS = 0.1  # of a trial that has workers of its own: it waits and reads files
+MOST_AT_ONCE = 64
+EARLIER_RUNS = 20
+
+
+def trial_need(config: Config, view: ClusterView, workers: int) -> Need:
+    """What a trial's own process reserves: a training worker's share (a GPU, half a one); next to nothing where it only drives others."""
+    return train_need(config.workers, view) if workers == 1 else Need(DRIVER_CPUS)
+
+
+def sweep_plan(config: Config, view: ClusterView, workers: int, at_once: int) -> Plan:
+    """All that runs at the same time: trials x (their process, or driver + workers + actors)."""
+    own = Group(
+        "trial", at_once, trial_need(config, view, workers), "--concurrent", "workers.train_cpus or .train_gpus"
+    )
+    if workers == 1:
+        return Plan((own,))
+    settings = config.workers.model_copy(update={"train": workers})
+    inner = align_plan(settings, view, with_rewards=needs_reward(config)).groups
+    return Plan(
+        (
+            own,
+            *(Group(f"{g.name} of a trial", g.count * at_once, g.need, "--concurrent", g.need_setting) for g in inner),
+        )
+    )
+
+
+def fit(config: Config, view: ClusterView, workers: int, trials: int, at_once: int | None) -> tuple[int, Fit]:
+    """How many trials run at once, and how they are placed: as many as fit (on this machine not more than it has cores), or ``at_once``.
+
+    Raises:
+        PlanDoesNotFit: not even one does, or not ``at_once``.
+    """
+    if at_once:
+        return at_once, check(sweep_plan(config, view, workers, at_once), view)
+    most = min(trials, MOST_AT_ONCE)
+    if view.local and not config.workers.train_gpus:
+        most = min(most, max(1, (os.cpu_count() or 1) // (config.train.threads * workers)))
+    found = check(sweep_plan(config, view, workers, 1), view)
+    for count in range(2, most + 1):
+        try:
+            found = check(sweep_plan(config, view, workers, count), view)
+        except PlanDoesNotFit:
+            return count - 1, found
+    return max(1, most), found
+
+
+def slots(config: Config, workers: int, at_once: int) -> int:
+    """CPUs that a Ray of our own is told it has."""
+    needed = sweep_plan(config, ClusterView(()), workers, at_once).totals().get(CPU, 0.0)
+    return max(config.workers.local_cpus, os.cpu_count() or 1, math.ceil(needed) + 1)
+
+
+def earlier_seconds(config: Config) -> float | None:
+    """Median seconds a step in earlier runs of this recipe with this batch; None where there is none."""
+    found = []
+    folders = sorted(local_folder("output", config.output).glob("*/config.yaml"), key=lambda p: -p.stat().st_mtime)
+    for path in folders[:EARLIER_RUNS]:
+        tree = yaml.safe_load(path.read_text()) or {}
+        same = tree.get("name") == config.name and (tree.get("train") or {}).get("batch") == config.train.batch
+        files = [path.parent / "metrics.jsonl", *path.parent.glob("trials/*/metrics.jsonl")] if same else []
+        found += [row["time/step"] for file in files for row in read_lines(file) if row.get("time/step")]
+    return statistics.median(found) if found else None
+
+
+def estimate(config: Config, plan: Sweep, seconds_a_step: float | None) -> str:
+    """How long it may take, in words."""
+    if seconds_a_step is None:
+        return "known when the shared work is done (no earlier run of this recipe to go by)"
+    one = seconds_a_step * config.train.steps
+    rounds = math.ceil(plan.trials / plan.concurrent)
+    return f"about {clock(one * rounds)} ({plan.trials} trials of about {clock(one)}, {plan.concurrent} at once), plus shared work"
+
+
+def plan_table(config: Config, space: Space, plan: Sweep, found: Fit, path: Path) -> Table:
+    """The plan for people."""
+    table = Table(
+        title=f"sweep {plan.name}",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        show_header=False,
+        pad_edge=False,
+    )
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    needs = ", ".join(f"{v:g} {k}" for k, v in trial_need(config, found.cluster, plan.workers).amounts().items())
+    group = "" if plan.workers == 1 else f", driving {plan.workers} training workers and their actors"
+    for name, text in (
+        ("space", f"{space.name}: {space.about}"),
+        *((f"  {key}", f"{d.kind} {list(d.values)}") for key, d in space.domains.items()),
+        *((f"  {key}", f"{value} (fixed)") for key, value in space.fixed.items() if key not in _given(plan.overrides)),
+        ("trials", f"{plan.trials} by {plan.search}, {_scheduler(plan)}"),
+        ("each", f"{config.train.steps} steps of {config.train.batch} samples; reserves {needs}{group}"),
+        ("at once", f"{plan.concurrent} on {_cluster(found.cluster)}"),
+        (
+            "judged on",
+            f"{config.evaluation.prompts} held-out prompts x {max(2, config.evaluation.seeds)} noises by {_judge(config)}",
+        ),
+        ("objective", f"the front of held-out gain against distance to {_reference(config)}; {WORDS}"),
+        ("time", estimate(config, plan, earlier_seconds(config))),
+        ("folder", str(path)),
+    ):
+        table.add_row(name, text)
+    return table
+
+
+def _given(overrides: Sequence[str]) -> set[str]:
+    return {item.partition("=")[0].strip() for item in overrides}
+
+
+def _scheduler(plan: Sweep) -> str:
+    return "all to their end" if plan.scheduler == "none" else "poor ones stopped early by ASHA on the score"
+
+
+def _cluster(view: ClusterView) -> str:
+    where = "this machine" if view.local else f"{len(view.nodes)} node(s)"
+    return f"{where} ({', '.join(f'{v:g} {k}' for k, v in view.totals().items() if k in (CPU, 'GPU') and v)})"
+
+
+def _judge(config: Config) -> str:
+    if config.judge is not None:
+        return f"{config.judge.name}, which is never trained on"
+    return "the training reward: no judge is configured, so trials that hack their reward look good; name one with --set judge=..."
+
+
+def _reference(config: Config) -> str:
+    steps = config.evaluation.teacher_steps
+    return (
+        f"the {steps}-step guided reference"
+        if steps
+        else "the start (evaluation.teacher_steps=0: no reference is drawn)"
+    )
