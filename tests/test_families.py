@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from random_models import prompt_shards
 
 from didr_core import config as configs
+from didr_core.feed import LocalFeed
+from didr_core.learner import Learner
 from didr_core.preflight import preflight
 from didr_core.runs import RunFolder
 from didr_core.sample import OneStep
@@ -61,3 +66,72 @@ def test_from_recipe_to_stock_diffusers(family: str, options: list[str], tmp_pat
     assert (mine - theirs).abs().max() <= 1e-5
     card = (resumed.path / "export" / "README.md").read_text()
     assert ("timesteps=[399]" if family == "sdxl" else "num_inference_steps=N") in card
+
+
+def stable_diffusion(folder: Path) -> Path:
+    """A StableDiffusionPipeline folder of random weights."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(random_models.byte_tokenizer(folder / "tokenizer"))
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, scaling_factor=0.18215),
+        text_encoder=CLIPTextModel(random_models.clip_text_config(tokenizer, 16, 16)),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            block_out_channels=(16,),
+            layers_per_block=1,
+            attention_head_dim=2,
+            norm_num_groups=8,
+            cross_attention_dim=16,
+        ),
+        scheduler=EulerDiscreteScheduler(**betas, timestep_spacing="trailing"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_the_family_in_the_readme_trains_and_equals_its_stock_pipeline(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (root / "didr_core" / "backbones" / "README.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "stable_diffusion.py").write_text(code)
+    folder = stable_diffusion(tmp_path / "pipeline")
+    tree = {
+        "name": "readme",
+        "backbone": {"name": f"{tmp_path / 'stable_diffusion.py'}:StableDiffusion", "pipeline": str(folder)},
+        "algorithm": "diff_instruct",
+        "generator": {"lr": 1e-3},
+        "assistant": {"lr": 1e-3},
+        "train": {"steps": 1, "batch": 2},
+        "data": {"prompts": str(prompt_shards(tmp_path / "prompts"))},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    config = configs.load(str(tmp_path / "recipe.yaml"))
+    learner = Learner(config)
+    report = learner.step(next(iter(LocalFeed(config))))
+    assert report.metrics["grad/generator"] > 0 and report.metrics["grad/assistant"] > 0
+    backbone = learner.backbone
+    backbone.load_text()
+    backbone.load_decoder()
+    network = learner.generator("generator")
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.copy_(weight.half().float())
+        z = torch.randn(2, 4, 8, 8)
+        mine = backbone.decode(backbone.generate(network, z, backbone.encode(PROMPTS)))
+    backbone.export(network, str(tmp_path / "export"))
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "export", torch_dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(PROMPTS, latents=z, num_inference_steps=1, guidance_scale=0, output_type="pt").images
+    assert (mine - theirs).abs().max() < 2e-3  # text encoder and VAE of an export are float16
