@@ -90,7 +90,7 @@ def stable_diffusion(folder: Path) -> Path:
             norm_num_groups=8,
             cross_attention_dim=16,
         ),
-        scheduler=EulerDiscreteScheduler(**betas, timestep_spacing="trailing"),
+        scheduler=EulerDiscreteScheduler(**betas, steps_offset=1, timestep_spacing="trailing"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
