@@ -87,7 +87,12 @@ def check_weights(key: str, folder: Path, usual: str) -> set[str]:
         if path.suffix == ".safetensors":
             names |= set(_header(key, path))
         elif ".index." in path.name:
-            names |= set(json.loads(path.read_text()).get("weight_map", {}))
+            places = json.loads(path.read_text()).get("weight_map", {})
+            names |= set(places)
+            if absent := sorted({file for file in places.values() if not (folder / file).is_file()}):
+                raise DIDRError(
+                    f"{key}={str(folder)!r}: {path.name} names {_some(absent)}, not there. Was the download cut short?"
+                )
     return names
 
 
@@ -153,12 +158,15 @@ def read_state(key: str, path: Path) -> State:
 
 
 def shapes_of(key: str, path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a ``.safetensors`` file, from its header alone.
+    """Names and shapes in a file of weights: of ``.safetensors`` the header alone is read, torch files are memory-mapped.
 
     Raises:
-        DIDRError: damaged, or a pointer in place of the file.
+        DIDRError: see :func:`read_state`.
     """
     from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return {name: tuple(value.shape) for name, value in read_state(key, path).items()}
 
     _refuse_pointers(key, path)
     names = _header(key, path)

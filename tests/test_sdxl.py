@@ -80,6 +80,21 @@ def test_one_step_equals_the_stock_pipeline_with_lcm(which: str, request: pytest
     assert (mine - theirs).abs().max() <= 1e-6
 
 
+def test_one_step_in_numbers(folder: Path) -> None:
+    """alpha_399 = 0.652753, sigma_399 = 0.757571, whatever diffusers' schedulers become."""
+    ours = backbone(folder)
+    ours.load_text()
+    told = []
+
+    def network(x: torch.Tensor, t: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor]:
+        told.append((x.unique().tolist(), t.tolist(), kwargs["added_cond_kwargs"]["time_ids"].tolist()))  # type: ignore[index]
+        return (torch.full_like(x, 0.5),)
+
+    made = ours.generate(network, torch.ones(1, *ours.latent_shape), ours.encode(["a"]))  # type: ignore[arg-type]
+    assert told == [([1.0], [399], [[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]])]
+    assert made.unique().item() == pytest.approx((1 - 0.5 * 0.757571) / 0.652753, abs=2e-6)
+
+
 def test_guided_ddim_equals_the_stock_pipeline(folder: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
@@ -152,8 +167,10 @@ def test_wrong_weights_are_refused_with_words(folder: Path, tmp_path: Path) -> N
 
 def test_a_single_file_of_another_layout_is_refused(folder: Path, tmp_path: Path) -> None:
     save_file({"model.diffusion_model.x": torch.zeros(1)}, tmp_path / "ldm.safetensors")
-    with pytest.raises(DIDRError, match="keys missing"):
-        backbone(folder, generator=str(tmp_path / "ldm.safetensors")).load_network("generator")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.bin")
+    for name in ("ldm.safetensors", "other.bin"):
+        with pytest.raises(DIDRError, match="keys missing"):
+            backbone(folder, generator=str(tmp_path / name))  # before anything is loaded
 
 
 def test_config_finds_the_component_by_its_file_name(folder: Path) -> None:
@@ -190,6 +207,7 @@ def test_a_small_decoder_serves_the_run_and_the_true_vae_the_export(true: Path, 
     assert torch.allclose(ours.decode(latent), expected.clamp(0, 1), atol=1e-6)
     ours.export(ours.load_network("generator"), str(tmp_path / "out"))
     exported = SDXL(ours.config.exported(tmp_path / "out"))
+    SDXL(backbone(true, decoder=str(taesd), decode_dtype="float16").config.exported(tmp_path / "out"))  # is not refused
     assert exported.vae_config["_class_name"] == "AutoencoderKL" and exported.vae_config["force_upcast"] is True
     wrong = tmp_path / "wrong"
     AutoencoderTiny(latent_channels=16).save_pretrained(wrong)
@@ -270,6 +288,15 @@ def test_a_download_of_the_fp16_variant_alone_is_enough(folder: Path, tmp_path: 
         )
     ours.export(network, str(tmp_path / "out"))
     assert backbone(tmp_path / "out").load_network("generator") is not None
+
+
+def test_a_missing_shard_is_seen_before_loading(folder: Path, tmp_path: Path) -> None:
+    backbone(folder).load_network("reference").save_pretrained(tmp_path / "unet", max_shard_size="300KB")  # type: ignore[operator]
+    shards = sorted((tmp_path / "unet").glob("*-of-*.safetensors"))
+    assert len(shards) > 1 and backbone(folder, generator=str(tmp_path / "unet"))
+    shards[-1].unlink()
+    with pytest.raises(DIDRError, match=f"names {shards[-1].name}, not there"):
+        backbone(folder, generator=str(tmp_path / "unet"))
 
 
 def test_schedulers_that_mean_something_else_are_refused(folder: Path, tmp_path: Path) -> None:

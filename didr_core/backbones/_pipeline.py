@@ -54,8 +54,9 @@ class PipelineConfig(Component):
     resolution: int | None = Field(None, gt=0, description="pixels of a side; none = what the folder says")
 
     def exported(self, folder: Path) -> Self:
-        """An export is a whole pipeline, with its own VAE."""
-        return self.model_copy(update={"pipeline": str(folder), "generator": None, "vae": None, "decoder": None})
+        """An export is a whole pipeline, with its own VAE, which may be one that overflows in half precision."""
+        own: dict[str, Any] = {"generator": None, "vae": None, "decoder": None, "decode_dtype": "float32"}
+        return self.model_copy(update={"pipeline": str(folder), **own})
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class PipelineBackbone:
                 f"backbone.generator={str(path)!r}: no such file or folder. Expected a pipeline folder, a {family.network} folder, or one "
                 ".safetensors/.bin file."
             )
-        elif path.suffix == ".safetensors" and not self._is_original(shapes := shapes_of("backbone.generator", path)):
+        elif not self._is_original(shapes := shapes_of("backbone.generator", path)):
             bare = without_prefix(shapes, family.anchor)
             if names and (missing := sorted(names - bare.keys())):
                 raise DIDRError(_wrong_layout(path, missing, sorted(bare.keys() - names), family))
