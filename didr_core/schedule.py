@@ -48,22 +48,26 @@ class VariancePreserving:
 
 
 class RectifiedFlow:
-    """``alpha = 1 - s``, ``sigma = s`` with ``s = shift t / (1 + (shift - 1) t)``; networks are told ``1 - s`` (Z-Image)."""
+    """``alpha = 1 - s``, ``sigma = s`` with ``s = shift t / (1 + (shift - 1) t)``; networks are told ``1 - s`` (Z-Image).
+
+    Times are kept 1e-3 away from 0, where ``alpha / sigma`` is infinite; at 1, where sampling starts, the noise is pure.
+    """
 
     def __init__(self, shift: float = 1.0) -> None:
         self.shift = shift
 
     def _sigma(self, t: Tensor) -> Tensor:
+        t = t.float().clamp_min(1e-3)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``alpha, sigma [B]``, float32."""
-        s = self._sigma(t.float())
+        s = self._sigma(t)
         return 1 - s, s
 
     def model_time(self, t: Tensor) -> Tensor:
         """``1 - s [B]``."""
-        return 1 - self._sigma(t.float())
+        return 1 - self._sigma(t)
 
 
 class Cosine:

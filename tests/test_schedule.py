@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from didr_core.contracts import Schedule
-from didr_core.schedule import RectifiedFlow, VariancePreserving, chain_times, diffuse, score, step
+from didr_core.losses import denoising_score_matching
+from didr_core.schedule import RectifiedFlow, VariancePreserving, chain_times, coeffs_like, diffuse, score, step
 
 FAMILIES = [VariancePreserving.scaled_linear(), RectifiedFlow(), RectifiedFlow(3.0)]
 
@@ -64,3 +65,12 @@ def test_score_of_a_gaussian_is_exact() -> None:
 def test_a_chain_starts_at_t_and_never_evaluates_at_zero() -> None:
     times = chain_times(torch.tensor([0.8]), 4)
     assert [round(x.item(), 4) for x in times] == [0.8, 0.6, 0.4, 0.2]
+
+
+@pytest.mark.parametrize("schedule", FAMILIES)
+def test_the_assistants_loss_is_finite_at_both_ends(schedule: Schedule) -> None:
+    """`times.assistant` is [0, 1] by default; a prediction of eps that is wrong by 1 must cost about as much at t = 0 as elsewhere."""
+    x0, t = torch.randn(2, 8), torch.tensor([0.0, 1.0])
+    alpha, sigma = coeffs_like(schedule, t, x0)
+    loss = denoising_score_matching(x0 + sigma / alpha.clamp_min(1e-3), x0, alpha, sigma)
+    assert loss.isfinite().all() and loss[0] == pytest.approx(1, rel=1e-3) and sigma[1] >= 0.99

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,11 @@ from didr_core.config import Config
 from didr_core.contracts import Batch
 from didr_core.data import PromptIndex
 from didr_core.feed import LocalFeed
+from didr_core.preflight import preflight
+from didr_core.runs import RunFolder
+from didr_core.train import outcome, train
+from didr_core.zoo import random_models
+from pipelines.align import align
 from pipelines.resources import Need
 from pipelines.session import ray_session
 
@@ -120,6 +126,22 @@ def test_the_real_actors_give_what_one_process_gives(toy: Path) -> None:
         for name in ("baseline", "spread"):
             made = torch.cat([getattr(p, name) for p in parts])
             torch.testing.assert_close(made, getattr(whole, name), rtol=1e-3, atol=1e-4)
+
+
+def test_tiny_zimage_trains_with_two_workers_as_with_one(tmp_path: Path) -> None:
+    """The whole job on the cluster that is there: long padded conditions through the stream, a network that takes lists under two ranks."""
+    pipeline = random_models.zimage(tmp_path / "zimage")
+    settings = [f"backbone.pipeline={pipeline}", "train.steps=2", "train.checkpoint_every=2", "evaluation.grid=2"]
+    settings += ["evaluation.prompts=0", "tracking.uri=none"]
+    two = align("tiny_zimage", settings, output=str(tmp_path / "two"))
+    one = RunFolder.create(config := configs.load("tiny_zimage", [*settings, "workers.train=1"]), str(tmp_path / "one"))
+    with outcome(one):
+        train(config, one, preflight(config))
+    assert (two.path / "export" / "transformer").is_dir() and (two.path / "grid.png").is_file()
+    rows = [[json.loads(line) for line in run.metrics_path.read_text().splitlines()] for run in (two, one)]
+    for ours, theirs in zip(*rows, strict=True):
+        for key in ("loss/assistant", "loss/generator", "reward/gain", "grad/generator", "grad/assistant"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-2, abs=1e-3), key
 
 
 def corpus(folder: Path, rows: int) -> str:
