@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_va
 from didr_core import registry
 from didr_core.components import WORLD, Component, Strict, build, component, locate
 from didr_core.contracts import DIDRError
+from didr_core.roles import Roles
 
 __all__ = [
     "WORLD",
@@ -64,6 +65,7 @@ class DRP(Strict):
         gt=0,
         description="cap of the rms of s_r per sample, as a multiple of the rms of the reference's own score",
     )
+    checkpointing: bool = Field(False, description="ode: recompute each step in backward; memory of one step for any K")
 
     @model_validator(mode="after")
     def _consistent(self) -> DRP:
@@ -104,6 +106,7 @@ class Times(Strict):
 class Optim(Strict):
     """Adam settings of one network."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: 8-bit moments (bitsandbytes)")
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.0, 0.99)
     eps: float = Field(1e-8, gt=0)
@@ -206,6 +209,7 @@ class Config(Strict):
     generator: Optim
     assistant: Optim
     train: Train
+    roles: Roles = Roles()
     data: Data
     baseline: Baseline = Baseline()
     workers: Workers = Workers()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+from didr_core import precision
 from didr_core.config import Config, build
 from didr_core.contracts import DIDRError
 from didr_core.data import PromptIndex
@@ -33,6 +34,7 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
     index.scan(SCAN_ROWS)
     if config.data.heldout:
         PromptIndex.open(config.data.heldout, config.data.column, config.data.id_column, "data.heldout").scan(SCAN_ROWS)
+    precision.check(config)
     build("algorithms", config.algorithm)
     _check(build("backbones", config.backbone))
     if needs_reward(config) and config.reward is not None:
