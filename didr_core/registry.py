@@ -20,12 +20,15 @@ from typing import Any
 from didr_core.contracts import DIDRError
 
 KINDS = ("algorithms", "backbones", "rewards")
+PLAIN = {"full_size"}  # public modules beside the components, which are none
 
 
 def names(kind: str) -> list[str]:
     """The bundled keys of ``kind``."""
     package = importlib.import_module(f"didr_core.{kind}")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return sorted(
+        m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_") and m.name not in PLAIN
+    )
 
 
 def find(kind: str, name: str) -> type[Any]:
