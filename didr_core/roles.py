@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from didr_core.components import Component, Strict
@@ -253,13 +254,12 @@ def _checkpoint(network: nn.Module) -> None:
 def cast_inputs(network: nn.Module) -> None:
     """A bfloat16 network takes float32 latents and conditions; times ``[B]`` stay as they are (bfloat16 tells 1000 of them badly apart)."""
     if any(p.dtype == torch.bfloat16 for p in network.parameters()):
-        network.register_forward_pre_hook(_to_bfloat16, with_kwargs=True)
+        network.register_forward_pre_hook(_cast, with_kwargs=True)
 
 
-def _to_bfloat16(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(
-        Tensor, lambda v: v.to(torch.bfloat16) if v.is_floating_point() and v.dim() > 1 else v, (args, kwargs)
-    )
+def _cast(network: nn.Module, args: Any, kwargs: Any) -> Any:
+    dtype = next(network.parameters()).dtype  # looked up each time: a float32 copy of the network has this hook too
+    return tree_map_only(Tensor, lambda v: v.to(dtype) if v.is_floating_point() and v.dim() > 1 else v, (args, kwargs))
 
 
 def add_adapter(base: nn.Module, role: str, roles: Roles, backbone: object, seed: int) -> LoRA:
