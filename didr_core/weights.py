@@ -17,7 +17,7 @@ from didr_core.contracts import DIDRError
 State = dict[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.bin.index*.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
@@ -59,19 +59,7 @@ def check_model(key: str, folder: Path, expected: Sequence[str], tensors: Sequen
         DIDRError: see :func:`check_folder`; no weights, damaged weights, or tensors missing.
     """
     content = check_folder(key, folder, "config.json", "model_type", expected)
-    files = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
-    if not files:
-        raise DIDRError(
-            f"{key}={str(folder)!r}: no weights beside config.json (found: {_found(folder)}). "
-            "Expected model.safetensors or pytorch_model.bin; download it too."
-        )
-    names: set[str] = set()
-    for path in files:
-        _refuse_pointers(key, path)
-        if path.suffix == ".safetensors":
-            names |= set(_header(key, path))
-        elif path.name.endswith(".index.json"):
-            names |= set(json.loads(path.read_text()).get("weight_map", {}))
+    names = check_weights(key, folder, "model.safetensors or pytorch_model.bin")
     missing = [name for name in tensors if name not in names]
     if names and missing:
         raise DIDRError(
@@ -79,6 +67,34 @@ def check_model(key: str, folder: Path, expected: Sequence[str], tensors: Sequen
             "Expected all of what save_pretrained writes."
         )
     return dict(content)
+
+
+def check_weights(key: str, folder: Path, usual: str) -> set[str]:
+    """Whole weights lie beside ``config.json``; ``usual`` says how such files are called. Returns the names of their tensors where
+    headers or an index tell them (torch files do not).
+
+    Raises:
+        DIDRError: none, damaged, or pointers.
+    """
+    files = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
+    if not files:
+        raise DIDRError(
+            f"{key}={str(folder)!r}: no weights beside config.json (found: {_found(folder)}). Expected {usual}; download it too."
+        )
+    names: set[str] = set()
+    for path in files:
+        _refuse_pointers(key, path)
+        if path.suffix == ".safetensors":
+            names |= set(_header(key, path))
+        elif ".index." in path.name:
+            names |= set(json.loads(path.read_text()).get("weight_map", {}))
+    return names
+
+
+def variant(folder: Path) -> str | None:
+    """ "fp16" where a diffusers folder holds that variant of its weights only, as many downloads do."""
+    names = {path.name for pattern in WEIGHT_FILES for path in folder.glob(pattern)}
+    return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
 def check_tokenizer(key: str, folder: Path) -> None:
@@ -134,6 +150,30 @@ def read_state(key: str, path: Path) -> State:
         kind = f"a dict of {_some(list(content))}" if isinstance(content, dict) else type(content).__name__
         raise DIDRError(f"{key}={str(path)!r}: holds {kind}; expected a state dict of named tensors.")
     return dict(content)
+
+
+def shapes_of(key: str, path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a ``.safetensors`` file, from its header alone.
+
+    Raises:
+        DIDRError: damaged, or a pointer in place of the file.
+    """
+    from safetensors import safe_open
+
+    _refuse_pointers(key, path)
+    names = _header(key, path)
+    with safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+
+
+def without_prefix(state: Mapping[str, Any], anchor: str) -> dict[str, Any]:
+    """``state`` without what trainers put before every name (``module.``, ``unet.``, ``model.diffusion_model.``).
+
+    ``anchor`` is the bare name of one tensor, which tells the prefix; without it, or with two of it, nothing changes.
+    """
+    found = [name for name in state if name == anchor or name.endswith(f".{anchor}")]
+    prefix = found[0].removesuffix(anchor) if len(found) == 1 else ""
+    return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def check_layout(key: str, path: Path, state: State, expected: Shapes, what: str) -> None:

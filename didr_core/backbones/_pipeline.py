@@ -1,0 +1,304 @@
+"""What families that come as diffusers pipeline folders share: looking at weights, loading networks, decoding, exporting.
+
+A family adds its conventions (how the network is called, what x0 is, what a prompt becomes): see `sdxl.py` and `zimage.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from didr_core.config import Component, locate
+from didr_core.contracts import DIDRError, Schedule
+from didr_core.images import clamp_straight_through
+from didr_core.weights import (
+    assemble,
+    check_folder,
+    check_layout,
+    check_weights,
+    quiet,
+    read_state,
+    shapes_of,
+    variant,
+    without_prefix,
+)
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class PipelineConfig(Component):
+    """Options of every family. A path is a local folder or file; nothing is downloaded."""
+
+    pipeline: str = Field(description="the reference: a whole diffusers pipeline folder")
+    generator: str | None = Field(
+        None, description="the start: a pipeline folder, a network folder or one file of weights; none = the reference"
+    )
+    vae: str | None = Field(None, description="VAE folder instead of the pipeline's, in exports too")
+    decoder: str | None = Field(
+        None, description="VAE folder that pictures of a run are decoded with, e.g. a TAESD; exports keep the true VAE"
+    )
+    decode_dtype: Dtype = Field("float32", description="what the decoder computes in")
+    decode_checkpointing: bool = Field(
+        True,
+        description="recompute the decoder's activations in backward (AutoencoderKL only): a seventh of the memory",
+    )
+    text_dtype: Dtype = Field("float32", description="what the text encoders compute in")
+    resolution: int | None = Field(None, gt=0, description="pixels of a side; none = what the folder says")
+
+    def exported(self, folder: Path) -> Self:
+        """An export is a whole pipeline, with its own VAE."""
+        return self.model_copy(update={"pipeline": str(folder), "generator": None, "vae": None, "decoder": None})
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the shared code must know of a family."""
+
+    pipeline: str  # class names in diffusers
+    network: str
+    part: str  # the network's folder in a pipeline
+    same: tuple[str, ...]  # settings in which generator and reference must agree
+    anchor: str  # a tensor by whose name a prefix in single files is recognised
+    dtype: torch.dtype  # of exports
+    original: str | None = None  # part of a tensor's name in the authors' own layout, which diffusers converts
+
+
+class PipelineBackbone:
+    """Base of the families; `schedule`, `x0`, `generate`, `encode` and `null` are theirs."""
+
+    family: Family
+    schedule: Schedule
+    latent_shape: tuple[int, ...]
+    patch = 1  # latent pixels a side that the network takes together
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.folder = locate(config.pipeline)
+        self._options = config
+        self.check()
+        self.network_config = read_json(self.folder / self.family.part / "config.json")
+        self.scheduler_config = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        self.vae_config = read_json(self._decoder_folder / "config.json")
+        channels, factor = self.network_config["in_channels"], _upsampling(self.vae_config)
+        default = self.network_config.get("sample_size")
+        self.pixels = config.resolution or (default * factor if default else 1024)
+        if self.pixels % (factor * self.patch):
+            raise DIDRError(
+                f"backbone.resolution={self.pixels}: expected a multiple of {factor * self.patch} pixels for this VAE and network"
+            )
+        self.latent_shape = (channels, self.pixels // factor, self.pixels // factor)
+        self._text: Any = None
+        self._vae: Any = None
+
+    @property
+    def _vae_folder(self) -> Path:
+        return locate(self._options.vae) if self._options.vae else self.folder / "vae"
+
+    @property
+    def _decoder_folder(self) -> Path:
+        return locate(self._options.decoder) if self._options.decoder else self._vae_folder
+
+    @property
+    def _diffusers(self) -> Any:
+        import diffusers
+
+        return diffusers
+
+    def check(self) -> None:
+        """Headers and configs only.
+
+        Raises:
+            DIDRError: folders or files that do not hold what the config says, or that do not fit together.
+        """
+        family, options = self.family, self._options
+        part = self.folder / family.part
+        check_folder("backbone.pipeline", self.folder, "model_index.json", "_class_name", (family.pipeline,))
+        found = check_folder("backbone.pipeline", part, "config.json", "_class_name", (family.network,))
+        names = check_weights("backbone.pipeline", part, WEIGHTS)
+        self._check_decoder(found["in_channels"])
+        if options.generator is None:
+            return
+        path = locate(options.generator)
+        if path.is_dir():
+            start = self._network_folder(path)
+            own = check_folder("backbone.generator", start, "config.json", "_class_name", (family.network,))
+            check_weights("backbone.generator", start, WEIGHTS)
+            for key in family.same:
+                if own.get(key) != found.get(key):
+                    raise DIDRError(
+                        f"backbone.generator={str(path)!r}: {key}={own.get(key)!r} differs from the pipeline's {found.get(key)!r}; "
+                        "generator and reference must be of one family"
+                    )
+        elif not path.is_file():
+            raise DIDRError(
+                f"backbone.generator={str(path)!r}: no such file or folder. Expected a pipeline folder, a {family.network} folder, or one "
+                ".safetensors/.bin file."
+            )
+        elif path.suffix == ".safetensors" and not self._is_original(shapes := shapes_of("backbone.generator", path)):
+            bare = without_prefix(shapes, family.anchor)
+            if names and (missing := sorted(names - bare.keys())):
+                raise DIDRError(_wrong_layout(path, missing, sorted(bare.keys() - names), family))
+
+    def _check_decoder(self, channels: object) -> None:
+        options = self._options
+        keys = {"pipeline": self.folder / "vae", "vae": self._vae_folder, "decoder": self._decoder_folder}
+        configs = {}
+        for name, folder in keys.items():
+            configs[name] = check_folder(f"backbone.{name}", folder, "config.json", "_class_name", AUTOENCODERS)
+            check_weights(f"backbone.{name}", folder, WEIGHTS)
+            if configs[name].get("latent_channels") != channels:
+                raise DIDRError(
+                    f"backbone.{name}={str(folder)!r}: latent_channels={configs[name].get('latent_channels')}, but the network has "
+                    f"in_channels={channels}; name a VAE of this family"
+                )
+            if _upsampling(configs[name]) != _upsampling(configs["pipeline"]):
+                raise DIDRError(
+                    f"backbone.{name}={str(folder)!r}: {_upsampling(configs[name])} pixels a latent pixel, the pipeline's VAE has "
+                    f"{_upsampling(configs['pipeline'])}; name a VAE of this family"
+                )
+        if options.decode_dtype == "float16" and configs["decoder"].get("force_upcast"):
+            raise DIDRError(
+                f"backbone.decode_dtype='float16': the VAE in {str(self._decoder_folder)!r} overflows in float16 (its config says "
+                "force_upcast). Use float32, or set backbone.vae to the fp16-fix VAE, or backbone.decoder to a TAESD."
+            )
+
+    def _network_folder(self, path: Path) -> Path:
+        """``path`` is a network's folder, or a pipeline's that holds one."""
+        return path / self.family.part if (path / "model_index.json").is_file() else path
+
+    def _is_original(self, names: Any) -> bool:
+        return self.family.original is not None and any(self.family.original in name for name in names)
+
+    def load_network(self, role: str) -> nn.Module:
+        """The network of ``role``, float32, eval. The TA starts as the reference, as DMD2's fake UNet does.
+
+        Raises:
+            DIDRError: a single file whose tensors are not this network's.
+        """
+        quiet()
+        path = self.folder
+        if role == "generator" and self._options.generator is not None:
+            path = locate(self._options.generator)
+            if path.is_file():
+                return self._from_file(path).eval()
+        network: nn.Module = self._pretrained(self.family.network, self._network_folder(path), torch.float32)
+        return network.eval()
+
+    def _pretrained(self, name: str, folder: Path, dtype: torch.dtype) -> Any:
+        return getattr(self._diffusers, name).from_pretrained(folder, torch_dtype=dtype, variant=variant(folder))
+
+    def _empty(self) -> nn.Module:
+        """The generator's architecture, without weights where the caller says so."""
+        config = self.network_config
+        if self._options.generator is not None and (path := locate(self._options.generator)).is_dir():
+            config = read_json(self._network_folder(path) / "config.json")
+        network: nn.Module = getattr(self._diffusers, self.family.network).from_config(config)
+        return network
+
+    def _from_file(self, path: Path) -> nn.Module:
+        state = read_state("backbone.generator", path)
+        if self._is_original(state):
+            make = getattr(self._diffusers, self.family.network).from_single_file
+            converted: nn.Module = make(
+                state, config=str(self.folder), subfolder=self.family.part, torch_dtype=torch.float32
+            )
+            return converted
+        state = without_prefix(state, self.family.anchor)
+        with torch.device("meta"):
+            expected = {name: tuple(value.shape) for name, value in self._empty().state_dict().items()}
+        check_layout("backbone.generator", path, state, expected, f"the diffusers layout of {self.family.network}")
+        return assemble(self._empty, state).requires_grad_(True)
+
+    def load_decoder(self) -> None:
+        """Load the VAE that pictures are decoded with, frozen."""
+        quiet()
+        dtype = getattr(torch, self._options.decode_dtype)
+        vae = self._pretrained(self.vae_config["_class_name"], self._decoder_folder, dtype)
+        if self._options.decode_checkpointing and isinstance(vae, self._diffusers.AutoencoderKL):
+            vae.enable_gradient_checkpointing()
+        self._vae = vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move what :meth:`load_decoder` and :meth:`load_text` loaded."""
+        if self._vae is not None:
+            self._vae.to(device)
+        if self._text is not None:
+            self._text.to(device)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1], float32; the clamp is straight-through."""
+        if self._vae is None:
+            raise DIDRError(f"backbone {self._options.name}: load_decoder() comes before decode()")
+        latent = latent.float() / self.vae_config["scaling_factor"] + (self.vae_config.get("shift_factor") or 0.0)
+        pictures = self._vae.decode(latent.to(self._vae.dtype), return_dict=False)[0]
+        return clamp_straight_through(pictures.float() / 2 + 0.5)
+
+    def _load_pipeline(self, dtype: torch.dtype, **parts: Any) -> Any:
+        """The reference's pipeline, with ``parts`` in place of its own (None: left out)."""
+        quiet()
+        make = getattr(self._diffusers, self.family.pipeline)
+        return make.from_pretrained(
+            self.folder, torch_dtype=dtype, variant=variant(self.folder / self.family.part), **parts
+        )
+
+    def load_text(self) -> None:
+        """Load tokenizers and text encoders."""
+        self._text = self._load_pipeline(
+            getattr(torch, self._options.text_dtype), **{self.family.part: None, "vae": None}
+        )
+
+    def _export(self, generator: nn.Module, folder: str, scheduler: Any, single: str) -> None:
+        """A pipeline folder with the generator and ``scheduler``, and the bare state dict as the file ``single``, in the family's dtype."""
+        from safetensors.torch import save_file
+
+        dtype = self.family.dtype
+        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in generator.state_dict().items()}
+        with torch.device("meta"):
+            network = self._empty()
+        network.load_state_dict(state, assign=True)
+        parts: dict[str, Any] = {self.family.part: network}
+        if self._options.vae:
+            parts["vae"] = self._pretrained(
+                read_json(self._vae_folder / "config.json")["_class_name"], self._vae_folder, dtype
+            )
+        pipe = self._load_pipeline(dtype, **parts)
+        pipe.scheduler = scheduler
+        pipe.save_pretrained(folder)
+        save_file(state, Path(folder) / single, metadata={"format": "pt"})
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """What ``network`` computes in, where it says so."""
+    found = getattr(network, "dtype", torch.float32)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _upsampling(config: dict[str, Any]) -> int:
+    """Pixels a side of a picture for each of a latent."""
+    return int(2 ** (len(config.get("block_out_channels") or config["decoder_block_out_channels"]) - 1))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A config of a diffusers folder.
+
+    Raises:
+        DIDRError: it is missing.
+    """
+    if not path.is_file():
+        raise DIDRError(f"backbone: {str(path)!r} is missing. Expected all of what save_pretrained writes.")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def _wrong_layout(path: Path, missing: list[str], unexpected: list[str], family: Family) -> str:
+    return (
+        f"backbone.generator={str(path)!r}: {len(missing)} keys missing (e.g. {missing[:1]}), {len(unexpected)} unexpected (e.g. "
+        f"{unexpected[:1]}). Expected the diffusers layout of {family.network}, as in {family.part}/ of the pipeline."
+    )
