@@ -2,48 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
-
-def byte_tokenizer(folder: Path, length: int = 16) -> Path:
-    """CLIP tokenizer files over single bytes, no merges."""
-    from transformers.models.gpt2.tokenization_gpt2 import GPT2Tokenizer  # noqa: F401  (registers the byte alphabet)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    letters = [chr(c) for c in range(33, 127)]
-    vocab = {
-        token: i
-        for i, token in enumerate([*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])
-    }
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length, pad_token="<|endoftext|>"
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def _text_config(tokenizer: object, hidden: int, projection: int) -> object:
-    from transformers import CLIPTextConfig
-
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),  # type: ignore[arg-type]
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        projection_dim=projection,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,  # type: ignore[attr-defined]
-        bos_token_id=tokenizer.bos_token_id,  # type: ignore[attr-defined]
-        eos_token_id=tokenizer.eos_token_id,  # type: ignore[attr-defined]
-        pad_token_id=tokenizer.eos_token_id,  # type: ignore[attr-defined]
-    )
+from didr_core.zoo.random_models import byte_tokenizer, clip_text_config
 
 
 def sdxl_folder(folder: Path, seed: int = 0, sample_size: int = 8) -> Path:
@@ -80,8 +43,8 @@ def sdxl_folder(folder: Path, seed: int = 0, sample_size: int = 8) -> Path:
     )
     pipe = StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(_text_config(tokenizer, 16, 16)),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, 16, 16)),
+        text_encoder=CLIPTextModel(clip_text_config(tokenizer, 16, 16)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_text_config(tokenizer, 16, 16)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
@@ -108,8 +71,8 @@ def clip_folder(folder: Path, seed: int = 1, size: int = 32) -> Path:
         patch_size=8,
         projection_dim=16,
     )
-    text = _text_config(tokenizer, 16, 16)
-    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16))  # type: ignore[attr-defined]
+    text = clip_text_config(tokenizer, 16, 16)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16))
     model.save_pretrained(folder)
     return folder
 

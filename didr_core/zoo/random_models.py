@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from didr_core.weights import quiet
+
 FOLDER = Path("runs/random")
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -22,8 +24,8 @@ CHAT = (
 )
 
 
-def byte_tokenizer(folder: Path, length: int = 77) -> Any:
-    """A CLIP tokenizer over single characters, no merges; its files are written into ``folder``."""
+def byte_tokenizer(folder: Path, length: int = 16) -> Path:
+    """Files of a CLIP tokenizer over single characters, no merges, for prompts of ``length`` tokens with both ends."""
     from transformers import CLIPTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +37,7 @@ def byte_tokenizer(folder: Path, length: int = 77) -> Any:
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=length, pad_token="<|endoftext|>"
     )
     tokenizer.save_pretrained(folder)
-    return tokenizer
+    return folder
 
 
 def clip_text_config(tokenizer: Any, hidden: int, projection: int) -> Any:
@@ -59,10 +61,10 @@ def clip_text_config(tokenizer: Any, hidden: int, projection: int) -> Any:
 def sdxl(folder: Path, seed: int = 0) -> Path:
     """A StableDiffusionXLPipeline folder with a KL autoencoder; pictures of 64 pixels."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(seed)
-    tokenizer = byte_tokenizer(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(byte_tokenizer(folder / "tokenizer", 77))
     unet = UNet2DConditionModel(
         sample_size=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -133,7 +135,9 @@ def zimage(folder: Path, seed: int = 0, shift: float = 6.0) -> Path:
     )
     pipe = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        vae=_autoencoder(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        vae=_autoencoder(
+            16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+        ),
         text_encoder=Qwen3Model(text),
         tokenizer=tokenizer,
         transformer=transformer,
@@ -175,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m didr_core.zoo.random_models", description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=FOLDER)
     folder = parser.parse_args().folder
+    quiet()
     for make in (sdxl, zimage):
         print(make(folder / make.__name__))
 
