@@ -7,6 +7,7 @@ each network is run on the meta device at this recipe's size, and what would be 
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from didr_core.roles import starts_as_reference
 GIB = 2**30
 MARGIN = 0.05
 CONTEXT = 0.6 * GIB
+EPS = 1e-6
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -60,16 +62,21 @@ class Plan:
     samples: int  # of an iteration, over all workers
     notes: list[str] = field(default_factory=list)
 
-    def gpu_bytes(self) -> dict[str, float]:
-        """Bytes on the fullest GPU, by what lies there: processes that ask for less than a whole GPU share one."""
+    def gpu_bytes(self) -> tuple[str, float]:
+        """What may lie on one GPU together at worst, and its bytes: Ray puts processes on a GPU as long as their shares add up to one."""
         on = [p for p in self.processes if p.gpus > 0]
-        if sum(p.gpus * p.count for p in on) <= 1:
-            return {" + ".join(p.name for p in on): sum(p.total * p.count for p in on)} if on else {}
-        return {p.name: p.total * max(1, int(1 / p.gpus)) for p in on}
+        worst: tuple[str, float] = ("", 0.0)
+        for counts in itertools.product(*(range(min(p.count, max(1, int(1 / p.gpus + EPS))) + 1) for p in on)):
+            share = sum(n * min(p.gpus, 1.0) for n, p in zip(counts, on, strict=True))
+            used = sum(n * p.total for n, p in zip(counts, on, strict=True))
+            if share <= 1 + EPS and used > worst[1]:
+                names = (p.name if n == 1 else f"{n} x {p.name}" for n, p in zip(counts, on, strict=True) if n)
+                worst = (" + ".join(names), used)
+        return worst
 
     def fits(self, gigabytes: float) -> bool:
         """On GPUs of ``gigabytes`` (1e9 bytes, as they are sold)."""
-        return all(used <= gigabytes * 1e9 for used in self.gpu_bytes().values())
+        return self.gpu_bytes()[1] <= gigabytes * 1e9
 
     @property
     def total_flops(self) -> float:
@@ -330,7 +337,7 @@ def advice(config: Config, gigabytes: float) -> list[str]:
             continue
         other = plan(tried)
         assert other is not None
-        if max(other.gpu_bytes().values(), default=0) < max(best.gpu_bytes().values(), default=0):
+        if other.gpu_bytes()[1] < best.gpu_bytes()[1]:
             config, best = tried, other
             made.append(change)
     return made if best.fits(gigabytes) else []
@@ -356,7 +363,7 @@ def check(config: Config, gigabytes: float) -> None:
     made = plan(config)
     if made is None or made.fits(gigabytes):
         return
-    where, used = max(made.gpu_bytes().items(), key=lambda item: item[1])
+    where, used = made.gpu_bytes()
     changes = advice(config, gigabytes)
     fix = " ".join(f"--set {c}" for c in changes) or "a smaller backbone.resolution, or a larger GPU"
     raise DIDRError(
