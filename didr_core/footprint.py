@@ -42,7 +42,6 @@ class Cost:
             self.forward * samples, self.backward * samples, round(self.kept * samples), round(self.peak * samples)
         )
 
-
     def plus(self, other: Cost) -> Cost:
         """One after the other, both kept for one backward pass."""
         kept = self.kept + other.kept

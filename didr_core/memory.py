@@ -190,7 +190,9 @@ def _reference(config: Config, costs: _Costs) -> list[Line]:
     users = ["reference"]
     users += ["generator"] if costs.shared else []
     users += ["TA"] if config.roles.assistant == "lora" else []
-    return [Line("reference", f"weights (base of {', '.join(users)})", *_times(costs.parameters, costs.dtypes["reference"]))]
+    return [
+        Line("reference", f"weights (base of {', '.join(users)})", *_times(costs.parameters, costs.dtypes["reference"]))
+    ]
 
 
 def _trained(role: str, config: Config, costs: _Costs) -> list[Line]:
@@ -251,20 +253,21 @@ def _phases(config: Config, costs: _Costs) -> list[Line]:
     phases = []
     if config.sizes.assistant_updates:
         phases.append(Line("TA update", "forward and backward", _shown(b, costs.assistant), b * costs.assistant.peak))
-    kept = b * costs.generator.kept
+    kept, chain = b * costs.generator.kept, 0.0
     pictures = 1
     if costs.drs:
         graphs, rollouts, pictures = _evaluations(config)
         kept_steps = 1 if config.drp.checkpointing and graphs else graphs
         samples = b * _factor(inner)
-        chain = kept_steps * samples * costs.reference.kept
+        chain = float(kept_steps * samples * costs.reference.kept)
         walk = samples * (config.drp.particles if rollouts else 1) * costs.plain["reference"].peak
         block = samples * (costs.reference.peak - costs.reference.kept) if graphs else 0.0
         how = f"generator kept {kept / GIB:.2f} + {kept_steps} x {samples} samples of the reference {chain / GIB:.2f} + its block"
         phases.append(Line("generator update", "proxy", how, kept + chain + max(walk, block)))
     else:
-        chain = 0.0
-        phases.append(Line("generator update", "reference", f"{b * c} samples", kept + b * c * costs.plain["reference"].peak))
+        phases.append(
+            Line("generator update", "reference", f"{b * c} samples", kept + b * c * costs.plain["reference"].peak)
+        )
     if costs.reward_parameters:
         judged = b * pictures * max(costs.decode.plus(costs.reward).peak, 1)
         how = f"kept {(kept + chain) / GIB:.2f} + {b * pictures} pictures x {costs.decode.plus(costs.reward).peak / GIB:.2f} GiB"
@@ -367,5 +370,5 @@ def check(config: Config, gigabytes: float) -> None:
     changes = advice(config, gigabytes)
     fix = " ".join(f"--set {c}" for c in changes) or "a smaller backbone.resolution, or a larger GPU"
     raise DIDRError(
-        f"memory: {where} needs about {used / 1e9:.0f} GB, the GPU has {gigabytes:.0f} GB. Change: {fix}. `didr doctor` shows the arithmetic."
+        f"memory: {where} needs about {used / 1e9:.0f} GB, the GPU has {gigabytes:.0f} GB. Change: {fix}. `didr doctor` shows why."
     )

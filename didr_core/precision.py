@@ -102,7 +102,7 @@ def optimizer(weights: Weights, settings: Optim, seed: int) -> torch.optim.Optim
     }
     made: torch.optim.Optimizer
     if settings.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
 
         made = AdamW8bit(values, **options)
     elif any(v.dtype == torch.bfloat16 for v in values):
@@ -143,7 +143,11 @@ class StochasticAdamW(torch.optim.Optimizer):
                     continue
                 if bits is None:
                     bits = torch.Generator(p.device).manual_seed(group["seed"] * 1_000_003 + group["updates"])
-                p.copy_(stochastic_round(self._updated(p, group), bits) if p.dtype == torch.bfloat16 else self._updated(p, group))
+                p.copy_(
+                    stochastic_round(self._updated(p, group), bits)
+                    if p.dtype == torch.bfloat16
+                    else self._updated(p, group)
+                )
 
     def _updated(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """The float32 value after the update."""

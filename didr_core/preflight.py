@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 
-from didr_core import precision
+import torch
+
+from didr_core import memory, precision
 from didr_core.config import Config, build
 from didr_core.contracts import DIDRError
 from didr_core.data import PromptIndex
@@ -43,6 +45,9 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
         _check(build("rewards", config.judge))
     if config.evaluation.control:
         find_export(config.evaluation.control)
+    if torch.cuda.is_available():
+        cards = range(torch.cuda.device_count())
+        memory.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
     _output(config)
     return index
 

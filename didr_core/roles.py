@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -80,7 +80,7 @@ class Networks:
 class Mode:
     """What a network is being called as: which adapter is on, and which weights are frozen for the call."""
 
-    _all: weakref.WeakKeyDictionary[nn.Module, Mode] = weakref.WeakKeyDictionary()
+    _all: ClassVar[weakref.WeakKeyDictionary[nn.Module, Mode]] = weakref.WeakKeyDictionary()
 
     def __init__(self) -> None:
         self.layers: list[dict[str, Any]] = []  # __dict__ of each LoRA layer: an attribute of nn.Module is slow to set
@@ -288,8 +288,8 @@ def add_adapter(base: nn.Module, role: str, roles: Roles, backbone: object, seed
                 inject_adapter_in_model(settings, base, role)
         except ValueError as error:
             raise DIDRError(
-                f"roles.targets={roles.targets!r}: no layer of {type(base).__name__} takes an adapter ({str(error)[:200]}). Name endings of "
-                "its layers' names, or use roles.generator=full and roles.assistant=full."
+                f"roles.targets={roles.targets!r}: no layer of {type(base).__name__} takes an adapter ({str(error)[:200]}). Name endings "
+                "of its layers' names, or use roles.generator=full and roles.assistant=full."
             ) from error
     base.requires_grad_(False)  # peft has just frozen the adapters that were there
     for p in trained:
@@ -339,6 +339,4 @@ def save_adapter(network: nn.Module, folder: Path) -> None:
     pipeline = getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
     # without the metadata diffusers would take alpha = rank
     metadata = network.base.peft_config[network.role].to_dict()  # type: ignore[index, union-attr, operator]
-    pipeline.save_lora_weights(
-        folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
-    )
+    pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata})

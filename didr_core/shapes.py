@@ -1,4 +1,4 @@
-"""Networks of a config on the meta device, and calls of them: from the folders that it names, or the published sizes where those are absent.
+"""Networks of a config on the meta device, and calls of them: from the folders that it names, or the published sizes where there are none.
 
 What :mod:`didr_core.memory` plans with, so that a plan needs neither weights nor a GPU.
 """

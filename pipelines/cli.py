@@ -1,4 +1,4 @@
-"""`didr`: align, sample, export, doctor, config. Heavy libraries are imported by the command that needs them, so that `didr --help` is quick."""
+"""`didr`: align, sample, export, doctor, config. Commands import heavy libraries themselves, so that `didr --help` is quick."""
 
 from __future__ import annotations
 

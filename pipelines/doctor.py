@@ -87,7 +87,9 @@ def _gpu_table(cards: Sequence[tuple[str, float]]) -> Table:
 def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> bool:
     made = memory.plan(config)
     if made is None:
-        out.print(f"{config.name}: backbone {config.backbone.name!r} is small or not described in full; nothing to plan.")
+        out.print(
+            f"{config.name}: backbone {config.backbone.name!r} is small or not described in full; nothing to plan."
+        )
         return True
     for table in _processes(made):
         out.print(table)
@@ -105,7 +107,9 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
         return True
     changes = memory.advice(config, gigabytes)
     fix = " ".join(f"--set {c}" for c in changes)
-    out.print(f"change this: {fix}" if fix else "no single setting is enough: a smaller backbone.resolution, or a larger GPU")
+    out.print(
+        f"change this: {fix}" if fix else "no single setting is enough: a smaller backbone.resolution, or a larger GPU"
+    )
     return False
 
 
@@ -132,7 +136,9 @@ def _flops(made: Plan) -> Table:
     table = _table(f"one iteration of {made.samples} samples", "phase", "evaluations", "TFLOP/sample")
     for phase, what, value in made.flops:
         table.add_row(phase, what, f"{value / 1e12:.1f}")
-    table.add_row("together", f"{made.total_flops * made.samples / 1e15:.2f} PFLOP an iteration", f"{made.total_flops / 1e12:.1f}")
+    table.add_row(
+        "together", f"{made.total_flops * made.samples / 1e15:.2f} PFLOP an iteration", f"{made.total_flops / 1e12:.1f}"
+    )
     return table
 
 

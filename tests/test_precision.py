@@ -96,7 +96,13 @@ def test_stochastic_adamw_is_torchs_adamw_in_float32(betas: tuple[float, float])
 @pytest.mark.parametrize("update", ["master", "stochastic"])
 def test_bfloat16_networks_train_and_resume_bit_for_bit(folder: Path, tmp_path: Path, update: str) -> None:
     made = {
-        "roles": {"generator": "full", "assistant": "lora", "dtype": "bfloat16", "update": update, "checkpointing": True},
+        "roles": {
+            "generator": "full",
+            "assistant": "lora",
+            "dtype": "bfloat16",
+            "update": update,
+            "checkpointing": True,
+        },
         "generator": {"lr": 1e-5},
     }
     straight, first = learner(folder, **made), learner(folder, **made)
