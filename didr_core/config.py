@@ -18,6 +18,7 @@ from didr_core import registry
 from didr_core.components import WORLD, Component, Strict, build, component, locate
 from didr_core.contracts import DIDRError
 from didr_core.proxy import DRP
+from didr_core.roles import Roles
 
 __all__ = [
     "DRP",
@@ -71,6 +72,7 @@ class Times(Strict):
 class Optim(Strict):
     """Adam settings of one network."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: 8-bit moments (bitsandbytes)")
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.0, 0.99)
     eps: float = Field(1e-8, gt=0)
@@ -173,6 +175,7 @@ class Config(Strict):
     generator: Optim
     assistant: Optim
     train: Train
+    roles: Roles = Roles()
     data: Data
     baseline: Baseline = Baseline()
     workers: Workers = Workers()

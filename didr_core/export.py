@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from didr_core import registry
+from didr_core import registry, roles
 from didr_core.config import Config, dump, locate
 from didr_core.contracts import Backbone, DIDRError
 from didr_core.scoreboard import commit, comparison_table, table
@@ -73,7 +73,8 @@ def export_run(
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         part.mkdir(parents=True)
-        backbone.export(generator, str(part))
+        backbone.export(roles.plain(generator), str(part))
+        roles.save_adapter(generator, part)
         _name_single_files(part, config.name)
         (part / "config.yaml").write_text(yaml.safe_dump(dump(config), sort_keys=False))
         if scores:

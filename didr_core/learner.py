@@ -6,16 +6,15 @@ give the same update for any number of workers and micro-batches.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from didr_core import drp, losses
+from didr_core import drp, losses, precision, roles
 from didr_core.anchor import AnchorPairs
 from didr_core.config import Config, Optim, build
 from didr_core.contracts import Backbone, Batch, NonFiniteError, Parallel, Reward, StepReport
@@ -46,10 +45,18 @@ class Learner:
         self.parallel: Parallel = parallel or Single()
         self.backbone: Backbone = build("backbones", config.backbone)
         self.algorithm = build("algorithms", config.algorithm)
-        self.generator_net = self._network("generator").requires_grad_(True)
-        self.assistant_net = self._network("assistant").requires_grad_(True)
-        self.reference_net = self._network("reference").requires_grad_(False)
-        self.ema_net = copy.deepcopy(self.generator_net).requires_grad_(False)
+        nets = roles.networks(
+            self.backbone,
+            config.backbone,
+            config.roles,
+            device=self.device,
+            seed=config.seed,
+            ema=config.train.ema > 0,
+        )
+        self.generator_net, self.assistant_net = nets.generator, nets.assistant
+        self.reference_net, self.ema_net = nets.reference, nets.ema
+        self.generator_weights = self._weights(nets.generator, config.roles.generator)
+        self.assistant_weights = self._weights(nets.assistant, config.roles.assistant)
         self.reward: Reward | None = None
         if self.algorithm.needs_reward and config.reward is not None:
             self.reward = reward or build("rewards", config.reward)
@@ -58,18 +65,19 @@ class Learner:
             self.backbone.load_decoder()
             getattr(self.backbone, "to", lambda _: None)(self.device)
         self.anchor = AnchorPairs(config.train.anchor, self.device) if config.train.anchor else None
-        self.generator_opt = _adam(self.generator_net, config.generator)
-        self.assistant_opt = _adam(self.assistant_net, config.assistant)
+        self.generator_opt = precision.optimizer(self.generator_weights, config.generator, config.seed)
+        self.assistant_opt = precision.optimizer(self.assistant_weights, config.assistant, config.seed)
         self.scale = RewardScale(self.device)
         self.step_count = 0
 
-    def _network(self, role: str) -> nn.Module:
-        return self.backbone.load_network(role).to(self.device)
+    def _weights(self, network: nn.Module, kind: roles.Kind) -> precision.Weights:
+        """Adapters are small: they always have masters."""
+        return precision.Weights(network, "master" if kind == "lora" else self.config.roles.update)
 
     def generator(self, which: Which = "ema") -> nn.Module:
         """The trained generator, its running average, the one training started from, or the reference."""
         if which == "start":
-            return self._network("generator").requires_grad_(False)
+            return roles.start(self.backbone, self.config.roles, self.generator_net, self.device)
         return {"generator": self.generator_net, "ema": self.ema_net, "reference": self.reference_net}[which]
 
     def step(self, batch: Batch) -> StepReport:
@@ -105,7 +113,7 @@ class Learner:
             alpha, sigma = coeffs_like(self.backbone.schedule, t, x_t)
             return losses.denoising_score_matching(prediction, x0, alpha, sigma), {}
 
-        return self._apply("assistant", batch, loss, self.assistant_net, self.assistant_opt, self.config.assistant)
+        return self._apply("assistant", batch, loss, self.assistant_opt, self.config.assistant)
 
     def _update_generator(self, batch: Batch, noise: Noise) -> dict[str, float]:
         """Stage II: follow the algorithm's loss; EMA after it."""
@@ -120,16 +128,15 @@ class Learner:
             return value, metrics
 
         extra = self._anchor_loss if self.anchor else None
-        metrics = self._apply(
-            "generator", batch, loss, self.generator_net, self.generator_opt, self.config.generator, extra
-        )
+        metrics = self._apply("generator", batch, loss, self.generator_opt, self.config.generator, extra)
         for part in ("drs", "reward"):  # a ratio of means: single samples may match perfectly
             if f"{part}/rms" in metrics:
                 metrics[f"{part}/ratio"] = metrics[f"{part}/rms"] / max(metrics["matching/rms"], 1e-12)
-        with torch.no_grad():
+        if self.ema_net is not self.generator_net:
             decay = min(self.config.train.ema, (1 + self.step_count) / (10 + self.step_count))
-            for mean, value in zip(self.ema_net.parameters(), self.generator_net.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
+            with torch.no_grad():
+                for mean, value in zip(self.ema_net.parameters(), self.generator_weights.values.values(), strict=True):
+                    mean.lerp_(value.to(mean.dtype), 1 - decay)
         return metrics
 
     def _anchor_loss(self) -> Tensor:
@@ -144,7 +151,6 @@ class Learner:
         name: str,
         batch: Batch,
         loss: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
-        network: nn.Module,
         optimizer: torch.optim.Optimizer,
         settings: Optim,
         extra: Callable[[], Tensor] | None = None,
@@ -168,9 +174,8 @@ class Learner:
             value = extra()
             value.backward()
             sums["loss/anchor"] = value.detach()
-        gradients = [
-            p.grad if p.grad is not None else torch.zeros_like(p) for p in network.parameters() if p.requires_grad
-        ]
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in weights]
         flags = torch.tensor(float(len(bad)), device=self.device)
         self.parallel.mean_([flags, *sums.values(), *gradients])
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -180,7 +185,7 @@ class Learner:
                 f"step {self.step_count + 1}: non-finite {name} loss or reward at {where}. The update was not applied and the last good "
                 f"checkpoint is kept. Look at these prompts and the reward; lower {name}.lr (now {settings.lr:g}) or set drp.clip."
             )
-        torch.nn.utils.clip_grads_with_norm_(network.parameters(), settings.clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(weights, settings.clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _rate(settings, self.step_count, self.config.train.steps)
         optimizer.step()
@@ -189,9 +194,9 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs."""
         return {
-            "generator": self.generator_net.state_dict(),
-            "assistant": self.assistant_net.state_dict(),
-            "ema": self.ema_net.state_dict(),
+            "generator": (generator := self.generator_weights.state_dict()),
+            "assistant": self.assistant_weights.state_dict(),
+            "ema": generator if self.ema_net is self.generator_net else self.ema_net.state_dict(),
             "generator_opt": self.generator_opt.state_dict(),
             "assistant_opt": self.assistant_opt.state_dict(),
             "scale": self.scale.state_dict(),
@@ -200,9 +205,10 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
-        self.generator_net.load_state_dict(state["generator"])
-        self.assistant_net.load_state_dict(state["assistant"])
-        self.ema_net.load_state_dict(state["ema"])
+        if self.ema_net is not self.generator_net:
+            self.ema_net.load_state_dict(state["ema"])
+        self.generator_weights.load_state_dict(state["generator"])
+        self.assistant_weights.load_state_dict(state["assistant"])
         self.generator_opt.load_state_dict(state["generator_opt"])
         self.assistant_opt.load_state_dict(state["assistant_opt"])
         self.scale.load_state_dict(state["scale"])
@@ -262,7 +268,7 @@ class _Pass:
         if not grad:
             with torch.no_grad():
                 return self._evaluate(learner.assistant_net, self.x_t.detach(), self.t, w)
-        with _frozen(learner.assistant_net):
+        with roles.frozen(learner.assistant_net):
             return self._evaluate(learner.assistant_net, self.x_t, self.t, w)
 
     def _evaluate(self, network: nn.Module, x: Tensor, t: Tensor, guidance: float) -> Tensor:
@@ -283,11 +289,17 @@ class _Pass:
         """``s_r(x_t)``, gated and clipped."""
         config = self.learner.config
         inner = config.guidance.reference if config.drp.guidance is None else config.drp.guidance
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            if config.drp.checkpointing and torch.is_grad_enabled():
+                return checkpoint(self._evaluate, self.learner.reference_net, x, t, inner, use_reentrant=False)  # type: ignore[no-any-return]
+            return self._evaluate(self.learner.reference_net, x, t, inner)
+
         problem = drp.Problem(
             x=self.x_t.detach(),
             t=self.t,
             schedule=self.learner.backbone.schedule,
-            denoise=lambda x, t: self._evaluate(self.learner.reference_net, x, t, inner),
+            denoise=denoise,
             reward=self.reward,
             noise=self._particles,
             beta=config.drp.beta,
@@ -335,26 +347,6 @@ class _Pass:
     def _particles(self, tag: str, times: int) -> Tensor:
         shape = self.learner.backbone.latent_shape
         return torch.cat([self.noise.normal(self.batch.index, shape, f"{tag}/{m}") for m in range(times)])
-
-
-@contextlib.contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    """No gradient reaches the weights of ``network`` from calls made inside."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
-
-
-def _adam(network: nn.Module, settings: Optim) -> torch.optim.Optimizer:
-    parameters: Iterable[Tensor] = [p for p in network.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
 
 
 def _rate(settings: Optim, step: int, total: int) -> float:

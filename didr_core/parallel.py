@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+BUCKET = 2**25
+"""Elements a collective call: 128 MiB of float32."""
 
 
 class Single:
@@ -31,16 +34,29 @@ class ProcessGroup:
         self.world = dist.get_world_size()
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Average in place over ranks; tensors of one dtype travel together."""
-        for dtype in {t.dtype for t in tensors}:
-            group = [t for t in tensors if t.dtype == dtype]
-            flat = torch.cat([t.reshape(-1) for t in group])
-            dist.all_reduce(flat)
-            flat /= self.world
-            offset = 0
-            for t in group:
-                t.copy_(flat[offset : offset + t.numel()].view_as(t))
-                offset += t.numel()
+        """Average in place over ranks. Tensors of one dtype travel together, :data:`BUCKET` elements at a time; bfloat16 as float32."""
+        for dtype in sorted({t.dtype for t in tensors}, key=str):
+            wide = torch.float32 if dtype == torch.bfloat16 else dtype
+            for bucket in _buckets([t for t in tensors if t.dtype == dtype]):
+                flat = torch.cat([t.reshape(-1).to(wide) for t in bucket])
+                dist.all_reduce(flat)
+                flat /= self.world
+                offset = 0
+                for t in bucket:
+                    t.copy_(flat[offset : offset + t.numel()].view_as(t))
+                    offset += t.numel()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """In order, closed when :data:`BUCKET` elements are reached: a copy of all gradients at once would not fit beside a large network."""
+    bucket: list[Tensor] = []
+    for t in tensors:
+        bucket.append(t)
+        if sum(b.numel() for b in bucket) >= BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
 
 
 def current() -> Single | ProcessGroup:

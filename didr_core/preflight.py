@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 
+import torch
+
+from didr_core import memory, precision
 from didr_core.config import Config, build
 from didr_core.contracts import DIDRError
 from didr_core.data import PromptIndex
@@ -34,6 +37,7 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
     index.scan(SCAN_ROWS)
     if config.data.heldout:
         PromptIndex.open(config.data.heldout, config.data.column, config.data.id_column, "data.heldout").scan(SCAN_ROWS)
+    precision.check(config)
     build("algorithms", config.algorithm)
     _check(build("backbones", config.backbone))
     if needs_reward(config) and config.reward is not None:
@@ -45,6 +49,9 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
             raise DIDRError(re.sub(r"\breward\.(?=[a-z]+[=:\[])", "judge.", str(error))) from error
     if config.evaluation.control:
         find_export(config.evaluation.control)
+    if torch.cuda.is_available():
+        cards = range(torch.cuda.device_count())
+        memory.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
     _output(config)
     return index
 

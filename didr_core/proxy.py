@@ -44,6 +44,7 @@ class DRP(Strict):
         gt=0,
         description="cap of the rms of s_r per sample, as a multiple of the rms of the reference's own score",
     )
+    checkpointing: bool = Field(False, description="ode: recompute each step in backward; memory of one step for any K")
 
     @model_validator(mode="before")
     @classmethod

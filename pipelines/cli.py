@@ -1,4 +1,4 @@
-"""`didr`: align, sweep, sample, export, config. A command imports the heavy libraries that it needs, so `didr --help` is quick."""
+"""`didr`: align, sweep, sample, export, doctor, config. A command imports the heavy libraries it needs: `didr --help` is quick."""
 
 from __future__ import annotations
 
@@ -166,6 +166,24 @@ def export_command(
         overwrite=overwrite,
     )
     typer.echo(f"{folder} (weights of step {step})")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="plan memory and FLOPs of this recipe; needs no weights")
+    ] = None,
+    overrides: Overrides = None,
+    gpu_gb: Annotated[
+        float | None, typer.Option("--gpu-gb", min=1, help="GPU to plan for (default: the smallest here, else 80)")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="look at a Ray cluster too: auto, or HOST:PORT")] = None,
+) -> None:
+    """What is installed, GPUs, cluster; with a recipe: does it fit, and what to change. Exit code 1 where it does not."""
+    from pipelines.doctor import doctor as examine
+
+    if not examine(recipe, overrides or (), gpu_gb, address):
+        raise typer.Exit(1)
 
 
 @config_app.command("show")

@@ -14,6 +14,7 @@ class DIDR:
     """Gradient ``W (D_psi - D~_ref - (sigma^2/alpha) s_r)``; needs a reward and the DRP."""
 
     needs_reward = True
+    uses_drs = True
 
     class Config(Component):
         """`normalize`; see its description in `didr config show`."""
