@@ -26,6 +26,15 @@ MORE = {
 }
 
 
+def test_the_command_builds_what_the_recipes_name(tmp_path: Path) -> None:
+    random_models.main(["--folder", str(tmp_path)])
+    for family in ("sdxl", "zimage"):
+        config = configs.load(f"tiny_{family}")
+        named = Path(config.backbone.model_dump()["pipeline"])
+        assert named == random_models.FOLDER / family
+        preflight(configs.load(f"tiny_{family}", [f"backbone.pipeline={tmp_path / family}"]))
+
+
 @pytest.mark.parametrize(("family", "options"), [("sdxl", []), ("zimage", []), ("zimage", ["backbone.steps=2"])])
 def test_from_recipe_to_stock_diffusers(family: str, options: list[str], tmp_path: Path) -> None:
     pipeline = getattr(random_models, family)(tmp_path / family)

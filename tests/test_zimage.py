@@ -272,3 +272,15 @@ def test_what_does_not_fit_together_is_refused_in_words(folder: Path, tmp_path: 
     ):
         with pytest.raises(DIDRError, match=match):
             backbone(folder, **changes)
+
+
+def test_a_half_downloaded_pipeline_is_refused(folder: Path, tmp_path: Path) -> None:
+    """The text encoder is needed on other machines, minutes later."""
+    shutil.copytree(folder, tmp_path / "p")
+    (tmp_path / "p" / "text_encoder" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(DIDRError, match="text_encoder.*Git LFS pointer"):
+        backbone(tmp_path / "p")
+    shutil.rmtree(tmp_path / "p" / "tokenizer")
+    shutil.rmtree(tmp_path / "p" / "text_encoder")
+    with pytest.raises(DIDRError, match="text_encoder/, which model_index.json names, is missing"):
+        backbone(tmp_path / "p")

@@ -48,7 +48,7 @@ class PipelineConfig(Component):
     decode_dtype: Dtype = Field("float32", description="what the decoder computes in")
     decode_checkpointing: bool = Field(
         True,
-        description="recompute the decoder's activations in backward (AutoencoderKL only): a seventh of the memory",
+        description="recompute the decoder's activations in backward (AutoencoderKL only): less memory, one decoding more",
     )
     text_dtype: Dtype = Field("float32", description="what the text encoders compute in")
     resolution: int | None = Field(None, gt=0, description="pixels of a side; none = what the folder says")
@@ -120,7 +120,14 @@ class PipelineBackbone:
         """
         family, options = self.family, self._options
         part = self.folder / family.part
-        check_folder("backbone.pipeline", self.folder, "model_index.json", "_class_name", (family.pipeline,))
+        index = check_folder("backbone.pipeline", self.folder, "model_index.json", "_class_name", (family.pipeline,))
+        for name in sorted(k for k, v in index.items() if isinstance(v, list) and v[0] is not None):
+            if not (self.folder / name).is_dir():
+                raise DIDRError(
+                    f"backbone.pipeline={str(self.folder)!r}: {name}/, which model_index.json names, is missing; download it too"
+                )
+            if name.startswith("text_encoder"):
+                check_weights("backbone.pipeline", self.folder / name, "model.safetensors")
         found = check_folder("backbone.pipeline", part, "config.json", "_class_name", (family.network,))
         names = check_weights("backbone.pipeline", part, WEIGHTS)
         self._check_decoder(found["in_channels"])

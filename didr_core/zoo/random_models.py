@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +175,11 @@ def _autoencoder(channels: int, **settings: Any) -> Any:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m didr_core.zoo.random_models", description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    folder = parser.parse_args().folder
+    folder = parser.parse_args(arguments).folder
     quiet()
     for make in (sdxl, zimage):
         print(make(folder / make.__name__))
