@@ -99,7 +99,7 @@ def trained_table(rows: Rows) -> str:
     for dim, beta in sorted({(r["dim"], r["beta"]) for r in rows}, key=lambda k: (k[0], -k[1])):
         here = [r for r in rows if (r["dim"], r["beta"]) == (dim, beta)]
         best = _median([r for r in here if r["estimator"] == "exact"], "distance")
-        for name in [n for n in (*COLOURS, "default") if any(r["estimator"] == n for r in here)]:
+        for name in _names(here):
             mine = [r for r in here if r["estimator"] == name]
             distance = _median(mine, "distance")
             out.append(
@@ -122,12 +122,18 @@ def pointwise_table(rows: Rows) -> str:
     times = sorted({r["t"] for r in rows})
     out = []
     for dim, beta in sorted({(r["dim"], r["beta"]) for r in rows}, key=lambda k: (k[0], -k[1])):
-        for name in [n for n in (*COLOURS, "default") if any(r["estimator"] == n for r in rows)]:
+        for name in _names(rows):
             mine = {r["t"]: r for r in rows if (r["dim"], r["beta"], r["estimator"]) == (dim, beta, name)}
             if mine:
                 cells = [f"{mine[t]['bias']:.2f} ({mine[t]['spread']:.2f})" for t in times]
                 out.append([str(dim), f"{beta:g}", f"`{name}`", f"{mine[times[0]]['calls']:.0f}", *cells])
     return markdown(["dimensions", "beta", "estimator", "calls", *(f"t = {t:g}" for t in times)], out)
+
+
+def _names(rows: Rows) -> list[str]:
+    """Estimators in the figure's order, then those with numbers of their own (NAME:K:M)."""
+    there = dict.fromkeys(r["estimator"] for r in rows)
+    return [n for n in COLOURS if n in there] + [n for n in there if n not in COLOURS]
 
 
 def _time(row: dict[str, Any]) -> float:
