@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_models import clip_folder
 from toy import toy_recipe
 
 from didr_core import config as configs
+from didr_core import scales
 from didr_core.config import build
 from didr_core.runs import RunFolder
 from pipelines.align import align
@@ -21,18 +23,24 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_actors_score_as_one_process_does_and_the_dead_are_replaced() -> None:
+def test_actors_score_as_one_process_does_and_the_dead_are_replaced(tmp_path: Path) -> None:
+    """And, in the same Ray, a composite's missing scales are measured there as they are here."""
     import ray
 
+    from pipelines.align import _with_scales
     from pipelines.scoring import ActorReward, start_scorers
 
+    part = {"reward": {"name": "pickscore", "path": str(clip_folder(tmp_path / "part"))}}
+    parts = {"name": "composite", "parts": [part], "measure_prompts": 2}
+    open_scales = configs.load(str(toy_recipe(tmp_path, reward=parts)))
     config = configs.load("tiny_blackbox", ["workers.rewards=2"])
     assert config.reward is not None
     here = build("rewards", config.reward)
     captions = ["a red circle", "two blue squares", "a green triangle above a red circle"]
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images[1, 0, 0, 0] = float("nan")
-    with ray_session("local", 4):
+    with ray_session("local", 4) as view:
+        assert _with_scales(open_scales, view) == scales.resolve(open_scales)
         actors = start_scorers(config, Need(cpus=0.5))
         reward = ActorReward(actors)
         inputs = reward.prepare(captions)
