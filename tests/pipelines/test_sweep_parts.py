@@ -264,3 +264,24 @@ def test_points_go_on_where_a_snapshot_was_taken(swept: SweepFolder, tmp_path: P
     again = search.Points(str(swept.path), [0, 1], {"CPU": 1.0})
     again.restore(str(tmp_path / "state"))
     assert again.suggest("d")["number"] == 1
+
+
+def test_optuna_learns_from_what_has_ended_and_asks_the_same_after_a_resume(toy: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="an optional extra: pip install 'didr[optuna]'")
+    tree = {"drp.beta": {"loguniform": [0.05, 1.0]}, "drp.steps": {"choice": [1, 2, 4, 8]}, "drp.estimator": "ode"}
+    folder = new(toy, tree, tmp_path, search="optuna", trials=40)
+    (folder.path / "points.jsonl").unlink()
+    points = search.Points(str(folder.path), list(range(40)), {"CPU": 1.0})
+    for number in range(40):
+        assert search.ask(folder, number) == search.ask(folder, number)
+        assert points.suggest(str(number))["number"] == number
+        beta, steps = (folder.points()[number][k] for k in ("drp.beta", "drp.steps"))
+        assert 0.05 <= beta <= 1.0 and steps in (1, 2, 4, 8)
+        if number == 3:
+            folder.end(number, status="failed", reason="NaN", step=1)
+        else:  # best by both measures at beta 0.6 and 4 steps
+            far = abs(np.log(beta / 0.6)) + 0.5 * (steps != 4)
+            folder.end(number, status="finished", gain=-far, distance=far, score=-2 * far, step=4)
+    found = folder.points()
+    near = [abs(np.log(p["drp.beta"] / 0.6)) + 0.5 * (p["drp.steps"] != 4) for p in found.values()]
+    assert np.mean(near[-10:]) < 0.5 * np.mean(near[:10])
