@@ -224,11 +224,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "didr") -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(given, prog_name=prog, standalone_mode=False)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt as stopped:
-        way = str(stopped) or "`didr align --resume RUN`"
-        typer.echo(f"interrupted; {way} goes on from the last checkpoint", err=True)
+    except (typer.Abort, KeyboardInterrupt) as stopped:  # typer makes an Abort of Ctrl-C
+        way = str(stopped if isinstance(stopped, KeyboardInterrupt) else stopped.__cause__ or "")
+        typer.echo(f"interrupted; {way or '`didr align --resume RUN`'} goes on from the last checkpoint", err=True)
         sys.exit(130)
     except Exception as error:
         sys.exit(_explain(error, verbose="-v" in given or "--verbose" in given))
