@@ -92,7 +92,7 @@ def sweep(
             _run(folder, address, verbose, began)
         except KeyboardInterrupt:
             folder.update(status="interrupted")
-            raise KeyboardInterrupt(f"`didr sweep --resume {folder.path if output else folder.name}`") from None
+            raise
         except PlanDoesNotFit:
             if not resume:  # nothing was begun: the name is free again
                 shutil.rmtree(folder.path, ignore_errors=True)

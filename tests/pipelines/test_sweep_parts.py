@@ -22,6 +22,7 @@ from didr_core.feed import LocalFeed
 from didr_core.feed_cache import CachedFeed
 from didr_core.runs import RunFolder, read_lines
 from didr_core.train import train
+from pipelines.cli import main
 from pipelines.resources import ClusterView, Node, PlanDoesNotFit
 from pipelines.sweeps import bench, figures, plan, results, search, space, work
 from pipelines.sweeps.folder import Sweep, SweepFolder
@@ -285,3 +286,14 @@ def test_optuna_learns_from_what_has_ended_and_asks_the_same_after_a_resume(toy:
     found = folder.points()
     near = [abs(np.log(p["drp.beta"] / 0.6)) + 0.5 * (p["drp.steps"] != 4) for p in found.values()]
     assert np.mean(near[-10:]) < 0.5 * np.mean(near[:10])
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.sweep.sweep", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", "--space", "smoke"])
+    assert stopped.value.code == 130
+    assert "`didr sweep --resume NAME` goes on" in capsys.readouterr().err
