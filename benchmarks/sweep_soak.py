@@ -190,7 +190,7 @@ def _incomplete(folder: SweepFolder, trials: int) -> list[str]:
 
 
 def _mlflow_faults(folder: SweepFolder, trials: int) -> list[str]:
-    """One parent, and one child a trial."""
+    """One parent, and one child a trial with its final score, and every step of its curve once."""
     from pipelines import mlflow_tracking, tracking
 
     config = folder.config()
@@ -205,6 +205,15 @@ def _mlflow_faults(folder: SweepFolder, trials: int) -> list[str]:
     parents = [r.info.run_id for r in runs if "didr.trial" not in r.data.tags]
     faults = [] if len(parents) == 1 else [f"{len(parents)} MLflow parents"]
     faults += [] if children == list(range(trials)) else [f"MLflow children {children}"]
+    for run in runs:
+        result = folder.result(int(run.data.tags.get("didr.trial", -1))) or {}
+        if result.get("status") == "finished":
+            curve = sorted(point.step for point in client.get_metric_history(run.info.run_id, "time/step"))
+            faults += (
+                [] if curve == list(range(1, result["step"] + 1)) else [f"curve of trial {result['number']}: {curve}"]
+            )
+            faults += [] if run.data.metrics.get("final/score") == result["score"] else ["no final score"]
+            faults += [] if run.info.status == "FINISHED" else [f"MLflow run {run.info.status}"]
     nested = {r.data.tags.get("mlflow.parentRunId") for r in runs if "didr.trial" in r.data.tags}
     return faults + ([] if nested == set(parents[:1]) else ["children are not nested under the parent"])
 

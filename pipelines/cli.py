@@ -22,6 +22,8 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at recipes and resolved configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
+INTERRUPTED = 130  # exit code
+
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="a name from `didr config list`, or a YAML file")]
 Overrides = Annotated[
     list[str] | None,
@@ -242,14 +244,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "didr") -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(given, prog_name=prog, standalone_mode=False)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt as stopped:
-        way = str(stopped) or "`didr align --resume RUN`"
-        typer.echo(f"interrupted; {way} goes on from the last checkpoint", err=True)
-        sys.exit(130)
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
     except Exception as error:
         sys.exit(_explain(error, verbose="-v" in given or "--verbose" in given))
+    if code == INTERRUPTED:  # what typer makes of Ctrl-C
+        typer.echo(
+            "interrupted; `didr align --resume RUN` or `didr sweep --resume NAME` goes on from the last checkpoint",
+            err=True,
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 

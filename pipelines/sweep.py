@@ -9,6 +9,7 @@ The sweep folder is the truth (:mod:`pipelines.sweeps.folder`), Tune schedules, 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -24,13 +25,14 @@ from didr_core.preflight import preflight
 from pipelines import tracking
 from pipelines.align import WAIT_FOR_NODES_S, _view_of_this_machine, _with_scales
 from pipelines.console import clock, console, rich_table
-from pipelines.resources import ClusterView, Fit
+from pipelines.resources import ClusterView, Fit, PlanDoesNotFit
 from pipelines.session import await_room, prepare_environment, ray_session
 from pipelines.sweeps import bench, results, space
 from pipelines.sweeps.folder import Sweep, SweepFolder
 from pipelines.sweeps.plan import estimate, fit, plan_table, slots, sweep_plan, trial_need
 from pipelines.sweeps.space import DEFAULT_TRIALS, Point
 
+WAIT_S = 5.0
 PASSES = 3  # of Tune over what is missing: one does, unless its snapshot lags behind the folder
 TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # we write our own files
@@ -90,7 +92,11 @@ def sweep(
             _run(folder, address, verbose, began)
         except KeyboardInterrupt:
             folder.update(status="interrupted")
-            raise KeyboardInterrupt(f"`didr sweep --resume {folder.path if output else folder.name}`") from None
+            raise
+        except PlanDoesNotFit:
+            if not resume:  # nothing was begun: the name is free again
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
         except BaseException:
             folder.update(status="failed")
             raise
@@ -212,7 +218,7 @@ def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], beg
         try:
             if _missing(folder):
                 board.note("shared work: prompts, the start's and the reference's scores")
-                step_seconds = _elsewhere(need, "prepare", str(folder.path))
+                step_seconds = _elsewhere(board, need, "prepare", str(folder.path))
                 board.note(f"time: {estimate(config, plan, step_seconds)}")
             resources = trial_need(config, cluster, plan.workers).amounts()
             for _ in range(PASSES):
@@ -236,7 +242,7 @@ def _missing(folder: SweepFolder) -> list[int]:
     return [number for number in range(folder.plan().trials) if folder.result(number) is None]
 
 
-def _elsewhere(need: Any, function: str, *arguments: Any) -> Any:
+def _elsewhere(board: Any, need: Any, function: str, *arguments: Any) -> Any:
     """A function of :mod:`pipelines.sweeps.work` in a process with a trial's resources: the driver may have no GPU."""
     import ray
 
@@ -244,7 +250,10 @@ def _elsewhere(need: Any, function: str, *arguments: Any) -> Any:
 
     task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus or None, resources=dict(need.custom) or None)
     try:
-        return ray.get(task(getattr(work, function)).remote(*arguments))
+        waiting = task(getattr(work, function)).remote(*arguments)
+        while not ray.wait([waiting], timeout=WAIT_S)[0]:
+            board.news()  # drawing a large reference may take longer than trials are given to show a sign of life
+        return ray.get(waiting)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, DIDRError):
             raise error.cause from None
@@ -314,7 +323,7 @@ def _conclude(folder: SweepFolder, board: Any, need: Any, began: float) -> None:
             distance=f"Fréchet distance to the reference's pictures\n(1 is {results.unit_of(found)})",
         )
         figures.save_heat(found, folder.path / "heat.png")
-        _elsewhere(need, "export", str(folder.path), chosen)
+        _elsewhere(board, need, "export", str(folder.path), chosen)
         write_report(folder.trial(chosen).path)
         board.final(
             {f"recommended/{k}": float(tree["recommended"][k]) for k in results.PARTS},

@@ -99,6 +99,9 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
         find("tilt_by_dpr")
     with pytest.raises(DIDRError, match="no such file"):
         find(str(tmp_path / "absent.py"))
+    (tmp_path / "broken.py").write_text("def space(:")
+    with pytest.raises(DIDRError, match="cannot be read .SyntaxError"):
+        find(str(tmp_path / "broken.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(DIDRError, match=r"no function space\(\)"):
         find(str(tmp_path / "empty.py"))

@@ -142,9 +142,9 @@ class Board:
     # -- trials
 
     def begin(self, number: int) -> None:
-        """A trial is starting, or going on in another process."""
+        """A trial is starting, or going on in another process; one that Tune only believes to be running is left as it is."""
         self.news()
-        if number in self.running:
+        if number in self.running or self.folder.result(number):
             return
         run = self.folder.trial(number)
         with self.guard:

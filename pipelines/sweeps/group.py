@@ -84,7 +84,7 @@ class GroupWork(TrialWork):
         """Wait for the group to end (it draws the grid), then judge in a process with a trainer's resources."""
         self._thread.join()
         self.advance(self.steps)
-        return dict(self._elsewhere(_conclude, str(self.folder.path), self.number, self.began))
+        return dict(self._elsewhere(_conclude, str(self.folder.path), self.number, self.began, self.setup_seconds))
 
     def _elsewhere(self, function: Any, *arguments: Any) -> Any:
         import ray
@@ -116,6 +116,7 @@ def _glance(path: str, number: int) -> dict[str, Any]:
     return bench_of(folder).glance(_trained(folder, number)[1].to(bench_of(folder).judges.device)).flat()
 
 
-def _conclude(path: str, number: int, started: float) -> dict[str, Any]:
+def _conclude(path: str, number: int, started: float, setup_seconds: float) -> dict[str, Any]:
     folder = SweepFolder(Path(path))
-    return conclude(folder, number, _trained(folder, number)[1], started, time.time())
+    times = {"started": started, "judging": time.time(), "setup_seconds": setup_seconds}
+    return conclude(folder, number, _trained(folder, number)[1], times)

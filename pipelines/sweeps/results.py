@@ -78,7 +78,7 @@ def command(folder: SweepFolder, number: int) -> str:
 def table(
     folder: SweepFolder, results: Sequence[Mapping[str, Any]], chosen: int | None
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of text, best score first; trials without a score last."""
+    """Header and rows of text, best score first; trials that did not run to their end last."""
     keys = list(folder.points().get(0, {}))
     members = front_of(results)
     measures = [
@@ -88,7 +88,7 @@ def table(
     ]
     header = ["trial", *keys, "gain, sd", "distance", "score", *(describe(m).title for m in measures), ""]
     rows = []
-    for r in sorted(results, key=lambda r: -(r["score"] if r.get("score") is not None else -np.inf)):
+    for r in sorted(results, key=lambda r: (r["status"] != "finished", -(r.get("score") or 0.0))):
         marks = ["recommended"] if r["number"] == chosen else []
         marks += ["front"] if r["number"] in members else []
         marks += [r["status"]] if r["status"] != "finished" else []

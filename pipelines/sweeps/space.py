@@ -99,7 +99,10 @@ def find(name: str) -> Space:
         if spec is None or spec.loader is None:
             raise DIDRError(f"--space {name!r}: no such file. Expected a Python file with a function space().")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise DIDRError(f"--space {name!r}: cannot be read ({type(error).__name__}: {error})") from error
     elif name in names():
         module = import_module(f"{PACKAGE}.{name}")
     else:

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ class TrialWork:
         torch.set_num_threads(self.config.train.threads)
         self.run.update(status="running", message=None)
         self._load()
+        self.setup_seconds = round(time.time() - self.began, 3)
 
     def _load(self) -> None:
         learner = Learner(self.config, device=device_of(self.config))
@@ -151,7 +153,8 @@ class TrialWork:
             Gallery(self.learner, self.config, self.run, save_grid).show(
                 self.run.path / "grid.png", f"trial {self.number}"
             )
-        return conclude(self.folder, self.number, self.learner.generator("ema"), self.began, began)
+        times = {"started": self.began, "judging": began, "setup_seconds": self.setup_seconds}
+        return conclude(self.folder, self.number, self.learner.generator("ema"), times)
 
     def close(self, status: str = "interrupted", message: str | None = None) -> None:
         """Give the folder and the memory back."""
@@ -166,10 +169,11 @@ class TrialWork:
             torch.cuda.empty_cache()
 
 
-def conclude(
-    folder: SweepFolder, number: int, network: torch.nn.Module, started: float, began: float
-) -> dict[str, Any]:
-    """Measure a trained generator, write scores.json and, last of all, result.json."""
+def conclude(folder: SweepFolder, number: int, network: torch.nn.Module, times: Mapping[str, float]) -> dict[str, Any]:
+    """Measure a trained generator, write scores.json and, last of all, result.json.
+
+    ``times``: when its process ``started`` on the trial and began ``judging``, and the ``setup_seconds`` in between that were not training.
+    """
     run = folder.trial(number)
     bench = bench_of(folder)
     worth, measured = bench.judge(network.to(bench.judges.device), run.path, fingerprint(network))
@@ -187,8 +191,9 @@ def conclude(
         measures=measures,
         alarms=ringing,
         train_seconds=round(sum(row.get("time/step") or 0.0 for row in rows), 3),
-        judge_seconds=round(time.time() - began, 3),
-        seconds=round(time.time() - started, 3),
+        setup_seconds=times["setup_seconds"],
+        judge_seconds=round(time.time() - times["judging"], 3),
+        seconds=round(time.time() - times["started"], 3),
     )
 
 
