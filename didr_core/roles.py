@@ -216,11 +216,17 @@ def networks(
     return Networks(generator, assistant, reference, average)
 
 
-def start(backbone: Backbone, roles: Roles, generator: nn.Module, device: torch.device) -> nn.Module:
+def start(backbone: Backbone, config: Component, roles: Roles, generator: nn.Module, device: torch.device) -> nn.Module:
     """The generator that training started from; costs nothing where its base is still there."""
     if isinstance(generator, LoRA):
         return LoRA(generator.base, None)
-    network = _load(backbone, device, "generator", roles.dtype.generator)
+    return load_start(backbone, config, roles, device)
+
+
+def load_start(backbone: Backbone, config: Component, roles: Roles, device: torch.device) -> nn.Module:
+    """The same from its files, in the precision that training reads it in."""
+    shared = roles.generator == "lora" and starts_as_reference(config)
+    network = _load(backbone, device, "generator", roles.dtype.reference if shared else roles.dtype.generator)
     cast_inputs(network)
     return network
 
