@@ -27,10 +27,10 @@ def didr(*arguments: object) -> None:
 def test_adapters_go_from_recipe_to_stock_diffusers(family: str, tmp_path: Path) -> None:
     import diffusers
 
-    pipeline = getattr(random_models, family)(tmp_path / "pipeline")
+    pipeline = getattr(random_models, family)(tmp_path / "reference")
     start = getattr(random_models, family)(tmp_path / "start", seed=1)  # a generator with a base of its own
     backbone: dict[str, Any] = {"name": family, "pipeline": str(pipeline), "generator": str(start)}
-    backbone |= {"resolution": 64}
+    backbone |= {"resolution": 64} | ({"max_tokens": 192} if family == "zimage" else {})
     recipe = toy_recipe(
         tmp_path,
         backbone=backbone,
