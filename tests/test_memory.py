@@ -144,6 +144,7 @@ def test_shares_of_a_gpu_decide_who_meets_whom() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # dozens of full-size forward and backward passes on the meta device: 30 s on an idle machine
 def test_the_published_recipes_fit_80_gb_and_say_what_24_would_take(capsys: pytest.CaptureFixture[str]) -> None:
     """Without any weights on the machine; the sizes are the published ones."""
     from pipelines.cli import main
