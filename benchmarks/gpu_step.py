@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks.random_sdxl import RandomClip, RandomSDXL
 from didr_core import config as configs
 from didr_core import learner as learning
-from didr_core import losses
+from didr_core import losses, memory
 from didr_core.backbones.sdxl import SDXL
 from didr_core.config import Config
 from didr_core.contracts import Batch, Condition
@@ -258,6 +258,18 @@ def _nothing() -> Iterator[None]:
     yield
 
 
+def planned(config: Config) -> dict[str, float]:
+    """What `didr doctor` says of the same step at full size: for the same numbers to be seen side by side."""
+    tree = configs.dump(config)
+    resolution = tree["backbone"]["resolution"]
+    tree["backbone"] = {"name": "sdxl", "pipeline": "none", "generator": "none", "resolution": resolution}
+    tree["backbone"] |= {"decoder": "none"} if config.backbone.decoder == "tiny" else {}  # type: ignore[attr-defined]
+    tree["reward"] = {"name": "hpsv2", "path": "none"}
+    plan = memory.plan(configs.validate(tree))
+    assert plan is not None
+    return {"tflop_per_update": plan.total_flops * plan.samples / 1e12, "peak_gib": plan.processes[0].total / GIB}
+
+
 def hardware(device: torch.device) -> dict[str, Any]:
     """What the numbers are of."""
     packages = ("torch", "diffusers", "transformers", "peft")
@@ -308,6 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "K": k,
                     **measure(loops[name], given.batch, given.iterations, device),
                 }
+                if name == "ours" and given.size == "full":
+                    row["planned"] = planned(config)
                 report["rows"].append(row)
                 print(json.dumps(row), flush=True)
                 given.output.parent.mkdir(parents=True, exist_ok=True)

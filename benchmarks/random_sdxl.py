@@ -13,6 +13,7 @@ from didr_core.backbones.sdxl import SDXL
 from didr_core.components import Component
 from didr_core.contracts import Tensors
 from didr_core.schedule import VariancePreserving
+from didr_core.weights import quiet
 
 TINY_UNET = {
     **full_size.SDXL_UNET,
@@ -108,6 +109,7 @@ class RandomClip:
 
 
 def _made(seed: int, make: Callable[[], Any]) -> Any:
+    quiet()
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return make().eval()

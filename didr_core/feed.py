@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from didr_core import registry
+from didr_core import registry, roles
 from didr_core.config import Config, build, differentiable
 from didr_core.contracts import Backbone, Batch, Condition, DIDRError
 from didr_core.data import Prompt, PromptIndex
@@ -94,7 +94,8 @@ class RewardPreparer:
         self.samples = config.baseline.samples
         self.noise = Noise(config.seed)
         self.backbone: Backbone = build("backbones", config.backbone)
-        self.generator = self.backbone.load_network("generator").to(self.device).requires_grad_(False)
+        self.size = config.train.micro_batch
+        self.generator = roles.load_start(self.backbone, config.backbone, config.roles, self.device)
         self.backbone.load_decoder()
         _move(self.backbone, self.device)
         self.reward = build("rewards", config.reward)
@@ -104,13 +105,22 @@ class RewardPreparer:
     def __call__(self, batch: Columns) -> Columns:
         """Needs the ``prompt``, ``index`` and ``condition/*`` columns."""
         inputs = self.reward.prepare([str(p) for p in batch["prompt"]])
-        score = torch.stack([self.reward.score(images, inputs).float() for images in self.pictures(batch)])
+        size = self.size or len(batch["index"])
+        score = torch.cat(
+            [self._scores(batch, inputs, slice(i, i + size)) for i in range(0, len(batch["index"]), size)], 1
+        )
         return {
             **batch,
             **_arrays(REWARD, inputs),
             "baseline": score.mean(0).cpu().numpy(),
             "spread": score.var(0, unbiased=True).cpu().numpy(),
         }
+
+    def _scores(self, batch: Columns, inputs: Mapping[str, Tensor], rows: slice) -> Tensor:
+        """``[samples, b]`` of a micro-batch: a worker's whole share of large pictures does not fit at once."""
+        part = {k: v[rows] for k, v in batch.items()}
+        told = {k: v[rows] for k, v in inputs.items()}
+        return torch.stack([self.reward.score(images, told).float() for images in self.pictures(part)])
 
     @torch.no_grad()
     def pictures(self, batch: Columns) -> Iterator[Tensor]:

@@ -43,7 +43,10 @@ class Gallery:
         """``[N, 3, H, W]`` in [0, 1], CPU."""
         backbone = self.learner.backbone
         z = sampling.noise(GRID_SEED, range(len(self.captions)), backbone.latent_shape).to(self.learner.device)
-        return backbone.decode(backbone.generate(network, z, self.condition)).float().cpu()
+        size = self.config.train.micro_batch or len(z)
+        rows = (slice(start, start + size) for start in range(0, len(z), size))
+        made = (backbone.decode(backbone.generate(network, z[r], self.condition[r])).float().cpu() for r in rows)
+        return torch.cat(list(made))
 
     def show(self, path: Path, title: str) -> Path:
         """A grid of the start beside the running average of now."""
@@ -103,6 +106,7 @@ def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
         reward=_reward(config.reward, device, learner.reward),
         judge=_reward(config.judge, device),
         world=config.evaluation.world,
+        batch=config.train.micro_batch or 64,
         device=device,
         progress=lambda name, done, total: say(f"scoring {name}", done, total),
         facts=provenance(config.data.heldout or config.data.prompts, [run.info().get("command") or "didr align"]),

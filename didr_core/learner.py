@@ -77,7 +77,7 @@ class Learner:
     def generator(self, which: Which = "ema") -> nn.Module:
         """The trained generator, its running average, the one training started from, or the reference."""
         if which == "start":
-            return roles.start(self.backbone, self.config.roles, self.generator_net, self.device)
+            return roles.start(self.backbone, self.config.backbone, self.config.roles, self.generator_net, self.device)
         return {"generator": self.generator_net, "ema": self.ema_net, "reference": self.reference_net}[which]
 
     def step(self, batch: Batch) -> StepReport:

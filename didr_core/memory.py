@@ -134,6 +134,7 @@ class _Costs:
 
     def __init__(self, config: Config, of: shapes.Family) -> None:
         roles = config.roles
+        self.family = of
         self.network = shapes.network(of)
         self.parameters = sum(p.numel() for p in self.network.parameters())
         self.shared = roles.generator == "lora" and starts_as_reference(config.backbone)
@@ -273,7 +274,20 @@ def _phases(config: Config, costs: _Costs) -> list[Line]:
         how = f"kept {(kept + chain) / GIB:.2f} + {b * pictures} pictures x {costs.decode.plus(costs.reward).peak / GIB:.2f} GiB"
         phases.append(Line("generator update", "decoder and reward", how, kept + chain + judged))
     phases.append(Line("generator update", "backward", _shown(b, costs.generator), b * costs.generator.peak))
+    phases.append(_ending(config, costs))
     return phases
+
+
+def _ending(config: Config, costs: _Costs) -> Line:
+    """Grid and scores: text towers, the start where it is not a base that is there, the held-out judge, pictures without gradient."""
+    of, batch = costs.family, config.train.micro_batch or 64
+    text = shapes.text_parameters(of) * BYTES[getattr(config.backbone, "text_dtype", "float32")]
+    start = costs.parameters * BYTES[costs.dtypes["generator"]] if config.roles.generator == "full" else 0
+    judge = shapes.rewards(config.judge)[0] * BYTES["float32"]
+    made = batch * max(costs.plain["generator"].peak, shapes.decoder_cost(of, False).peak)
+    sizes = {"text": text, "start": start, "judge": judge, f"{batch} pictures": made}
+    how = " + ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
+    return Line("end of the run", "grid and scores", how, sum(sizes.values()))
 
 
 def _shown(samples: int, cost: Cost) -> str:

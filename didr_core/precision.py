@@ -108,7 +108,8 @@ def optimizer(weights: Weights, settings: Optim, seed: int) -> torch.optim.Optim
     elif any(v.dtype == torch.bfloat16 for v in values):
         made = StochasticAdamW(values, **options, seed=seed)
     else:
-        made = torch.optim.AdamW(values, **options)
+        # fused on GPUs: torch's default there makes a copy of all weights while it updates them
+        made = torch.optim.AdamW(values, **options, fused=all(v.is_cuda for v in values) or None)
     made.register_step_post_hook(lambda *_: weights.publish())
     return made
 

@@ -216,11 +216,17 @@ def networks(
     return Networks(generator, assistant, reference, average)
 
 
-def start(backbone: Backbone, roles: Roles, generator: nn.Module, device: torch.device) -> nn.Module:
+def start(backbone: Backbone, config: Component, roles: Roles, generator: nn.Module, device: torch.device) -> nn.Module:
     """The generator that training started from; costs nothing where its base is still there."""
     if isinstance(generator, LoRA):
         return LoRA(generator.base, None)
-    network = _load(backbone, device, "generator", roles.dtype.generator)
+    return load_start(backbone, config, roles, device)
+
+
+def load_start(backbone: Backbone, config: Component, roles: Roles, device: torch.device) -> nn.Module:
+    """The same from its files, in the precision that training reads it in."""
+    shared = roles.generator == "lora" and starts_as_reference(config)
+    network = _load(backbone, device, "generator", roles.dtype.reference if shared else roles.dtype.generator)
     cast_inputs(network)
     return network
 
@@ -313,7 +319,9 @@ def plain(network: nn.Module) -> nn.Module:
 
     if not isinstance(network, LoRA):
         return network
-    merged = copy.deepcopy(network.base).cpu().float()  # float32 first: small changes vanish in a bfloat16 sum
+    held = (*network.base.parameters(), *network.base.buffers())
+    merged = copy.deepcopy(network.base, {id(t): _on_cpu(t) for t in held})  # no second copy on the GPU
+    merged = merged.float()  # before the sum: small changes vanish in a bfloat16 one
     for name, layer in list(merged.named_modules()):
         if isinstance(layer, LoraLayer):
             if network.role is not None:
@@ -321,6 +329,11 @@ def plain(network: nn.Module) -> nn.Module:
             parent, _, leaf = name.rpartition(".")
             setattr(merged.get_submodule(parent), leaf, layer.get_base_layer())
     return merged.requires_grad_(False)
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    copied = value.detach().to("cpu", copy=True)
+    return nn.Parameter(copied, requires_grad=False) if isinstance(value, nn.Parameter) else copied
 
 
 def save_adapter(network: nn.Module, folder: Path) -> None:

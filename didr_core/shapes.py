@@ -17,6 +17,7 @@ from torch import nn
 from didr_core.backbones.full_size import NETWORKS
 from didr_core.components import Component, locate
 from didr_core.footprint import NOTHING, Cost, measure
+from didr_core.weights import quiet
 
 CLIP_H = ((1280, 32, 16, 5120), (1024, 24, 16, 4096), 1024)
 CLIP_L = ((1024, 24, 16, 4096), (768, 12, 12, 3072), 768)
@@ -43,6 +44,7 @@ def family(config: Component) -> Family | None:
     """None for families that are not in :data:`NETWORKS`: there is nothing to count on the meta device."""
     if config.name not in NETWORKS:
         return None
+    quiet()
     part = next(p for p in ("unet", "transformer") if p in NETWORKS[config.name])
     folder = locate(config.pipeline)  # type: ignore[attr-defined]
     local = str(folder) if (folder / part / "config.json").is_file() else ""

@@ -58,7 +58,9 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
     if not path.is_file():
         raise DIDRError(f"checkpoint {folder}: {FILE} is missing")
     try:
-        state = torch.load(path, map_location=learner.device, weights_only=True)
+        state = torch.load(
+            path, map_location="cpu", weights_only=True
+        )  # beside the networks a GPU has no room for a second copy
         learner.load_state_dict(state["learner"])
     except (RuntimeError, KeyError, ValueError) as error:
         raise DIDRError(f"checkpoint {path}: does not fit this recipe, or is damaged ({str(error)[:200]})") from error

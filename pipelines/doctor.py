@@ -15,6 +15,7 @@ from didr_core import config as configs
 from didr_core import memory
 from didr_core.config import Config
 from didr_core.contracts import DIDRError
+from didr_core.feed import is_black_box, needs_reward
 from didr_core.memory import GIB, Line, Plan
 from pipelines.resources import align_plan, check
 
@@ -153,7 +154,10 @@ def _cluster(out: Console, address: str | None, config: Config | None) -> bool:
     try:
         with ray_session(address) as cluster:
             if config is not None:
-                out.print(check(align_plan(config.workers, cluster, config.reward is not None), cluster).table())
+                plan = align_plan(
+                    config.workers, cluster, with_rewards=needs_reward(config), with_scorers=is_black_box(config)
+                )
+                out.print(check(plan, cluster).table())
                 return True
             table = _table(f"cluster at {address}", "node", "has")
             for node in cluster.nodes:

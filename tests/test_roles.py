@@ -227,6 +227,7 @@ def test_trained_generator_reads_an_adapter_from_the_checkpoint(folder: Path, tm
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
+@pytest.mark.timeout(300)  # two processes import everything anew
 def test_the_update_does_not_depend_on_the_number_of_workers(folder: Path, tmp_path: Path) -> None:
     """Two gloo processes with half a batch each, against one."""
     import torch.multiprocessing as mp
