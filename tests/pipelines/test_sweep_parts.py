@@ -268,7 +268,6 @@ def test_points_go_on_where_a_snapshot_was_taken(swept: SweepFolder, tmp_path: P
 
 
 def test_optuna_learns_from_what_has_ended_and_asks_the_same_after_a_resume(toy: Path, tmp_path: Path) -> None:
-    pytest.importorskip("optuna", reason="an optional extra: pip install 'didr[optuna]'")
     tree = {"drp.beta": {"loguniform": [0.05, 1.0]}, "drp.steps": {"choice": [1, 2, 4, 8]}, "drp.estimator": "ode"}
     folder = new(toy, tree, tmp_path, search="optuna", trials=40)
     (folder.path / "points.jsonl").unlink()
