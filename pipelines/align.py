@@ -68,7 +68,7 @@ def align(
     old = RunFolder.find(resume, output or "runs") if resume else None
     config = old.config(overrides) if old else configs.load(recipe, overrides)
     index = preflight(config, here=local)
-    view = None if local else _view_of_this_machine(config, address)
+    view = None if local else view_of_this_machine(config, address)
     if view:
         check(_plan(config, view), view)
     run = old or RunFolder.create(config, output, command)
@@ -178,7 +178,7 @@ def _slots(config: Config) -> int:
     return max(config.workers.local_cpus, os.cpu_count() or 1)
 
 
-def _view_of_this_machine(config: Config, address: str | None) -> ClusterView | None:
+def view_of_this_machine(config: Config, address: str | None) -> ClusterView | None:
     """What a Ray of our own will have, known before it starts; None where a cluster must be asked."""
     if where_to_run(address).kind != "here":
         return None
@@ -199,15 +199,15 @@ def _on_ray(
         board.started(run, config, run.last_step())
         if scales.missing(config):
             board.stage("measuring the scales of the reward's parts")
-            config = _with_scales(config, fit.cluster)
+            config = measured_scales(config, fit.cluster)
             run.write_config(config)
         from pipelines.watch import Follower
 
         with Follower(run, board, run.last_step()):
-            _fit_until_done(config, run, index, board, fit.cluster)
+            fit_until_done(config, run, index, board, fit.cluster)
 
 
-def _with_scales(config: Config, view: ClusterView) -> Config:
+def measured_scales(config: Config, view: ClusterView) -> Config:
     """:func:`didr_core.scales.resolve` where reward models run: this process may have no GPU."""
     import ray
 
@@ -222,7 +222,7 @@ def _with_scales(config: Config, view: ClusterView) -> Config:
     return resolved
 
 
-def _fit_until_done(config: Config, run: RunFolder, index: PromptIndex, board: Board, view: ClusterView) -> None:
+def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, board: Board, view: ClusterView) -> None:
     """Fit; after a worker's death again, from the last checkpoint, `workers.max_failures` times.
 
     Ray Train could restart the group itself, but it cannot tell a dead node from a NaN reward, and would train into the second one again.

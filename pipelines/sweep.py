@@ -23,7 +23,7 @@ from didr_core.config import Config
 from didr_core.contracts import DIDRError
 from didr_core.preflight import preflight
 from pipelines import tracking
-from pipelines.align import WAIT_FOR_NODES_S, _view_of_this_machine, _with_scales
+from pipelines.align import WAIT_FOR_NODES_S, view_of_this_machine, measured_scales
 from pipelines.console import clock, console, rich_table
 from pipelines.resources import ClusterView, Fit, PlanDoesNotFit
 from pipelines.session import await_room, prepare_environment, ray_session
@@ -167,7 +167,7 @@ def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) 
         return
     folder.update(status="running")
     folder.forget_lost()
-    view = _view_of_this_machine(config, address)
+    view = view_of_this_machine(config, address)
     if view:
         view = _with_slots(view, config, plan)
         plan, _ = _decide(folder, config, view, out)
@@ -211,7 +211,7 @@ def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], beg
 
     config, plan = folder.config(), folder.plan()
     if scales.missing(config):
-        config = _with_scales(config, cluster)
+        config = measured_scales(config, cluster)
         folder.set_config(config)
     need = trial_need(config, cluster, 1)
     with Board(folder, opening.result()) as board:

@@ -16,7 +16,7 @@ from didr_core.config import Config
 from didr_core.contracts import DIDRError
 from didr_core.feed import open_prompts
 from didr_core.sample import trained_generator
-from pipelines.align import _fit_until_done
+from pipelines.align import fit_until_done
 from pipelines.resources import train_need
 from pipelines.session import cluster_view, prepare_environment
 from pipelines.sweeps.folder import SweepFolder
@@ -53,7 +53,7 @@ class GroupWork(TrialWork):
     def _fit(self) -> None:
         try:
             config = self.config
-            _fit_until_done(config, self.run, open_prompts(config), _Say(), cluster_view())  # type: ignore[arg-type]
+            fit_until_done(config, self.run, open_prompts(config), _Say(), cluster_view())  # type: ignore[arg-type]
         except BaseException as error:
             self._error = error
 

@@ -27,7 +27,7 @@ def test_actors_score_as_one_process_does_and_the_dead_are_replaced(tmp_path: Pa
     """And, in the same Ray, a composite's missing scales are measured there as they are here."""
     import ray
 
-    from pipelines.align import _with_scales
+    from pipelines.align import measured_scales
     from pipelines.scoring import ActorReward, start_scorers
 
     part = {"reward": {"name": "pickscore", "path": str(clip_folder(tmp_path / "part"))}}
@@ -40,7 +40,7 @@ def test_actors_score_as_one_process_does_and_the_dead_are_replaced(tmp_path: Pa
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images[1, 0, 0, 0] = float("nan")
     with ray_session("local", 4) as view:
-        assert _with_scales(open_scales, view) == scales.resolve(open_scales)
+        assert measured_scales(open_scales, view) == scales.resolve(open_scales)
         actors = start_scorers(config, Need(cpus=0.5))
         reward = ActorReward(actors)
         inputs = reward.prepare(captions)
