@@ -23,7 +23,7 @@ from didr_core.config import Config
 from didr_core.contracts import DIDRError
 from didr_core.preflight import preflight
 from pipelines import tracking
-from pipelines.align import WAIT_FOR_NODES_S, view_of_this_machine, measured_scales
+from pipelines.align import WAIT_FOR_NODES_S, measured_scales, view_of_this_machine
 from pipelines.console import clock, console, rich_table
 from pipelines.resources import ClusterView, Fit, PlanDoesNotFit
 from pipelines.session import await_room, prepare_environment, ray_session
