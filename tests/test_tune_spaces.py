@@ -12,7 +12,7 @@ from pipelines.sweeps.space import GRID_POINTS, check, corners, draw, find, name
 
 
 def test_bundled_spaces_are_plain_files_that_need_no_ray() -> None:
-    assert names() == ["guidance", "smoke", "tilt_by_drp", "tilt_by_drp_by_estimator"]
+    assert names() == ["guidance", "smoke", "tilt_by_drp", "tilt_by_drp_by_estimator", "tilt_grid"]
     for path in (Path(__file__).parents[1] / "tune_spaces").glob("*.py"):
         assert "ray" not in path.read_text().replace("array", "")
 
