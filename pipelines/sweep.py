@@ -320,7 +320,7 @@ def _conclude(folder: SweepFolder, board: Any, need: Any, began: float) -> None:
             chosen,
             folder.path / "front.png",
             gain=f"gain of the {judge} (sd of the start's scores)",
-            distance=f"Fréchet distance to the reference's pictures\n(1 is {results.unit_of(found)})",
+            distance="distance to the reference's pictures\n(sd of its picture features)",
         )
         figures.save_heat(found, folder.path / "heat.png")
         _elsewhere(board, need, "export", str(folder.path), chosen)

@@ -2,9 +2,11 @@
 
 - **gain**: mean difference to the starting generator's score, caption by caption and noise by noise, in standard deviations of the start's
   scores. The score is the held-out judge's; the training reward's where a recipe names no judge.
-- **distance**: Fréchet distance of picture features to the reference's pictures of the same captions. 1 is the start's own distance or,
-  where that is larger, the distance between two draws of the reference: less than that could hardly be told apart.
-- **score**: gain minus the distance added to the start's: one standard deviation of held-out reward is worth 1 of distance.
+- **distance**: how far the law of picture features has moved from that of the reference's pictures of the same captions: the
+  Wasserstein-2 distance of Gaussian fits (the root of FID's formula), over the spread of the reference's features (the root of their
+  total variance).
+- **score**: gain minus the distance added to the start's: one standard deviation of held-out reward is worth moving the features by one of
+  their own standard deviations.
 
 The start's and the reference's pictures are scored once a sweep (:class:`Bench`) and read from files by every trial.
 """
@@ -39,8 +41,7 @@ RESAMPLES = 200
 LARGE = 256  # features above which distances are not resampled: each would cost a large eigenvalue problem
 WORDS = (
     "score = gain - (distance - the start's distance): held-out reward won over the start, in standard deviations of the start's scores, "
-    "minus the distance to the reference that was added to the start's own. One standard deviation of held-out reward is worth 1 of "
-    "distance, which is the start's own or, where that is larger, the distance between two draws of the reference."
+    "minus how much further picture features have moved from the reference's, in standard deviations of the reference's"
 )
 
 
@@ -50,7 +51,7 @@ class Worth:
 
     gain: Mapping[str, float | None]
     distance: Mapping[str, float | None]
-    start: float  # the start's distance, at most 1; 0 where the start is the reference
+    start: float  # the start's distance; 0 where the start is the reference
 
     @property
     def score(self) -> float:
@@ -105,9 +106,9 @@ class Bench:
             "quick": Draws.make(min(QUICK_PROMPTS, len(prompts)), 1, 0),
         }
         found, drawn = self.start["features"], self.reference["features"]
-        own = _apart(found, drawn)
-        self.unit = max(own, _apart(drawn[:, :1], drawn[:, 1:2]), 1e-9)
-        self.own = round(own / self.unit, 6)
+        spread = float(np.sqrt(drawn.reshape(-1, drawn.shape[-1]).astype(np.float64).var(0).sum()))
+        self.unit = max(spread, 1e-9)
+        self.own = round(float(_distances(Draws.make(drawn.shape[2], 1, 0), found, drawn)[0]) / self.unit, 6)
 
     def _once(self, name: str) -> Measured:
         """Scores of the start or the reference, made by whoever asks first.
@@ -177,11 +178,8 @@ def _when_needed(make: Callable[[], Sampler]) -> Sampler:
 
 
 def _distances(draws: Draws, features: NDArray[Any], reference: NDArray[Any]) -> Array:
-    return draws.distances(features.astype(np.float64), reference.astype(np.float64))
-
-
-def _apart(features: NDArray[Any], reference: NDArray[Any]) -> float:
-    return float(_distances(Draws.make(features.shape[2], 1, 0), features, reference)[0])
+    squared = draws.distances(features.astype(np.float64), reference.astype(np.float64))
+    return np.sqrt(np.clip(squared, 0.0, None))
 
 
 def _interval(values: Array) -> dict[str, float | None]:

@@ -156,8 +156,8 @@ def front_tree(
         "trials": {"planned": plan.trials, **counts},
         "objectives": {
             "gain": f"mean gain of the {judge} over the starting generator, in standard deviations of the start's scores; higher is better",
-            "distance": f"Fréchet distance of picture features to {reference} pictures of the same captions; 1 is {unit_of(results)}; "
-            "lower is better",
+            "distance": f"Wasserstein-2 distance of picture features (Gaussian fits) to {reference} pictures of the same captions, in "
+            "standard deviations of the reference's features; lower is better",
         },
         "scalarisation": WORDS,
         "judged_on": {"prompts": config.evaluation.prompts, "noises": max(2, config.evaluation.seeds)},
@@ -201,12 +201,6 @@ def _short(result: Mapping[str, Any]) -> dict[str, Any]:
         "alarms",
     )
     return {k: result[k] for k in keys if k in result} | {"run": f"trials/{result['number']:04d}"}
-
-
-def unit_of(results: Sequence[Mapping[str, Any]]) -> str:
-    """What 1 is, on the axis of distance."""
-    own = all(r.get("start_distance") == 1.0 for r in judged(results))
-    return "the start's own distance" if own else "the distance between two draws of the reference"
 
 
 def write_front(folder: SweepFolder, tree: Mapping[str, Any]) -> None:

@@ -126,7 +126,7 @@ def test_a_half_made_folder_is_made_again(toy: Path, tmp_path: Path) -> None:
 
 def test_results_say_what_a_trial_is_worth(swept: SweepFolder) -> None:
     for result in swept.results():
-        assert result["status"] == "finished" and 0 < result["start_distance"] <= 1.0
+        assert result["status"] == "finished" and result["start_distance"] > 0
         added = result["distance"] - result["start_distance"]
         assert result["score"] == pytest.approx(result["gain"] - added, abs=1e-5)
         assert result["gain_low"] <= result["gain"] <= result["gain_high"]
@@ -151,6 +151,18 @@ def test_gain_is_the_paired_difference_in_the_starts_deviations(swept: SweepFold
     assert judge._worth(moved, judge.start, judge.reference, judge._draws["full"]).gain["mean"] == pytest.approx(
         2, abs=1e-3
     )
+
+
+def test_distance_is_in_standard_deviations_of_the_references_features(swept: SweepFolder) -> None:
+    judge = work.bench_of(swept)
+    features = judge.reference["features"]
+    spread = np.sqrt(features.reshape(-1, features.shape[-1]).var(0).sum())
+    shift = np.zeros(features.shape[-1], features.dtype)
+    shift[0] = 0.5 * spread  # the same law, moved by half its spread
+    moved = {**judge.start, "features": features + shift}
+    worth = judge._worth(moved, judge.start, judge.reference, judge._draws["full"])
+    assert worth.distance["mean"] == pytest.approx(0.5, abs=1e-3)
+    assert worth.score == pytest.approx(judge.own - 0.5, abs=1e-3)
 
 
 def trial(number: int, gain: float, distance: float, **more: Any) -> dict[str, Any]:
