@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import socket
 import time
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -234,13 +236,14 @@ def client(uri: str) -> Any:
     }.items():
         os.environ.setdefault(key, value)
     if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent
+        database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            database.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DIDRError(
-                f"tracking.uri={uri!r}: cannot make the folder {str(folder)!r} ({error.strerror})"
+                f"tracking.uri={uri!r}: cannot make the folder {str(database.parent)!r} ({error.strerror})"
             ) from error
+        _make_whole(database)
     if uri.startswith("http"):
         _knock(uri)
     from mlflow import MlflowClient
@@ -248,6 +251,23 @@ def client(uri: str) -> Any:
     for name in ("mlflow", "alembic", "alembic.runtime.migration", "sqlalchemy"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return MlflowClient(tracking_uri=uri)
+
+
+def _make_whole(database: Path) -> None:
+    """MLflow's tables, made aside and moved into place: a process killed during its migrations leaves no half of a database behind."""
+    if database.exists():
+        return
+    from mlflow import MlflowClient
+
+    part = database.with_name(f".{database.name}.{uuid.uuid4().hex}.part")  # MLflow keeps a store open per name
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{part}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # somebody else was quicker: theirs is whole too
+            os.link(part, database)
+    except OSError:
+        os.replace(part, database)  # no hard links here
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _knock(uri: str) -> None:

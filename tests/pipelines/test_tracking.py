@@ -227,3 +227,21 @@ def test_long_values_keep_both_ends() -> None:
 def test_mlflow_is_imported_only_when_it_is_used() -> None:
     """It takes seconds; `didr config show` and every worker import pipelines.tracking."""
     assert not re.search(r"^(import|from) .*mlflow", Path(tracking.__file__).read_text(), re.MULTILINE)
+
+
+def test_a_database_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while MLflow makes its tables: the next process starts from nothing, not from half of them."""
+    from mlflow import MlflowClient
+
+    from pipelines import mlflow_tracking
+
+    def killed(self: object, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    database = tmp_path / "mlflow.db"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, "search_experiments", killed)
+        mlflow_tracking.client(f"sqlite:///{database}")
+    assert list(tmp_path.iterdir()) == []
+    assert mlflow_tracking.client(f"sqlite:///{database}").search_experiments()
+    assert [p.name for p in tmp_path.iterdir()] == ["mlflow.db"]
