@@ -197,7 +197,7 @@ class Config(Strict):
                     f"reward.name={self.reward.name!r}: has no gradient, which algorithm {self.algorithm.name!r} needs; name a"
                     " differentiable reward, or say algorithm=didr and drp.estimator=importance"
                 )
-            if method.needs_reward and self.drp.estimator != "importance":
+            if getattr(method, "uses_drs", False) and self.drp.estimator != "importance":
                 raise ValueError(
                     f"reward.name={self.reward.name!r}: has no gradient, which drp.estimator={self.drp.estimator!r} needs; name a"
                     " differentiable reward, or say drp.estimator=importance"

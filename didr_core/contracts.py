@@ -213,8 +213,8 @@ class GeneratorContext(Protocol):
 class Algorithm(Protocol):
     """One method: its equations and nothing else. One file each in `algorithms/`.
 
-    Two more flags may be left out: `needs_reward_gradient` (default False: the reward may be a black box) and `needs_assistant` (default
-    True; False = the TA is not trained).
+    Three more flags may be left out: `needs_reward_gradient` (default False: the reward may be a black box), `needs_assistant` (default
+    True; False = the TA is not trained) and `uses_drs` (default False; True = asks for ``ctx.drs()``, so that its needs are checked).
     """
 
     needs_reward: bool

@@ -26,7 +26,7 @@ from didr_core import scales
 from didr_core.config import Config
 from didr_core.contracts import DIDRError, StepReport
 from didr_core.data import PromptIndex
-from didr_core.feed import is_black_box, needs_reward
+from didr_core.feed import is_black_box
 from didr_core.preflight import preflight
 from didr_core.runs import RunFolder
 from didr_core.train import Observer, outcome, train
@@ -34,7 +34,7 @@ from pipelines import tracking
 from pipelines.console import Progress, print_summary
 from pipelines.figures import save_grid
 from pipelines.report import write_report
-from pipelines.resources import ClusterView, Node, Plan, align_plan, check, encoder_need, reward_need, train_need
+from pipelines.resources import ClusterView, Node, check, encoder_need, reward_need, run_plan, train_need
 from pipelines.session import await_room, ray_session, where_to_run
 
 WAIT_FOR_NODES_S = 600.0
@@ -70,7 +70,7 @@ def align(
     index = preflight(config, here=local)
     view = None if local else view_of_this_machine(config, address)
     if view:
-        check(_plan(config, view), view)
+        check(run_plan(config, view), view)
     run = old or RunFolder.create(config, output, command)
     run.write_config(config)
     with outcome(run), _board(config, run) as board:
@@ -170,10 +170,6 @@ def _open_tracker(config: Config, run: RunFolder) -> tracking.Tracker:
     return tracker
 
 
-def _plan(config: Config, view: ClusterView) -> Plan:
-    return align_plan(config.workers, view, with_rewards=needs_reward(config), with_scorers=is_black_box(config))
-
-
 def _slots(config: Config) -> int:
     return max(config.workers.local_cpus, os.cpu_count() or 1)
 
@@ -193,7 +189,7 @@ def _on_ray(
     """Start or join Ray, train there, follow."""
     board.stage("starting Ray")
     with ray_session(address, _slots(config), verbose) as view:
-        fit = await_room(lambda v: _plan(config, v), view, WAIT_FOR_NODES_S)
+        fit = await_room(lambda v: run_plan(config, v), view, WAIT_FOR_NODES_S)
         if verbose:
             board.progress.console.print(fit.table())
         board.started(run, config, run.last_step())

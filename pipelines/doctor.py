@@ -15,9 +15,8 @@ from didr_core import config as configs
 from didr_core import memory
 from didr_core.config import Config
 from didr_core.contracts import DIDRError
-from didr_core.feed import is_black_box, needs_reward
 from didr_core.memory import GIB, Line, Plan
-from pipelines.resources import align_plan, check
+from pipelines.resources import check, run_plan
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "ray", "mlflow")
 OPTIONAL = {"bitsandbytes": "for generator.optimizer=adamw8bit"}
@@ -154,10 +153,7 @@ def _cluster(out: Console, address: str | None, config: Config | None) -> bool:
     try:
         with ray_session(address) as cluster:
             if config is not None:
-                plan = align_plan(
-                    config.workers, cluster, with_rewards=needs_reward(config), with_scorers=is_black_box(config)
-                )
-                out.print(check(plan, cluster).table())
+                out.print(check(run_plan(config, cluster), cluster).table())
                 return True
             table = _table(f"cluster at {address}", "node", "has")
             for node in cluster.nodes:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-from didr_core.config import Workers
+from didr_core.config import Config, Workers
 from didr_core.contracts import DIDRError
+from didr_core.feed import is_black_box, needs_reward
 
 TRAINER_RESOURCE = "trainer"
 """Custom resource of nodes that hold training workers; a worker reserves 1."""
@@ -191,6 +192,11 @@ def align_plan(workers: Workers, cluster: ClusterView, with_rewards: bool = True
         Group("listing of the shards", 1, Need(cpus=1)),
     ]
     return Plan(tuple(groups))
+
+
+def run_plan(config: Config, cluster: ClusterView) -> Plan:
+    """:func:`align_plan` of what this config's algorithm and reward ask for."""
+    return align_plan(config.workers, cluster, with_rewards=needs_reward(config), with_scorers=is_black_box(config))
 
 
 def check(plan: Plan, cluster: ClusterView) -> Fit:

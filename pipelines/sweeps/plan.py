@@ -12,10 +12,9 @@ import yaml
 from rich.table import Table
 
 from didr_core.config import Config
-from didr_core.feed import needs_reward
 from didr_core.runs import local_folder, read_lines
 from pipelines.console import clock
-from pipelines.resources import CPU, ClusterView, Fit, Group, Need, Plan, PlanDoesNotFit, align_plan, check, train_need
+from pipelines.resources import CPU, ClusterView, Fit, Group, Need, Plan, PlanDoesNotFit, check, run_plan, train_need
 from pipelines.sweeps.bench import WORDS
 from pipelines.sweeps.folder import Sweep
 from pipelines.sweeps.space import Space
@@ -38,7 +37,7 @@ def sweep_plan(config: Config, view: ClusterView, workers: int, at_once: int) ->
     if workers == 1:
         return Plan((own,))
     settings = config.workers.model_copy(update={"train": workers})
-    inner = align_plan(settings, view, with_rewards=needs_reward(config)).groups
+    inner = run_plan(config.model_copy(update={"workers": settings}), view).groups
     return Plan(
         (
             own,

@@ -308,3 +308,10 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         main(["sweep", "--space", "smoke"])
     assert stopped.value.code == 130
     assert "`didr sweep --resume NAME` goes on" in capsys.readouterr().err
+
+
+def test_a_trials_plan_counts_the_actors_that_score_a_black_box() -> None:
+    view = ClusterView((Node("one", {"CPU": 64.0}),))
+    names = [g.name for g in plan.sweep_plan(configs.load("tiny_blackbox"), view, 2, 3).groups]
+    assert "scoring actor of a trial" in names
+    assert "scoring actor of a trial" not in [g.name for g in plan.sweep_plan(configs.load("tiny"), view, 2, 3).groups]
