@@ -10,7 +10,8 @@
 4. Fronts and hypervolumes per method, with 95 % intervals over captions and training seeds.
 
 DMD2 without its GAN is not listed: where `diff_instruct` runs with five assistant updates and W on, as in `tiny`, they are one.
-A weight is a multiple of the method's own unit (:data:`METHODS`): for DIDR it divides the recipe's `drp.beta`. Everything finished in
+A weight is a multiple of the method's own unit (:data:`METHODS`): for DIDR it divides the recipe's `drp.beta`. `didr_blackbox` is trained
+on the analytic checker, which has no gradient, with the importance estimator: it stands beside the fronts. Everything finished in
 `--work` is kept: call again to go on. Writes ``pareto.json``, ``pareto.png`` and ``table.md``.
 """
 
@@ -59,6 +60,7 @@ class Method:
     overrides: tuple[str, ...]
     strength: Callable[[Config, float], str] | None = None
     weights: tuple[float, ...] = ()  # its own, where a sweep would say nothing
+    apart: bool = False  # measured, but on no front: its reward is what the others are judged by
 
     def settings(self, base: Config, weight: float) -> Overrides:
         """Overrides of the training at ``weight``."""
@@ -75,6 +77,15 @@ METHODS: dict[str, Method] = {
     "didr_tweedie": Method(
         ("algorithm=didr", "drp.estimator=tweedie", "drp.steps=1", "drp.snr_gate=true"),
         lambda base, weight: f"drp.beta={base.drp.beta / weight:g}",
+    ),
+    "didr_blackbox": Method(
+        (
+            "algorithm=didr",
+            "reward=didr_core.zoo.checker_reward:CheckerReward",
+            *("drp.estimator=importance", "drp.steps=2", "drp.particles=8", "drp.snr_gate=false"),
+        ),
+        lambda base, weight: f"drp.beta={2 * base.drp.beta / weight:g}",
+        apart=True,
     ),
     "diff_instruct_pp": Method(("algorithm=diff_instruct_pp",), _weight("diff_instruct_pp")),
     "diff_instruct_star": Method(("algorithm=diff_instruct_star",), _weight("diff_instruct_star")),
@@ -330,8 +341,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for label, rows in measured.items()
     }
     summary = summarise(arrays, arrays["teacher"]["features"], len(given.seeds), given.resamples)
-    sweeps = {m: list(dict.fromkeys(p.label for p in todo if p.method == m)) for m in given.methods}
-    competing = {label: values for label, values in summary.items() if label != "teacher"}
+    sweeps = {
+        m: list(dict.fromkeys(p.label for p in todo if p.method == m)) for m in given.methods if not METHODS[m].apart
+    }
+    on_fronts = {"start", *itertools.chain(*sweeps.values())}
+    competing = {label: values for label, values in summary.items() if label in on_fronts}
     command = "python -m benchmarks.pareto " + " ".join(arguments if arguments is not None else sys.argv[1:])
     of_label = {p.label: p for p in todo}
     tree = {
@@ -347,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for label, values in summary.items()
         },
         "fronts": fronts(competing, sweeps),
-        "by_seed": by_seed({k: v for k, v in arrays.items() if k != "teacher"}, arrays["teacher"]["features"], sweeps),
+        "by_seed": by_seed({k: v for k, v in arrays.items() if k in on_fronts}, arrays["teacher"]["features"], sweeps),
         "intervals": f"95 %, bootstrap over captions and training seeds, {given.resamples} resamples",
         "facts": provenance(base.data.heldout, [command.strip()]),
     }

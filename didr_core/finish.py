@@ -48,20 +48,18 @@ class Gallery:
         made = (backbone.decode(backbone.generate(network, z[r], self.condition[r])).float().cpu() for r in rows)
         return torch.cat(list(made))
 
-    def show(self, path: Path, title: str) -> Path:
-        """A grid of the start beside the running average of now."""
+    def show(self, path: Path, title: str, network: nn.Module | None = None) -> Path:
+        """A grid of the start beside ``network``, the running average of now."""
         if self.start is None:
             self.start = self.pictures(self.learner.generator("start"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        now = self.pictures(self.learner.generator("ema"))
+        now = self.pictures(network or self.learner.generator("ema"))
         self.draw({"start": self.start, "aligned": now}, self.captions, path, title)
         return path
 
-    def after(self, step: int) -> None:
-        """The grid of a step, where `evaluation.every` asks for one."""
-        every = self.config.evaluation.every
-        if every and step % every == 0:
-            self.show(self.run.path / "grids" / f"step-{step:06d}.png", f"{self.config.name}, step {step}")
+    def after(self, step: int, network: nn.Module) -> None:
+        """The grid of a step."""
+        self.show(self.run.path / "grids" / f"step-{step:06d}.png", f"{self.config.name}, step {step}", network)
 
 
 def finish(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from didr_core import drp, losses, precision, roles
+from didr_core import drp, losses, precision, roles, sharding
 from didr_core.anchor import AnchorPairs
 from didr_core.config import Config, Optim, build
 from didr_core.contracts import Backbone, Batch, NonFiniteError, Parallel, Reward, StepReport
@@ -52,7 +52,9 @@ class Learner:
             device=self.device,
             seed=config.seed,
             ema=config.train.ema > 0,
+            workers=self.parallel.world,
         )
+        self.split = config.roles.shard and self.parallel.world > 1
         self.generator_net, self.assistant_net = nets.generator, nets.assistant
         self.reference_net, self.ema_net = nets.reference, nets.ema
         self.generator_weights = self._weights(nets.generator, config.roles.generator)
@@ -79,6 +81,19 @@ class Learner:
         if which == "start":
             return roles.start(self.backbone, self.config.backbone, self.config.roles, self.generator_net, self.device)
         return {"generator": self.generator_net, "ema": self.ema_net, "reference": self.reference_net}[which]
+
+    def whole(self) -> nn.Module | None:
+        """The generator's running average in one piece; where networks are split, on rank 0 alone, and every worker must call it."""
+        if not (self.split and self.config.roles.generator == "full"):
+            return self.ema_net
+        state = sharding.whole_state(self.ema_net)
+        if self.parallel.rank:
+            return None
+        return roles.filled(self.backbone, state, self.device)
+
+    def gather(self) -> None:
+        """Training is over: from now on :meth:`generator` gives whole networks on rank 0. Every worker must call it."""
+        self.ema_net = self.whole() or self.ema_net
 
     def step(self, batch: Batch) -> StepReport:
         """One iteration on this rank's share of the global batch.
@@ -177,9 +192,11 @@ class Learner:
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in weights]
         flags = torch.tensor(float(len(bad)), device=self.device)
-        self.parallel.mean_([flags, *sums.values(), *gradients])
+        own = [g for g in gradients if not sharding.is_split(g)]  # the others were averaged by their backward passes
+        self.parallel.mean_([flags, *sums.values(), *own])
         norm = torch.nn.utils.get_total_norm(gradients)
-        if flags > 0 or not math.isfinite(norm.item()):
+        size_of_all = sharding.whole(norm).item()
+        if flags > 0 or not math.isfinite(size_of_all):
             where = f"prompt ids {bad}" if bad else "its gradient, or another worker's samples"
             raise NonFiniteError(
                 f"step {self.step_count + 1}: non-finite {name} loss or reward at {where}. The update was not applied and the last good "
@@ -189,7 +206,7 @@ class Learner:
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _rate(settings, self.step_count, self.config.train.steps)
         optimizer.step()
-        return {k: v.item() for k, v in sums.items()} | {f"grad/{name}": norm.item()}
+        return {k: v.item() for k, v in sums.items()} | {f"grad/{name}": size_of_all}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs."""

@@ -2,7 +2,7 @@
 
 Weights, gradients, moments, masters and averages are parameter counts times bytes. Activations come from :mod:`didr_core.footprint`:
 each network is run on the meta device at this recipe's size, and what would be alive is counted. Added to both: a CUDA context, and
-:data:`MARGIN` for fragmentation and workspaces. LoRA's own activations and FLOPs (a few per cent) are inside that margin.
+:data:`MARGIN` for fragmentation and workspaces. LoRA's own activations and FLOPs (a few per cent) are inside it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from didr_core import registry, shapes
-from didr_core.config import Config, Optim, dump, validate
+from didr_core import registry, shapes, sharding
+from didr_core.config import Config, Optim
 from didr_core.contracts import DIDRError
 from didr_core.footprint import NOTHING, Cost
 from didr_core.roles import starts_as_reference
@@ -93,12 +93,13 @@ def plan(config: Config) -> Plan | None:
     of = shapes.family(config.backbone)
     if of is None:
         return None
-    roles, workers = config.roles, config.workers
+    workers = config.workers
     costs = _Costs(config, of)
     held = [
         *_reference(config, costs),
         *_trained("generator", config, costs),
         *(_trained("assistant", config, costs) if config.sizes.assistant_updates else []),
+        *_gathered(config, costs),
         *_judges(config, of, costs),
         Line("process", "CUDA context", "kernels and libraries", CONTEXT),
     ]
@@ -107,13 +108,12 @@ def plan(config: Config) -> Plan | None:
     trainer = Process("trainer", workers.train, workers.train_gpus, held, _phases(config, costs))
     processes = [trainer]
     if costs.reward_parameters:
-        dtype = roles.dtype.reference if costs.shared else roles.dtype.generator
+        dtype = costs.dtypes["generator"]
         weights = Line("generator", "weights", *_times(costs.parameters, dtype))
         b = config.sizes.micro_batch
         once = max(shapes.network_cost(of, dtype, None, False).peak, costs.decode_plain.peak, costs.reward_plain.peak)
         phases = [Line("reward", "pictures of the start, scored", f"{b} x {once / GIB:.2f} GiB", b * once)]
-        context = Line("process", "CUDA context", "", CONTEXT)
-        lines = [weights, *_judges(config, of, costs), context]
+        lines = [weights, *_judges(config, of, costs), Line("process", "CUDA context", "", CONTEXT)]
         processes.append(Process("reward actor", workers.rewards, workers.reward_gpus, lines, phases))
     text = shapes.text_parameters(of)
     if text:
@@ -205,16 +205,32 @@ def _trained(role: str, config: Config, costs: _Costs) -> list[Line]:
             lines.append(Line(role, "frozen start", *_times(count, dtype)))
         count = costs.adapter
     update = "master" if kind == "lora" else config.roles.update
-    lines.append(Line(role, "adapter" if kind == "lora" else "weights", *_times(count, dtype)))
     mastered = dtype == "bfloat16" and update == "master"
-    if mastered:
-        lines.append(Line(role, "master weights", *_times(count, "float32")))
-    lines.append(Line(role, "gradients", *_times(count, "float32" if mastered else dtype)))
     size, how = _moments(optim, dtype == "bfloat16" and update == "stochastic")
-    lines.append(Line(role, "Adam moments", f"{count / 1e6:,.0f}M x {size} B ({how})", count * size))
-    if role == "generator" and config.train.ema > 0:
-        lines.append(Line(role, "running average", *_times(count, "float32")))
-    return lines
+    own = [
+        ("adapter" if kind == "lora" else "weights", *_times(count, dtype)),
+        *([("master weights", *_times(count, "float32"))] if mastered else []),
+        ("gradients", *_times(count, "float32" if mastered else dtype)),
+        ("Adam moments", f"{count / 1e6:,.0f}M x {size} B ({how})", count * size),
+        *([("running average", *_times(count, "float32"))] if role == "generator" and config.train.ema > 0 else []),
+    ]
+    parts = config.workers.train if kind == "full" and _split(config) else 1
+    split = f" / {parts} workers" if parts > 1 else ""
+    return [*lines, *(Line(role, what, how + split, size / parts) for what, how, size in own)]
+
+
+def _split(config: Config) -> bool:
+    return config.roles.shard and config.workers.train > 1
+
+
+def _gathered(config: Config, costs: _Costs) -> list[Line]:
+    """Of split networks: the block in use and the next one, and the gradient of a block in float32, twice (to reduce, and reduced)."""
+    if not _split(config):
+        return []
+    largest = max(sharding.unit_sizes(costs.network))
+    bytes_ = max(BYTES[costs.dtypes[r]] for r in ("generator", "assistant") if getattr(config.roles, r) == "full")
+    how = f"largest block {largest / 1e6:,.0f}M x (2 x {bytes_} B + 2 x 4 B)"
+    return [Line("split networks", "gathered blocks", how, largest * (2 * bytes_ + 8))]
 
 
 def _moments(optim: Optim, stochastic: bool) -> tuple[int, str]:
@@ -282,10 +298,11 @@ def _ending(config: Config, costs: _Costs) -> Line:
     """Grid and scores: text towers, the start where it is not a base that is there, the held-out judge, pictures without gradient."""
     of, batch = costs.family, config.train.micro_batch or 64
     text = shapes.text_parameters(of) * BYTES[getattr(config.backbone, "text_dtype", "float32")]
-    start = costs.parameters * BYTES[costs.dtypes["generator"]] if config.roles.generator == "full" else 0
+    full = costs.parameters if config.roles.generator == "full" else 0
+    start, gathered = full * BYTES[costs.dtypes["generator"]], full * BYTES["float32"] * _split(config)
     judge = shapes.rewards(config.judge)[0] * BYTES["float32"]
     made = batch * max(costs.plain["generator"].peak, shapes.decoder_cost(of, False).peak)
-    sizes = {"text": text, "start": start, "judge": judge, f"{batch} pictures": made}
+    sizes = {"text": text, "start": start, "whole average": gathered, "judge": judge, f"{batch} pictures": made}
     how = " + ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
     return Line("end of the run", "grid and scores", how, sum(sizes.values()))
 
@@ -324,65 +341,3 @@ def _flops(config: Config, costs: _Costs) -> list[tuple[str, str, float]]:
         watch = costs.decode_plain.forward + costs.reward_plain.forward
         rows.append(("decoder and reward", f"{pictures} with backward + 1 for the logs", pictures * seen + watch))
     return rows
-
-
-CHANGES = (
-    "roles.checkpointing=true",
-    "train.micro_batch=1",
-    "roles.dtype=bfloat16",
-    "roles.assistant=lora",
-    "drp.checkpointing=true",
-    "roles.update=stochastic",
-    "train.ema=0",
-    "drp.steps=1",
-    "roles.generator=lora",
-)
-"""What is tried, in this order, where a recipe does not fit: what changes the result least comes first."""
-
-
-def advice(config: Config, gigabytes: float) -> list[str]:
-    """Fewest of :data:`CHANGES`, tried in order, after which the plan fits; empty where none of them is enough."""
-    made: list[str] = []
-    best = plan(config)
-    assert best is not None
-    for change in CHANGES:
-        if best.fits(gigabytes):
-            break
-        try:
-            tried = changed(config, change)
-        except DIDRError:  # not with this estimator, this optimizer, ...
-            continue
-        other = plan(tried)
-        assert other is not None
-        if other.gpu_bytes()[1] < best.gpu_bytes()[1]:
-            config, best = tried, other
-            made.append(change)
-    return made if best.fits(gigabytes) else []
-
-
-def changed(config: Config, change: str) -> Config:
-    """``config`` with one ``section.key=value``."""
-    import yaml
-
-    key, _, value = change.partition("=")
-    section, _, name = key.partition(".")
-    tree = dump(config)
-    tree[section] = {**tree[section], name: yaml.safe_load(value)}
-    return validate(tree)
-
-
-def check(config: Config, gigabytes: float) -> None:
-    """For preflight.
-
-    Raises:
-        DIDRError: the recipe does not fit on a GPU of ``gigabytes``; names what to change.
-    """
-    made = plan(config)
-    if made is None or made.fits(gigabytes):
-        return
-    where, used = made.gpu_bytes()
-    changes = advice(config, gigabytes)
-    fix = " ".join(f"--set {c}" for c in changes) or "a smaller backbone.resolution, or a larger GPU"
-    raise DIDRError(
-        f"memory: {where} needs about {used / 1e9:.0f} GB, the GPU has {gigabytes:.0f} GB. Change: {fix}. `didr doctor` shows why."
-    )

@@ -38,6 +38,11 @@ def check(config: Config) -> None:
                 f"{key}.optimizer='adamw8bit': does not round stochastically. Use roles.update=master, or {key}.optimizer=adamw "
                 "(with betas[0]=0 it keeps one moment only)."
             )
+        if config.roles.shard and getattr(config.roles, key) == "full":
+            raise DIDRError(
+                f"{key}.optimizer='adamw8bit': bitsandbytes cannot update weights that are split over workers. Use {key}.optimizer=adamw, "
+                "or roles.shard=false."
+            )
 
 
 class Weights:
@@ -112,6 +117,20 @@ def optimizer(weights: Weights, settings: Optim, seed: int) -> torch.optim.Optim
         made = torch.optim.AdamW(values, **options, fused=all(v.is_cuda for v in values) or None)
     made.register_step_post_hook(lambda *_: weights.publish())
     return made
+
+
+def begin(optimizer: torch.optim.Optimizer) -> None:
+    """Make the moments that a first update makes, where there are none, to have something to load into. Weights stay as they are."""
+    if optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 class StochasticAdamW(torch.optim.Optimizer):

@@ -7,7 +7,7 @@ import shutil
 
 import torch
 
-from didr_core import memory, precision
+from didr_core import fit, precision
 from didr_core.config import Config, build
 from didr_core.contracts import DIDRError
 from didr_core.data import PromptIndex
@@ -51,7 +51,7 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
         find_export(config.evaluation.control)
     if torch.cuda.is_available():
         cards = range(torch.cuda.device_count())
-        memory.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
+        fit.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
     _output(config)
     return index
 

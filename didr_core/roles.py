@@ -18,19 +18,20 @@ import functools
 import json
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from didr_core.components import Component, Strict
 from didr_core.contracts import Backbone, DIDRError
+from didr_core.sharding import split
 
 Kind = Literal["full", "lora"]
 Dtype = Literal["float32", "bfloat16"]
@@ -60,11 +61,26 @@ class Roles(Strict):
         description="how bfloat16 weights move: a float32 master copy, or stochastic rounding (full networks only; less memory)",
     )
     checkpointing: bool = Field(False, description="recompute activations in backward: less memory, one forward more")
+    shard: bool = Field(
+        False,
+        description="split fully trained networks over the workers (FSDP2): weights, gradients, moments, masters and average",
+    )
 
     @field_validator("dtype", mode="before")
     @classmethod
     def _one_for_all(cls, value: Any) -> Any:
         return dict.fromkeys(Dtypes.model_fields, value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _can_be_split(self) -> Roles:
+        if self.shard and "full" not in (self.generator, self.assistant):
+            raise ValueError("shard=true: generator and assistant are adapters, which are not split. Use shard=false.")
+        if self.shard and self.update == "stochastic":
+            raise ValueError(
+                "shard=true with update=stochastic: split weights are not rounded stochastically. Use update=master, "
+                "whose copy is split, too."
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,7 @@ class Mode:
         self.layers: list[dict[str, Any]] = []  # __dict__ of each LoRA layer: an attribute of nn.Module is slow to set
         self.role: str | None = None
         self.frozen: tuple[nn.Parameter, ...] = ()
+        self.gathered: Callable[[], Callable[[], Iterable[nn.Parameter]] | None] | None = None  # of a split network
 
     @classmethod
     def of(cls, network: nn.Module) -> Mode:
@@ -96,7 +113,9 @@ class Mode:
     def __call__(self, role: str | None, frozen: Sequence[nn.Parameter] = ()) -> Iterator[None]:
         """Be ``role`` (None: the bare base) inside; no gradient reaches the weights in ``frozen`` from calls made inside."""
         before = self.role, self.frozen
-        off = [p for p in frozen if p.requires_grad]
+        gathered = self.gathered and self.gathered()
+        # recomputation finds blocks of a split network gathered already: as parameters of their own
+        off = [p for p in (*frozen, *(gathered() if frozen and gathered else ())) if p.requires_grad]
         self._enter(role, tuple(frozen))
         for p in off:
             p.requires_grad_(False)
@@ -179,9 +198,16 @@ def starts_as_reference(backbone: Component) -> bool:
 
 
 def networks(
-    backbone: Backbone, config: Component, roles: Roles, *, device: torch.device, seed: int, ema: bool
+    backbone: Backbone,
+    config: Component,
+    roles: Roles,
+    *,
+    device: torch.device,
+    seed: int,
+    ema: bool,
+    workers: int = 1,
 ) -> Networks:
-    """Load every role of ``roles`` onto ``device``.
+    """Load every role of ``roles`` onto ``device``, split over ``workers`` where it says so.
 
     Args:
         config: the backbone's. seed: of the adapters' first factor (the second is zero, so a role starts as its base).
@@ -191,9 +217,14 @@ def networks(
         DIDRError: no layer matches ``roles.targets``, or the family cannot do what is asked.
     """
     load = functools.partial(_load, backbone, device)
+    shard = roles.shard and workers > 1
+    trained = functools.partial(
+        _load, backbone, torch.device("cpu") if shard else device
+    )  # a part of it goes to the device
     shared = roles.generator == "lora" and starts_as_reference(config)
-    generator = None if shared else load("generator", roles.dtype.generator)
-    assistant = load("assistant", roles.dtype.assistant) if roles.assistant == "full" else None
+    of_generator = load if roles.generator == "lora" else trained
+    generator = None if shared else of_generator("generator", roles.dtype.generator)
+    assistant = trained("assistant", roles.dtype.assistant) if roles.assistant == "full" else None
     base = load("reference", roles.dtype.reference)
     average: nn.Module
     if roles.generator == "lora":
@@ -213,6 +244,12 @@ def networks(
         cast_inputs(network)
         if roles.checkpointing:
             _checkpoint(network)
+    if shard:
+        full = [generator, average] if roles.generator == "full" else []
+        full += [assistant] if roles.assistant == "full" else []
+        for network in {id(n): n for n in full}.values():
+            split(network, device)
+            Mode.of(network).gathered = weakref.WeakMethod(network.parameters)
     return Networks(generator, assistant, reference, average)
 
 
@@ -237,6 +274,14 @@ def bare_generator(backbone: Backbone, config: Component, roles: Roles) -> nn.Mo
         return backbone.load_network("generator")
     base = backbone.load_network("reference" if starts_as_reference(config) else "generator")
     return add_adapter(base, "generator", roles, backbone, 0)
+
+
+def filled(backbone: Backbone, state: dict[str, Tensor], device: torch.device) -> nn.Module:
+    """A generator on ``device`` that holds ``state``, in its type."""
+    network = backbone.load_network("generator").to(next(iter(state.values())).dtype).requires_grad_(False)
+    network.load_state_dict(state)
+    cast_inputs(network)
+    return network.to(device)
 
 
 def _load(backbone: Backbone, device: torch.device, role: str, dtype: Dtype) -> nn.Module:

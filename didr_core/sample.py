@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from didr_core import config as configs
-from didr_core import roles
+from didr_core import roles, state
 from didr_core.config import Config, build
 from didr_core.contracts import Backbone, DIDRError
 from didr_core.runs import RunFolder
@@ -74,8 +74,7 @@ def trained_generator(config: Config, run: RunFolder, which: str = "ema") -> tup
     step = run.last_step()
     if not step:
         raise DIDRError(f"run {run.path}: no checkpoint yet, so there is nothing to export.")
-    state = torch.load(run.checkpoint(step) / "state.pt", map_location="cpu", weights_only=True, mmap=True)
     backbone: Backbone = build("backbones", config.backbone)
     network = roles.bare_generator(backbone, config.backbone, config.roles)
-    network.load_state_dict(state["learner"][which])
+    network.load_state_dict(state.read(run.checkpoint(step), which, network.state_dict()))
     return backbone, network.requires_grad_(False), step

@@ -1,39 +1,159 @@
-"""Checkpoints: everything a resume needs, in one folder, written whole or not at all."""
+"""Checkpoints: everything a resume needs, in one folder, written whole or not at all.
+
+state.pt      all of it, or all but what is split over workers; it comes last: without it the folder is no checkpoint
+shards/       what is split, written by all workers (:mod:`didr_core.sharding`)
+"""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from didr_core import precision, sharding
 from didr_core.contracts import DIDRError
 from didr_core.learner import Learner
 
 FILE = "state.pt"
 
 
+class Saver:
+    """Writes the checkpoints of a learner. Where its networks are split, every rank has one and calls it equally often."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        self._writer = sharding.Writer() if learner.split else None
+        self._folder, self._bytes = Path(), 0  # of what is being written
+
+    def save(self, folder: Path, extra: dict[str, Any], then: Callable[[], None] = lambda: None) -> None:
+        """Write the state of now to ``folder``; ``then`` is called when it is there. What is split is written while training goes on.
+
+        Args:
+            extra: plain data (numbers, strings, lists, dicts).
+
+        Raises:
+            DIDRError: no room on the disk; names path, bytes needed and free. What was there before is untouched. Of what is
+                written in the background, the next call or :meth:`wait` says so.
+        """
+        self.wait()
+        tree = {"learner": self.learner.state_dict(), "extra": extra}
+        size = _bytes(tree)
+        if self._writer is None:
+            with _words(folder, size):
+                _write(folder, tree)
+            then()
+            return
+        rest, split = sharding.take_out(tree)
+        first = self.learner.parallel.rank == 0
+        file = io.BytesIO()
+        if first:  # a copy: training goes on
+            torch.save(rest, file)
+
+        def complete() -> None:
+            if first:
+                _write(folder, file)
+                then()
+
+        self._folder, self._bytes = folder, size
+        with _words(folder, size):
+            self._writer.start(folder, split, complete)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is whole.
+
+        Raises:
+            DIDRError: see :meth:`save`.
+        """
+        if self._writer is not None:
+            with _words(self._folder, self._bytes):
+                self._writer.wait()
+
+
 def save(folder: Path, learner: Learner, extra: dict[str, Any]) -> None:
-    """Write ``folder/state.pt`` atomically. ``extra`` must be plain data (numbers, strings, lists, dicts).
+    """A checkpoint, now: see :class:`Saver`."""
+    saver = Saver(learner)
+    saver.save(folder, extra)
+    saver.wait()
+
+
+def load(folder: Path, learner: Learner) -> dict[str, Any]:
+    """Restore ``learner`` exactly, whatever number of workers wrote the checkpoint; returns ``extra``.
 
     Raises:
-        DIDRError: no room on the disk; names path, bytes needed and free. What was there before is untouched.
+        DIDRError: no checkpoint there, or one of another model.
     """
+    with _damage(folder):
+        state = _read(folder, mmap=False)
+        tree = state["learner"]
+        if learner.split or (folder / sharding.FOLDER).is_dir():
+            for optimizer in (learner.generator_opt, learner.assistant_opt):
+                precision.begin(optimizer)
+            tree = sharding.put_back(folder, tree, learner.state_dict())
+        learner.load_state_dict(tree)
+    return state["extra"]  # type: ignore[no-any-return]
+
+
+def read(folder: Path, name: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of one network, whole: ``name`` is "generator" or "ema", ``like`` its state before.
+
+    Raises:
+        DIDRError: no checkpoint there, or one of another model.
+    """
+    with _damage(folder):
+        tree: dict[str, Tensor] = _read(folder, mmap=True)["learner"][name]
+        return sharding.put_back(folder, tree, like) if (folder / sharding.FOLDER).is_dir() else tree
+
+
+def _read(folder: Path, mmap: bool) -> dict[str, Any]:
+    path = folder / FILE
+    if not path.is_file():
+        raise DIDRError(f"checkpoint {folder}: {FILE} is missing")
+    # to the CPU: beside the networks a GPU has no room for a second copy
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise DIDRError(
+            f"checkpoint {folder / FILE}: does not fit this recipe, or is damaged ({str(error)[:200]})"
+        ) from error
+
+
+def _write(folder: Path, tree: Any) -> None:
+    """``folder/state.pt``, atomically; ``tree`` may be one that is serialised already."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / (FILE + ".part")
-    state = {"learner": learner.state_dict(), "extra": extra}
     try:
         with partial.open("wb") as file:
-            torch.save(state, file)
+            if isinstance(tree, io.BytesIO):
+                file.write(tree.getbuffer())
+            else:
+                torch.save(tree, file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(folder / FILE)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _words(folder: Path, needed: int) -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError) as error:
         # torch reports a short write as RuntimeError
-        partial.unlink(missing_ok=True)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "write" in str(error).lower()
         if isinstance(error, OSError) and not full:
             raise DIDRError(
@@ -41,33 +161,16 @@ def save(folder: Path, learner: Learner, extra: dict[str, Any]) -> None:
             ) from error
         if not full:
             raise
-        needed, free = _bytes(state), shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
         raise DIDRError(
             f"checkpoint {folder}: the disk is full: about {needed:,} bytes needed, {free:,} free. Earlier checkpoints are kept; "
             "free some space and continue with `didr align --resume`."
         ) from error
 
 
-def load(folder: Path, learner: Learner) -> dict[str, Any]:
-    """Restore ``learner`` exactly; returns ``extra``.
-
-    Raises:
-        DIDRError: no checkpoint there, or one of another model.
-    """
-    path = folder / FILE
-    if not path.is_file():
-        raise DIDRError(f"checkpoint {folder}: {FILE} is missing")
-    try:
-        state = torch.load(
-            path, map_location="cpu", weights_only=True
-        )  # beside the networks a GPU has no room for a second copy
-        learner.load_state_dict(state["learner"])
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise DIDRError(f"checkpoint {path}: does not fit this recipe, or is damaged ({str(error)[:200]})") from error
-    return state["extra"]  # type: ignore[no-any-return]
-
-
 def _bytes(value: Any) -> int:
+    if sharding.is_split(value):
+        value = value.to_local()
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):

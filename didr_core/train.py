@@ -53,6 +53,7 @@ class Journal:
     def __init__(self, run: RunFolder, config: Config, learner: Learner, corpus: str) -> None:
         self.run, self.config, self.learner, self.corpus = run, config, learner, corpus
         self.alarms = Alarms()
+        self.saver = state.Saver(learner)
 
     def restore(self) -> None:
         """Go to the newest complete checkpoint, if there is one.
@@ -72,11 +73,12 @@ class Journal:
         self.alarms.load_state_dict(extra["alarms"])
 
     def save(self) -> None:
-        """Write a checkpoint of now, then remove the oldest ones."""
+        """Write a checkpoint of now, then remove the oldest ones. Where networks are split, every rank calls it."""
         step = self.learner.step_count
         extra = {"corpus": self.corpus, "alarms": self.alarms.state_dict(), "cursor": step * self.config.train.batch}
-        state.save(self.run.checkpoint(step), self.learner, extra)
-        self.run.prune(self.config.train.keep_checkpoints)
+        self.saver.save(
+            self.run.checkpoint(step), extra, then=lambda: self.run.prune(self.config.train.keep_checkpoints)
+        )
 
     def judge(self, report: StepReport, seconds: float, waited: float) -> StepReport:
         """``report`` with times and alarms."""
@@ -98,13 +100,13 @@ def loop(
 
     Args:
         batches: one a step, from the step that the learner is at.
-        writes: this rank writes metrics and checkpoints (rank 0). gallery: draws grids on the way.
+        writes: this rank writes metrics and checkpoints (rank 0). gallery: draws grids on the way, every `evaluation.every` steps.
 
     Raises:
         NonFiniteError: see :meth:`Learner.step`; checkpoints stay as they are.
         DIDRError: the stream ended early or out of order, or the disk is full.
     """
-    train = journal.config.train
+    train, every = journal.config.train, journal.config.evaluation.every
     stream = iter(batches)
     end = train.steps if until is None else min(until, train.steps)
     while learner.step_count < end:
@@ -121,12 +123,15 @@ def loop(
         if writes:
             journal.run.log(report)
         observer.step(report)
-        if gallery:
-            gallery.after(report.step)
+        if every and report.step % every == 0:
+            network = learner.whole()
+            if gallery and network:
+                gallery.after(report.step, network)
         if report.step % train.checkpoint_every == 0 or report.step == train.steps:
-            if writes:
+            if writes or learner.split:
                 journal.save()
             observer.checkpoint(report.step)
+    journal.saver.wait()
 
 
 def train(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from didr_core import config as configs
-from didr_core import memory
+from didr_core import fit, memory
 from didr_core.config import Config
 from didr_core.contracts import DIDRError
 from didr_core.memory import GIB, Line, Plan
@@ -105,7 +105,7 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
         out.print("no process asks for a GPU (workers.train_gpus=0): nothing to fit")
     if made.fits(gigabytes):
         return True
-    changes = memory.advice(config, gigabytes)
+    changes = fit.advice(config, gigabytes)
     fix = " ".join(f"--set {c}" for c in changes)
     out.print(
         f"change this: {fix}" if fix else "no single setting is enough: a smaller backbone.resolution, or a larger GPU"

@@ -84,6 +84,7 @@ def _train(config: Config, run: RunFolder, ranks: Parallel, corpus: str, scorers
     gallery = Gallery(learner, config, run, save_grid) if first and config.evaluation.every else None
     stage("waiting for the first prompts", 0, 0)
     loop(learner, stream, journal, Reporter(), writes=first, gallery=gallery)
+    learner.gather()
     if first:
         finish(learner, config, run, stage, save_grid)
 

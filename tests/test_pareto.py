@@ -20,7 +20,8 @@ def test_every_method_and_weight_is_a_valid_run() -> None:
     base = config.load("tiny")
     for name, method in pareto.METHODS.items():
         for weight in pareto.WEIGHTS:
-            assert config.load("tiny", method.settings(base, weight)).algorithm.name == name.removesuffix("_tweedie")
+            made = config.load("tiny", method.settings(base, weight))
+            assert made.algorithm.name == name.removesuffix("_tweedie").removesuffix("_blackbox")
     stronger = config.load("tiny", pareto.METHODS["didr"].settings(base, 2.0))
     assert stronger.drp.beta == pytest.approx(base.drp.beta / 2)
     dmdr = [config.load("tiny", pareto.METHODS["dmdr"].settings(base, w)).algorithm for w in (1.0, 4.0)]

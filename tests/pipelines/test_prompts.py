@@ -129,19 +129,23 @@ def test_the_real_actors_give_what_one_process_gives(toy: Path) -> None:
 
 
 def test_tiny_zimage_trains_with_two_workers_as_with_one(tmp_path: Path) -> None:
-    """The whole job on the cluster that is there: long padded conditions through the stream, a network that takes lists under two ranks."""
+    """The whole job on the cluster that is there: long padded conditions, a network that takes lists and is split over two ranks."""
     pipeline = random_models.zimage(tmp_path / "zimage")
     settings = [f"backbone.pipeline={pipeline}", "train.steps=2", "train.checkpoint_every=2", "evaluation.grid=2"]
     settings += ["evaluation.prompts=0", "tracking.uri=none"]
-    two = align("tiny_zimage", settings, output=str(tmp_path / "two"))
+    two = align("tiny_zimage", [*settings, "roles.shard=true", "evaluation.every=2"], output=str(tmp_path / "two"))
     one = RunFolder.create(config := configs.load("tiny_zimage", [*settings, "workers.train=1"]), str(tmp_path / "one"))
     with outcome(one):
         train(config, one, preflight(config))
     assert (two.path / "export" / "transformer").is_dir() and (two.path / "grid.png").is_file()
+    assert (two.path / "grids" / "step-000002.png").is_file()
+    assert sorted(p.name for p in two.checkpoint(2).iterdir()) == ["shards", "state.pt"]
     rows = [[json.loads(line) for line in run.metrics_path.read_text().splitlines()] for run in (two, one)]
     for ours, theirs in zip(*rows, strict=True):
         for key in ("loss/assistant", "loss/generator", "reward/gain", "grad/generator", "grad/assistant"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-2, abs=1e-3), key
+    align(resume=str(two.path), overrides=["train.steps=3", "workers.train=1"], local=True)
+    assert two.last_step() == 3 and [p.name for p in two.checkpoint(3).iterdir()] == ["state.pt"]
 
 
 def corpus(folder: Path, rows: int) -> str:
