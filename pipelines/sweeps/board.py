@@ -34,6 +34,19 @@ WATCH_S = 5.0
 GRACE_S = 120.0  # from the watchdog's interrupt to its last resort
 
 
+class Curve(Observer):
+    """Steps to an MLflow run."""
+
+    def __init__(self, tracker: tracking.Tracker) -> None:
+        self.tracker = tracker
+
+    def step(self, report: StepReport) -> None:
+        """Metrics, and alarms where any rang."""
+        self.tracker.metrics(report.step, report.metrics)
+        if report.alarms:
+            self.tracker.alarms(report.step, report.alarms)
+
+
 class TrialBoard(Observer):
     """One running trial: its line, and its MLflow run."""
 
@@ -48,10 +61,7 @@ class TrialBoard(Observer):
         self.values |= report.metrics
         self.board.news()
         with self.board.guard:
-            tracker = self.board.tracker(self.number)
-            tracker.metrics(report.step, report.metrics)
-            if report.alarms:
-                tracker.alarms(report.step, report.alarms)
+            Curve(self.board.tracker(self.number)).step(report)
         self.board.show(self)
 
     def stage(self, text: str, done: int = 0, total: int = 0) -> None:
@@ -175,7 +185,10 @@ class Board:
         if result is None or number in closed:
             return
         with self.guard:
+            followed = number in self._trackers
             tracker = self.tracker(number)
+            if not followed:  # by an earlier driver, which may have died with the last steps in its hands
+                Follower(self.folder.trial(number), Curve(tracker)).look()
             finals = {k: result[k] for k in ("gain", "distance", "score") if result.get(k) is not None}
             measured = {k: v for k, v in (result.get("measures") or {}).items() if v is not None}
             tracker.final({f"final/{k}": float(v) for k, v in (measured | finals).items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -315,3 +316,28 @@ def test_a_trials_plan_counts_the_actors_that_score_a_black_box() -> None:
     names = [g.name for g in plan.sweep_plan(configs.load("tiny_blackbox"), view, 2, 3).groups]
     assert "scoring actor of a trial" in names
     assert "scoring actor of a trial" not in [g.name for g in plan.sweep_plan(configs.load("tiny"), view, 2, 3).groups]
+
+
+def test_a_trial_that_an_earlier_driver_followed_gets_its_whole_curve(swept: SweepFolder, tmp_path: Path) -> None:
+    """That driver was killed with the last steps in its hands; and one that followed nothing at all."""
+    from pipelines import mlflow_tracking
+    from pipelines.sweeps.board import Board
+
+    folder = SweepFolder(Path(shutil.copytree(swept.path, tmp_path / "s")))
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with Board(folder, uri) as board:  # steps 1 and 2 of trial 0 arrive, then it dies
+        with board.guard:
+            tracker = board.tracker(0)
+        for row in read_lines(folder.trial(0).metrics_path)[:2]:
+            tracker.metrics(row["step"], {"time/step": row["time/step"]})
+        tracker.flush()  # type: ignore[attr-defined]
+    for _ in range(2):  # the second has nothing to do
+        with Board(folder, uri) as board:
+            for number in folder.points():
+                board.settle(number)
+    client = mlflow_tracking.client(uri)
+    for number, run in folder.info()["mlflow"]["trials"].items():
+        points = client.get_metric_history(run, "time/step")
+        assert [p.step for p in points] == list(range(1, STEPS + 1)), number
+        rows = read_lines(folder.trial(int(number)).metrics_path)
+        assert [p.value for p in points] == [row["time/step"] for row in rows]
