@@ -82,7 +82,7 @@ class Learner:
             return roles.start(self.backbone, self.config.backbone, self.config.roles, self.generator_net, self.device)
         return {"generator": self.generator_net, "ema": self.ema_net, "reference": self.reference_net}[which]
 
-    def whole(self) -> nn.Module | None:
+    def whole_average(self) -> nn.Module | None:
         """The generator's running average in one piece; where networks are split, on rank 0 alone, and every worker must call it."""
         if not (self.split and self.config.roles.generator == "full"):
             return self.ema_net
@@ -93,7 +93,7 @@ class Learner:
 
     def gather(self) -> None:
         """Training is over: from now on :meth:`generator` gives whole networks on rank 0. Every worker must call it."""
-        self.ema_net = self.whole() or self.ema_net
+        self.ema_net = self.whole_average() or self.ema_net
 
     def step(self, batch: Batch) -> StepReport:
         """One iteration on this rank's share of the global batch.

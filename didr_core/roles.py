@@ -18,7 +18,7 @@ import functools
 import json
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -102,7 +102,7 @@ class Mode:
         self.layers: list[dict[str, Any]] = []  # __dict__ of each LoRA layer: an attribute of nn.Module is slow to set
         self.role: str | None = None
         self.frozen: tuple[nn.Parameter, ...] = ()
-        self.gathered: Callable[[], Callable[[], Iterable[nn.Parameter]] | None] | None = None  # of a split network
+        self.split: weakref.ref[nn.Module] | None = None  # the network, where it is split over workers
 
     @classmethod
     def of(cls, network: nn.Module) -> Mode:
@@ -113,9 +113,9 @@ class Mode:
     def __call__(self, role: str | None, frozen: Sequence[nn.Parameter] = ()) -> Iterator[None]:
         """Be ``role`` (None: the bare base) inside; no gradient reaches the weights in ``frozen`` from calls made inside."""
         before = self.role, self.frozen
-        gathered = self.gathered and self.gathered()
+        network = self.split() if self.split and frozen else None
         # recomputation finds blocks of a split network gathered already: as parameters of their own
-        off = [p for p in (*frozen, *(gathered() if frozen and gathered else ())) if p.requires_grad]
+        off = [p for p in (*frozen, *(network.parameters() if network else ())) if p.requires_grad]
         self._enter(role, tuple(frozen))
         for p in off:
             p.requires_grad_(False)
@@ -218,38 +218,31 @@ def networks(
     """
     load = functools.partial(_load, backbone, device)
     shard = roles.shard and workers > 1
-    trained = functools.partial(
-        _load, backbone, torch.device("cpu") if shard else device
-    )  # a part of it goes to the device
+    of_trained = functools.partial(_load, backbone, torch.device("cpu") if shard else device)  # then a part of it there
+    place = functools.partial(_split, device=device) if shard else lambda network: network
     shared = roles.generator == "lora" and starts_as_reference(config)
-    of_generator = load if roles.generator == "lora" else trained
-    generator = None if shared else of_generator("generator", roles.dtype.generator)
-    assistant = trained("assistant", roles.dtype.assistant) if roles.assistant == "full" else None
+    generator: nn.Module
+    assistant: nn.Module
     base = load("reference", roles.dtype.reference)
     average: nn.Module
     if roles.generator == "lora":
-        root = base if shared else generator
-        assert root is not None
+        root = base if shared else load("generator", roles.dtype.generator)
         generator = add_adapter(root, "generator", roles, backbone, seed)
         average = add_adapter(root, "ema", roles, backbone, seed).float().requires_grad_(False) if ema else generator
     else:
-        assert generator is not None
-        average = copy.deepcopy(generator).float().requires_grad_(False) if ema else generator.requires_grad_(True)
-        generator.requires_grad_(True)
-    if assistant is None:
+        generator = of_trained("generator", roles.dtype.generator)
+        average = place(copy.deepcopy(generator).float().requires_grad_(False)) if ema else generator
+        place(generator.requires_grad_(True))
+    if roles.assistant == "lora":
         assistant = add_adapter(base, "assistant", roles, backbone, seed)
+    else:
+        assistant = place(of_trained("assistant", roles.dtype.assistant))
     assistant.requires_grad_(True)
     reference = LoRA(base, None) if shared or roles.assistant == "lora" else base
     for network in {id(n): n for n in (_root(generator), _root(assistant), _root(reference), _root(average))}.values():
         cast_inputs(network)
         if roles.checkpointing:
             _checkpoint(network)
-    if shard:
-        full = [generator, average] if roles.generator == "full" else []
-        full += [assistant] if roles.assistant == "full" else []
-        for network in {id(n): n for n in full}.values():
-            split(network, device)
-            Mode.of(network).gathered = weakref.WeakMethod(network.parameters)
     return Networks(generator, assistant, reference, average)
 
 
@@ -287,6 +280,11 @@ def filled(backbone: Backbone, state: dict[str, Tensor], device: torch.device) -
 def _load(backbone: Backbone, device: torch.device, role: str, dtype: Dtype) -> nn.Module:
     network = backbone.load_network(role).requires_grad_(False)
     return network.to(device) if dtype == "float32" else network.to(device, getattr(torch, dtype))
+
+
+def _split(network: nn.Module, device: torch.device) -> nn.Module:
+    Mode.of(network).split = weakref.ref(network)
+    return split(network, device)
 
 
 def _root(network: nn.Module) -> nn.Module:

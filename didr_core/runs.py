@@ -4,7 +4,7 @@
       config.yaml      the resolved configuration
       run.json         status, commit, versions, MLflow run id
       metrics.jsonl    one line a step; alarms.jsonl one line an alarm
-      checkpoints/step-000100/state.pt
+      checkpoints/step-000100/state.pt, and shards/ beside it where networks are split
       grids/*.png, curves.png, scores.json, report.html, export/    made at the end
 
 Files that are replaced are written beside and renamed. On a cluster the folder must be on storage that every node sees.

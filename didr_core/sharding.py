@@ -10,17 +10,18 @@ torch.distributed.checkpoint. Read back, it fits any number of workers, one with
 
 from __future__ import annotations
 
-import errno
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_map, tree_map_with_path
+
+from didr_core.contracts import DIDRError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -49,12 +50,18 @@ def split(network: nn.Module, device: torch.device) -> nn.Module:
     """``network`` itself, its parameters now :class:`DTensor` over the default process group, on ``device``; it may come from the CPU.
 
     Backward passes average gradients over workers, in float32.
+
+    Raises:
+        DIDRError: two layers share a weight, which would be split twice.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     for p in network.parameters():
         p.data = p.data.contiguous()  # parts are rows; channels_last is lost
+    names = [name for name, _ in network.named_parameters(remove_duplicate=False)]
+    if len(names) != len(list(network.parameters())):
+        raise DIDRError(f"roles.shard=true: layers of {type(network).__name__} share weights. Use roles.shard=false.")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for unit in units(network):
@@ -73,7 +80,7 @@ def is_split(value: Any) -> TypeGuard[DTensor]:
 
 
 def whole(value: Tensor) -> Tensor:
-    """All of a small tensor such as a norm. Every worker must call it."""
+    """All of a tensor, on every worker. Every worker must call it."""
     return value.full_tensor() if is_split(value) else value
 
 
@@ -103,14 +110,17 @@ def take_out(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 def put_back(folder: Path, tree: Any, live: Any) -> Any:
     """``tree`` with its marks replaced by what ``folder`` holds, and every tensor split (or not) as its counterpart in ``live`` is.
 
-    All workers must call it where anything in ``live`` is split.
+    Split counterparts are read into: a GPU has no room for a second copy. All workers must call it where anything in ``live`` is split.
+
+    Raises:
+        OSError, RuntimeError: what ``folder`` should hold is not there, or not readable.
     """
     read: dict[str, Tensor] = {}
 
     def room(value: Any, counterpart: Any) -> None:
         if _is_mark(value):
-            beside = counterpart if is_split(counterpart) else counterpart.to("meta")
-            read[value] = torch.empty_like(beside, device=counterpart.device if is_split(counterpart) else "cpu")
+            split = is_split(counterpart)
+            read[value] = counterpart.detach() if split else torch.empty_like(counterpart, device="cpu")
 
     def value_of(value: Any, counterpart: Any) -> Any:
         if _is_mark(value):
@@ -122,7 +132,7 @@ def put_back(folder: Path, tree: Any, live: Any) -> Any:
         import torch.distributed.checkpoint as dcp
 
         found = {name.removeprefix(MARK): value for name, value in read.items()}
-        with warnings.catch_warnings():
+        with _plain_errors(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*in a single process")  # it is what we want
             dcp.load(found, checkpoint_id=folder / FOLDER, no_dist=not any(map(is_split, found.values())))
     return tree_map(value_of, tree, live)
@@ -153,12 +163,14 @@ class Writer:
         """Copy ``tensors`` aside and return; they are written to ``folder/shards``. ``then`` follows when those of all workers are there.
 
         Raises:
-            OSError: see :meth:`wait`; of the checkpoint before.
+            OSError, RuntimeError: see :meth:`wait`; of the checkpoint before.
         """
         import torch.distributed.checkpoint as dcp
 
         self.wait()
-        written = dcp.async_save(tensors, checkpoint_id=folder / FOLDER, process_group=self._group)
+        # nothing is copied ahead: the tensors are on the CPU by then, and its thread would open a context on the first GPU
+        files = dcp.FileSystemWriter(folder / FOLDER, per_thread_copy_ahead=0)
+        written = dcp.async_save(tensors, storage_writer=files, process_group=self._group)
 
         def follow() -> None:
             written.result()  # type: ignore[union-attr]
@@ -170,20 +182,21 @@ class Writer:
         """Until what was started is on disk.
 
         Raises:
-            OSError: a worker could not write.
+            OSError, RuntimeError: a worker could not write.
         """
-        from torch.distributed.checkpoint.api import CheckpointException
-
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
-            pending.result()
-        except CheckpointException as error:
-            reasons = [failure[0] for failure in error.failures.values()]
-            found = next((r for r in reasons if isinstance(r, OSError)), None)
-            if found is None and any(
-                "write" in str(r).lower() for r in reasons
-            ):  # torch reports a short write as RuntimeError
-                found = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            raise (found or error) from error
+        if pending is not None:
+            with _plain_errors():
+                pending.result()
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The error of the worker that failed, in place of torch's summary of all workers (which is no Exception)."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        reason = next((failure[0] for failure in error.failures.values()), None)
+        raise (reason if isinstance(reason, OSError | RuntimeError) else RuntimeError(str(error))) from error

@@ -72,9 +72,15 @@ class Saver:
         Raises:
             DIDRError: see :meth:`save`.
         """
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        try:
             with _words(self._folder, self._bytes):
                 self._writer.wait()
+        except DIDRError:  # on a full disk every byte counts
+            if self.learner.parallel.rank == 0:
+                shutil.rmtree(self._folder / sharding.FOLDER, ignore_errors=True)
+            raise
 
 
 def save(folder: Path, learner: Learner, extra: dict[str, Any]) -> None:
@@ -94,9 +100,16 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
         state = _read(folder, mmap=False)
         tree = state["learner"]
         if learner.split or (folder / sharding.FOLDER).is_dir():
-            for optimizer in (learner.generator_opt, learner.assistant_opt):
-                precision.begin(optimizer)
-            tree = sharding.put_back(folder, tree, learner.state_dict())
+            optimizers = {"generator_opt": learner.generator_opt, "assistant_opt": learner.assistant_opt}
+            for name, optimizer in optimizers.items():
+                if tree[name]["state"]:  # else it had not begun: the assistant's head start
+                    precision.begin(optimizer)
+            live = learner.state_dict()
+            for name, value in tree.items():
+                if name in optimizers:
+                    value["state"] = sharding.put_back(folder, value["state"], live[name]["state"])
+                else:
+                    tree[name] = sharding.put_back(folder, value, live[name])
         learner.load_state_dict(tree)
     return state["extra"]  # type: ignore[no-any-return]
 
@@ -124,10 +137,8 @@ def _read(folder: Path, mmap: bool) -> dict[str, Any]:
 def _damage(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise DIDRError(
-            f"checkpoint {folder / FILE}: does not fit this recipe, or is damaged ({str(error)[:200]})"
-        ) from error
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise DIDRError(f"checkpoint {folder}: does not fit this recipe, or is damaged ({str(error)[:200]})") from error
 
 
 def _write(folder: Path, tree: Any) -> None:
@@ -154,7 +165,7 @@ def _words(folder: Path, needed: int) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         # torch reports a short write as RuntimeError
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "write" in str(error).lower()
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "PytorchStreamWriter" in str(error)
         if isinstance(error, OSError) and not full:
             raise DIDRError(
                 f"checkpoint {folder}: cannot write ({error}). Check permissions of the output folder."
@@ -169,8 +180,6 @@ def _words(folder: Path, needed: int) -> Iterator[None]:
 
 
 def _bytes(value: Any) -> int:
-    if sharding.is_split(value):
-        value = value.to_local()
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):

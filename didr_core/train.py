@@ -22,7 +22,7 @@ from didr_core import config as configs
 from didr_core import scales, state
 from didr_core.alarms import Alarms
 from didr_core.config import Config
-from didr_core.contracts import Batch, DIDRError, StepReport
+from didr_core.contracts import Batch, DIDRError, NonFiniteError, StepReport
 from didr_core.data import PromptIndex
 from didr_core.feed import LocalFeed, device_of
 from didr_core.finish import Draw, Gallery, finish
@@ -41,14 +41,14 @@ class Observer:
         """One iteration is done. Metrics are global means, plus ``time/step`` and ``time/data`` in seconds."""
 
     def checkpoint(self, step: int) -> None:
-        """A checkpoint after ``step`` is on disk (rank 0), or this rank has reached the step (other ranks)."""
+        """A checkpoint after ``step`` is on disk, or on its way there where networks are split; on ranks but 0: the step is reached."""
 
     def stage(self, text: str, done: int = 0, total: int = 0) -> None:
         """What is being done outside of steps: loading, exporting, scoring; counts where there is something to count."""
 
 
 class Journal:
-    """What rank 0 writes during a run, and what all ranks restore from it: checkpoints, metrics, alarms."""
+    """Checkpoints, metrics and alarms: written by rank 0 (split networks: by all ranks), restored by all ranks."""
 
     def __init__(self, run: RunFolder, config: Config, learner: Learner, corpus: str) -> None:
         self.run, self.config, self.learner, self.corpus = run, config, learner, corpus
@@ -118,20 +118,28 @@ def loop(
                 f"step {learner.step_count + 1}: the prompt stream gave {got}, expected samples from {learner.step_count * train.batch}"
             )
         waited = time.perf_counter() - began
-        report = learner.step(batch)
+        try:
+            report = learner.step(batch)
+        except NonFiniteError:  # on all ranks at once; what is being written is the last good checkpoint
+            journal.saver.wait()
+            raise
         report = journal.judge(report, time.perf_counter() - began, waited)
         if writes:
             journal.run.log(report)
         observer.step(report)
         if every and report.step % every == 0:
-            network = learner.whole()
-            if gallery and network:
-                gallery.after(report.step, network)
+            _show(learner, gallery, report.step)
         if report.step % train.checkpoint_every == 0 or report.step == train.steps:
             if writes or learner.split:
                 journal.save()
             observer.checkpoint(report.step)
     journal.saver.wait()
+
+
+def _show(learner: Learner, gallery: Gallery | None, step: int) -> None:
+    network = learner.whole_average()  # for now only: it may be a whole network beside the split ones
+    if gallery and network:
+        gallery.after(step, network)
 
 
 def train(

@@ -38,7 +38,7 @@ class Reporter(Observer):
         self.metrics = dict(report.metrics)
 
     def checkpoint(self, step: int) -> None:
-        """Tell Ray Train; the checkpoint itself is in the run folder already."""
+        """Tell Ray Train; the checkpoint itself is the run folder's affair."""
         ray.train.report({"step": step, **self.metrics})
 
 

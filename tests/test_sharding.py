@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"micro_batch": 1},
     },
     "generator_alone": {"roles": FULL | {"assistant": "lora", "rank": 4}},
+    "head_start": {"roles": FULL, "train": {"assistant_warmup": 2}},
     "masters": {"roles": FULL | {"dtype": "bfloat16"}, "train": {"ema": 0.0}},
 }
 STEPS, LR = 3, 0.05  # of plain gradient descent: far enough that rounding the weights is nothing
@@ -85,7 +87,7 @@ def _checks(rank: int, folder: Path, out: Path) -> None:
     def half(of: Learner) -> Any:
         return batch(of)[2 * rank : 2 * rank + 2]  # type: ignore[misc]
 
-    for case in CASES:
+    for case in sorted(CASES.keys() - {"head_start"}):
         many = subject(folder, case, parallel.current(), 2, LR)
         _sgd(many)
         for _ in range(STEPS):
@@ -107,7 +109,7 @@ def _checks(rank: int, folder: Path, out: Path) -> None:
     straight.step(half(straight))  # while it is written
     saver.wait()
     assert done == ([1] if rank == 0 else [])
-    whole = straight.whole()
+    whole = straight.whole_average()
     assert (whole is None) == (rank == 1)
     torch.save((weights(straight), moments, whole.state_dict() if whole else None), out / f"straight-{rank}.pt")
     for source in ("two", "one"):
@@ -118,6 +120,17 @@ def _checks(rank: int, folder: Path, out: Path) -> None:
             assert all(torch.equal(v, moments[k]) for k, v in _moments(resumed).items())
         resumed.step(half(resumed))
         torch.save(weights(resumed), out / f"resumed-{source}-{rank}.pt")
+
+    waiting = subject(folder, "head_start", parallel.current(), 2)  # the generator has not begun when it is saved
+    waiting.step(half(waiting))
+    state.save(out / "waiting", waiting, {})
+    dist.barrier()
+    resumed = subject(folder, "head_start", parallel.current(), 2)
+    state.load(out / "waiting", resumed)
+    assert not resumed.generator_opt.state and resumed.assistant_opt.state
+    for _ in range(2):
+        one, other = waiting.step(half(waiting)), resumed.step(half(resumed))
+    assert one.metrics == other.metrics and "loss/generator" in one.metrics
 
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if rank == 1:  # one worker's disk is full: all of them hear of it, and the checkpoint never counts as one
@@ -159,7 +172,7 @@ def read(out: Path, name: str) -> Any:
 
 
 @pytest.mark.timeout(300)  # two processes import everything anew
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sorted(CASES.keys() - {"head_start"}))
 def test_split_over_two_workers_it_is_the_update_of_one(two_processes: Path, folder: Path, case: str) -> None:
     start, one = weights(subject(folder, case)), one_process(folder, case)
     expected = weights(one)
@@ -212,6 +225,13 @@ def test_a_worker_holds_what_the_plan_says(two_processes: Path, folder: Path) ->
     assert planned(config) < 0.6 * planned(subject(folder, "full").config)
 
 
+def test_a_checkpoint_that_lacks_a_part_is_named(two_processes: Path, folder: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(two_processes / "two", tmp_path / "broken"))
+    next((broken / sharding.FOLDER).glob("*.distcp")).unlink()
+    with pytest.raises(DIDRError, match="checkpoint .*broken: does not fit this recipe, or is damaged"):
+        state.load(broken, subject(folder, "full"))
+
+
 def test_moments_made_to_load_into_change_nothing(folder: Path) -> None:
     fresh, begun = subject(folder, "masters"), subject(folder, "masters")
     precision.begin(begun.generator_opt)
@@ -234,6 +254,10 @@ def test_what_cannot_be_split_is_refused(folder: Path, monkeypatch: pytest.Monke
     with pytest.raises(DIDRError, match="not rounded stochastically"):
         learner(folder, roles=FULL | {"update": "stochastic"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    tied = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(DIDRError, match="layers of Sequential share weights"):
+        sharding.split(tied, torch.device("cpu"))
     recipe = config.load("exact_2d", ["roles.shard=true", "generator.optimizer=adamw8bit"])
     with pytest.raises(DIDRError, match="cannot update weights that are split"):
         precision.check(recipe)
