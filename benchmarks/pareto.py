@@ -85,6 +85,7 @@ METHODS: dict[str, Method] = {
             *("drp.estimator=importance", "drp.steps=2", "drp.particles=8", "drp.snr_gate=false"),
         ),
         lambda base, weight: f"drp.beta={2 * base.drp.beta / weight:g}",
+        weights=(1.5,),
         apart=True,
     ),
     "diff_instruct_pp": Method(("algorithm=diff_instruct_pp",), _weight("diff_instruct_pp")),
