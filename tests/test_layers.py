@@ -20,7 +20,19 @@ MAX_LINES = 400
 
 # The bottom of didr_core: what a module here may import from didr_core. Modules that are not listed are above the components and may
 # import anything of didr_core; `registry` finds components by name, at run time, and so belongs to the bottom.
-FOUNDATION = {"contracts", "registry", "components", "config", "schedule", "drp", "hybrid", "proxy", "losses", "roles", "sharding"}
+FOUNDATION = {
+    "contracts",
+    "registry",
+    "components",
+    "config",
+    "schedule",
+    "drp",
+    "hybrid",
+    "proxy",
+    "losses",
+    "roles",
+    "sharding",
+}
 DIST = {"ray", "mlflow"}
 
 
