@@ -3,7 +3,7 @@
     python -m benchmarks.exactness [--dim 2] [--beta 1 0.3] \
         [--estimator tweedie hybrid importance:32:64] [--seeds 3] [--updates 1500] [--json FILE]
 
-References are Gaussian mixtures, rewards quadratic: the DRS and DIDR's optimum p* have closed forms (:mod:`didr_core.mixtures`).
+References are Gaussian mixtures, rewards quadratic: the DRS and DIDR's optimum p* have closed forms (:mod:`didr_core.diffusion.mixtures`).
 Two parts, each printed as it is measured:
 
 1. pointwise, by noise level, at x_t from the reference's law: bias ``|mean estimate - exact|``, spread (standard deviation of one draw),
@@ -30,14 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.exact_world import BatchNoise, batches, distill
 from didr_core import config as configs
-from didr_core import drp
 from didr_core.backbones.gaussian_mixture import GaussianMixture
 from didr_core.config import DRP, Config, build
-from didr_core.learner import Learner
-from didr_core.mixtures import Mixture, Quadratic, diffused_reward_score
-from didr_core.schedule import coeffs_like
-from didr_core.zoo.exact import BatchNoise, batches, distill
+from didr_core.diffusion.mixtures import Mixture, Quadratic, diffused_reward_score
+from didr_core.diffusion.schedule import coeffs_like
+from didr_core.drs import estimators as drp
+from didr_core.train.learner import Learner
 
 TIMES = (0.15, 0.3, 0.5, 0.7, 0.9)
 ESTIMATORS = ("exact", "default", "tweedie", "ode", "truncated", "stochastic", "importance", "hybrid")

@@ -29,15 +29,16 @@ from torch import Tensor, nn
 
 from benchmarks.random_sdxl import RandomClip, RandomSDXL
 from didr_core import config as configs
-from didr_core import learner as learning
-from didr_core import losses, memory
+from didr_core.algorithms import losses
 from didr_core.backbones.sdxl import SDXL
 from didr_core.config import Config
-from didr_core.contracts import Batch, Condition
-from didr_core.footprint import Counter
-from didr_core.learner import Learner
-from didr_core.noise import Noise
-from didr_core.schedule import chain_times, coeffs_like, diffuse, step
+from didr_core.diffusion.noise import Noise
+from didr_core.diffusion.schedule import chain_times, coeffs_like, diffuse, step
+from didr_core.plan import memory
+from didr_core.plan.footprint import Counter
+from didr_core.train import learner as learning
+from didr_core.train.learner import Learner
+from didr_core.types import Batch, Condition
 
 GIB = 2**30
 

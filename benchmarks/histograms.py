@@ -33,12 +33,12 @@ from benchmarks.tiny_world import markdown
 from benchmarks.trainings import train
 from didr_core import config as configs
 from didr_core.config import Config, build
-from didr_core.finish import exported, heldout
-from didr_core.fronts import Array
-from didr_core.picture_cache import fingerprint
-from didr_core.proxy import STEPS_AND_PARTICLES
-from didr_core.scoreboard import provenance
-from didr_core.scores import Contestant, one_step_contestant, score_models, teacher_contestant
+from didr_core.config.schema import STEPS_AND_PARTICLES
+from didr_core.evaluate.finish import exported, heldout
+from didr_core.evaluate.fronts import Array
+from didr_core.evaluate.picture_cache import fingerprint
+from didr_core.evaluate.scoreboard import provenance
+from didr_core.evaluate.scores import Contestant, one_step_contestant, score_models, teacher_contestant
 
 QUANTITIES = ("reward", "utility", "size")
 

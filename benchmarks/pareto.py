@@ -4,7 +4,7 @@
 
 1. The seconds that a step takes are measured for all methods in turn, step by step, so that a change of the machine's load hits all alike;
    `--seconds` then buys each method its own number of generator steps. Loading, evaluation and the assistant's head start do not count.
-2. Each (method, weight, seed) is one training of the recipe from the same start, in a process of its own (`didr_core.train`).
+2. Each (method, weight, seed) is one training of the recipe from the same start, in a process of its own (`didr_core.train.loop`).
 3. Each is scored on the same held-out captions and noise: utility and held-out judge (gain) against strict accuracy, feature distance to
    the guided teacher's pictures and diversity across noise seeds (fidelity).
 4. Fronts and hypervolumes per method, with 95 % intervals over captions and training seeds.
@@ -39,16 +39,16 @@ from benchmarks.tiny_world import markdown
 from benchmarks.trainings import train
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.contracts import Batch, DIDRError
-from didr_core.feed import LocalFeed
-from didr_core.finish import exported, heldout
-from didr_core.fronts import Array, Draws, front, hypervolumes, interval
-from didr_core.judges import Judges
-from didr_core.learner import Learner
-from didr_core.picture_cache import fingerprint
-from didr_core.registry import find
-from didr_core.scoreboard import describe, provenance
-from didr_core.scores import one_step_contestant, teacher_contestant
+from didr_core.config.registry import find
+from didr_core.data.feed import LocalFeed
+from didr_core.evaluate.finish import exported, heldout
+from didr_core.evaluate.fronts import Array, Draws, front, hypervolumes, interval
+from didr_core.evaluate.judges import Judges
+from didr_core.evaluate.picture_cache import fingerprint
+from didr_core.evaluate.scoreboard import describe, provenance
+from didr_core.evaluate.scores import one_step_contestant, teacher_contestant
+from didr_core.train.learner import Learner
+from didr_core.types import Batch, DIDRError
 
 Overrides = list[str]
 
@@ -81,7 +81,7 @@ METHODS: dict[str, Method] = {
     "didr_blackbox": Method(
         (
             "algorithm=didr",
-            "reward=didr_core.zoo.checker_reward:CheckerReward",
+            "reward=didr_core.world.checker_reward:CheckerReward",
             *("drp.estimator=importance", "drp.steps=2", "drp.particles=8", "drp.snr_gate=false"),
         ),
         lambda base, weight: f"drp.beta={2 * base.drp.beta / weight:g}",

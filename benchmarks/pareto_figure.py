@@ -1,4 +1,4 @@
-"""The picture of `benchmarks.pareto`: a panel a pair of measures, a line a method, in the style of `pipelines.figures`."""
+"""The picture of `benchmarks.pareto`: a panel a pair of measures, a line a method, in the style of `pipelines.report.figures`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from didr_core.scoreboard import describe
-from pipelines.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION
+from didr_core.evaluate.scoreboard import describe
+from pipelines.report.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION
 
 COLOURS = {
     "didr": BLUE,

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from didr_core.backbones import full_size
 from didr_core.backbones.sdxl import SDXL
-from didr_core.components import Component
-from didr_core.contracts import Tensors
-from didr_core.schedule import VariancePreserving
-from didr_core.weights import quiet
+from didr_core.config.registry import Component
+from didr_core.diffusion.schedule import VariancePreserving
+from didr_core.networks.loading import quiet
+from didr_core.plan import full_size
+from didr_core.types import Tensors
 
 TINY_UNET = {
     **full_size.SDXL_UNET,

@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from didr_core.runs import read_lines
+from didr_core.train.run_folder import read_lines
 from pipelines.sweeps.folder import FINAL, SweepFolder
 
 MARK = "DIDR_SOAK"
@@ -191,7 +191,8 @@ def _incomplete(folder: SweepFolder, trials: int) -> list[str]:
 
 def _mlflow_faults(folder: SweepFolder, trials: int) -> list[str]:
     """One parent, and one child a trial with its final score, and every step of its curve once."""
-    from pipelines import mlflow_tracking, tracking
+    from pipelines.tracking import mlflow_tracker as mlflow_tracking
+    from pipelines.tracking import tracker as tracking
 
     config = folder.config()
     uri = tracking.resolve(config.tracking, folder.path.parent)

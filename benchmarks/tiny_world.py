@@ -4,7 +4,7 @@
 
 For each training seed it trains the recipe (`aligned`) and the very same run without the reward (`control`: Diff-Instruct), then scores
 start, control, aligned and the 50-step guided teacher on the same held-out captions with the same noise, and pools the seeds.
-Trainings run in one process each (`didr_core.train`, the same update as the Ray workers'), `--jobs` at a time; whatever is finished in
+Trainings run in one process each (`didr_core.train.loop`, the same update as the Ray workers'), `--jobs` at a time; whatever is finished in
 `--work` is not done again. Writes ``scores.json``, ``scores.npz`` and ``table.md`` to `--out`.
 """
 
@@ -22,10 +22,10 @@ import torch
 from benchmarks.trainings import train
 from didr_core import config as configs
 from didr_core.config import Config, build
-from didr_core.data import PromptIndex
-from didr_core.finish import contestants, exported
-from didr_core.scoreboard import Scores, comparison_table, pool, provenance, show, table, title
-from didr_core.scores import score_models
+from didr_core.data.prompts import PromptIndex
+from didr_core.evaluate.finish import contestants, exported
+from didr_core.evaluate.scoreboard import Scores, comparison_table, pool, provenance, show, table, title
+from didr_core.evaluate.scores import score_models
 
 ARMS = {"aligned": (), "control": ("algorithm=diff_instruct",)}
 FACETS = (

@@ -10,14 +10,14 @@ from pathlib import Path
 
 
 def train(recipe: str, settings: Sequence[str], work: Path, name: str) -> Path:
-    """Train ``recipe`` with ``settings`` (`key=value`) in ``work/name`` by `didr_core.train`, log beside it; returns the export.
+    """Train ``recipe`` with ``settings`` (`key=value`) in ``work/name`` by `didr_core.train.loop`, log beside it; returns the export.
 
     What is finished is not done again. One worker, and no scoring of its own: the benchmark does that.
     """
     folder = work / name
     if (folder / "export" / "model_index.json").is_file():
         return folder / "export"
-    command = [sys.executable, "-m", "didr_core.train"]
+    command = [sys.executable, "-m", "didr_core.train.loop"]
     if (folder / "config.yaml").is_file():
         command += ["--resume", str(folder)]
     else:

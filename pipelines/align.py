@@ -3,7 +3,7 @@
     python -m pipelines.align --recipe tiny          # also the entrypoint for `ray job submit`
     didr align --resume runs/tiny-20260101-120000    # goes on from the last checkpoint
 
-The driver starts the group, follows what rank 0 writes (:mod:`pipelines.watch`), and starts the group again from the last checkpoint when
+The driver starts the group, follows what rank 0 writes (`cluster/watch.py`), and starts the group again from the last checkpoint when
 workers die. A mistake of the user's (:class:`DIDRError`: a NaN reward, a full disk) is not retried.
 """
 
@@ -22,20 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from didr_core import config as configs
-from didr_core import scales
 from didr_core.config import Config
-from didr_core.contracts import DIDRError, StepReport
-from didr_core.data import PromptIndex
-from didr_core.feed import is_black_box
-from didr_core.preflight import preflight
-from didr_core.runs import RunFolder
-from didr_core.train import Observer, outcome, train
-from pipelines import tracking
-from pipelines.console import Progress, print_summary
-from pipelines.figures import save_grid
-from pipelines.report import write_report
-from pipelines.resources import ClusterView, Node, check, encoder_need, reward_need, run_plan, train_need
-from pipelines.session import await_room, ray_session, where_to_run
+from didr_core.data import scales
+from didr_core.data.feed import is_black_box
+from didr_core.data.prompts import PromptIndex
+from didr_core.plan.preflight import preflight
+from didr_core.train.loop import Observer, outcome, train
+from didr_core.train.run_folder import RunFolder
+from didr_core.types import DIDRError, StepReport
+from pipelines.cluster.resources import ClusterView, Node, check, encoder_need, reward_need, run_plan, train_need
+from pipelines.cluster.session import await_room, ray_session, where_to_run
+from pipelines.report.console import Progress, print_summary
+from pipelines.report.figures import save_grid
+from pipelines.report.page import write_report
+from pipelines.tracking import tracker as tracking
 
 WAIT_FOR_NODES_S = 600.0
 """How long to wait for the nodes of a cluster that may still be starting."""
@@ -58,7 +58,7 @@ def align(
         recipe: name or YAML file. overrides: ``a.b=c``.
         output: the run's folder itself; default ``<config.output>/<name>-<time>``.
         resume: folder or name of a run to go on with.
-        local: one process, no Ray. address: a Ray cluster; see :func:`pipelines.session.ray_session`.
+        local: one process, no Ray. address: a Ray cluster; see :func:`pipelines.cluster.session.ray_session`.
         command: what the user typed, kept in run.json.
 
     Raises:
@@ -197,14 +197,14 @@ def _on_ray(
             board.stage("measuring the scales of the reward's parts")
             config = measured_scales(config, fit.cluster)
             run.write_config(config)
-        from pipelines.watch import Follower
+        from pipelines.cluster.watch import Follower
 
         with Follower(run, board, run.last_step()):
             fit_until_done(config, run, index, board, fit.cluster)
 
 
 def measured_scales(config: Config, view: ClusterView) -> Config:
-    """:func:`didr_core.scales.resolve` where reward models run: this process may have no GPU."""
+    """:func:`didr_core.data.scales.resolve` where reward models run: this process may have no GPU."""
     import ray
 
     need = reward_need(config.workers, view)
@@ -225,7 +225,7 @@ def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, board: Bo
     """
     from ray.train import TrainingFailedError
 
-    from pipelines.scoring import start_scorers
+    from pipelines.cluster.scoring import start_scorers
 
     scorers = start_scorers(config, reward_need(config.workers, view)) if is_black_box(config) else []
     for failures in range(config.workers.max_failures + 1):
@@ -257,8 +257,8 @@ def _trainer(
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipelines.prompts import execution_options, prompt_stream
-    from pipelines.worker import train_worker
+    from pipelines.cluster.prompts import execution_options, prompt_stream
+    from pipelines.cluster.worker import train_worker
 
     workers = config.workers
     need = train_need(workers, view)
@@ -300,6 +300,6 @@ def _forget_reasons(run: RunFolder) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.cli import main
+    from pipelines.cli.main import main
 
     main(["align", *sys.argv[1:]], prog=f"python -m {Path(__file__).parent.name}.align")

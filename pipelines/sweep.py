@@ -18,19 +18,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from didr_core import scales
 from didr_core.config import Config
-from didr_core.contracts import DIDRError
-from didr_core.preflight import preflight
-from pipelines import tracking
+from didr_core.data import scales
+from didr_core.plan.preflight import preflight
+from didr_core.types import DIDRError
 from pipelines.align import WAIT_FOR_NODES_S, measured_scales, view_of_this_machine
-from pipelines.console import clock, console, rich_table
-from pipelines.resources import ClusterView, Fit, PlanDoesNotFit
-from pipelines.session import await_room, prepare_environment, ray_session
+from pipelines.cluster.resources import ClusterView, Fit, PlanDoesNotFit
+from pipelines.cluster.session import await_room, prepare_environment, ray_session
+from pipelines.report.console import clock, console, rich_table
 from pipelines.sweeps import bench, results, space
 from pipelines.sweeps.folder import Sweep, SweepFolder
 from pipelines.sweeps.plan import estimate, fit, plan_table, slots, sweep_plan, trial_need
 from pipelines.sweeps.space import DEFAULT_TRIALS, Point
+from pipelines.tracking import tracker as tracking
 
 WAIT_S = 5.0
 PASSES = 3  # of Tune over what is missing: one does, unless its snapshot lags behind the folder
@@ -306,7 +306,7 @@ def _tune(folder: SweepFolder, board: Any, missing: list[int], resources: dict[s
 
 def _conclude(folder: SweepFolder, board: Any, need: Any, began: float) -> None:
     """Table, front, figures, export of the recommended trial."""
-    from pipelines.report import write_report
+    from pipelines.report.page import write_report
     from pipelines.sweeps import figures
 
     found = folder.results()
@@ -352,6 +352,6 @@ def _say(folder: SweepFolder, out: Any, began: float) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.cli import main
+    from pipelines.cli.main import main
 
     main(["sweep", *sys.argv[1:]], prog=f"python -m {Path(__file__).parent.name}.sweep")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from didr_core.zoo.random_models import byte_tokenizer, clip_text_config
+from didr_core.world.random_models import byte_tokenizer, clip_text_config
 
 
 def sdxl_folder(folder: Path, seed: int = 0, sample_size: int = 8) -> Path:

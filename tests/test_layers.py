@@ -102,15 +102,15 @@ def test_imports_run_one_way(package: str) -> None:
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("didr_core/learner.py", "import ray"),
-        ("didr_core/learner.py", "from ray.data import Dataset"),
-        ("didr_core/export.py", "def f():\n    import mlflow"),
-        ("didr_core/state.py", "from pipelines.session import ray_session"),
+        ("didr_core/train/learner.py", "import ray"),
+        ("didr_core/train/learner.py", "from ray.data import Dataset"),
+        ("didr_core/export/folder.py", "def f():\n    import mlflow"),
+        ("didr_core/train/checkpoint.py", "from pipelines.cluster.session import ray_session"),
         ("didr_core/algorithms/didr.py", "from didr_core.rewards import clip_score"),
         ("didr_core/algorithms/didr.py", "from ..backbones import sdxl"),
         ("didr_core/rewards/pickscore.py", "from didr_core import backbones"),
-        ("didr_core/losses.py", "from didr_core import learner"),
-        ("didr_core/contracts.py", "from didr_core import config"),
+        ("didr_core/algorithms/losses.py", "from didr_core import learner"),
+        ("didr_core/types.py", "from didr_core import config"),
     ],
 )
 def test_the_rules_catch(file: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

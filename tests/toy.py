@@ -12,7 +12,7 @@ from random_models import clip_folder, prompt_shards, sdxl_folder
 from torch import Tensor
 
 from didr_core.config import Component
-from didr_core.contracts import Tensors
+from didr_core.types import Tensors
 
 STEPS, BATCH, EVERY = 6, 8, 2
 

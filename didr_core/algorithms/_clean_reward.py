@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from didr_core import losses
-from didr_core.contracts import GeneratorContext
+from didr_core.algorithms import losses
+from didr_core.types import GeneratorContext
 
 
 def clean_reward(ctx: GeneratorContext) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from didr_core import losses
+from didr_core.algorithms import losses
 from didr_core.config import Component
-from didr_core.contracts import GeneratorContext
+from didr_core.types import GeneratorContext
 
 
 class DiffInstruct:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from didr_core import losses
+from didr_core.algorithms import losses
 from didr_core.algorithms._clean_reward import clean_reward, pull
 from didr_core.config import Component
-from didr_core.contracts import GeneratorContext
+from didr_core.types import GeneratorContext
 
 
 class DiffInstructPP:

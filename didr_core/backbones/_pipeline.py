@@ -15,9 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from didr_core.config import Component, locate
-from didr_core.contracts import DIDRError, Schedule
-from didr_core.images import clamp_straight_through
-from didr_core.weights import (
+from didr_core.networks.loading import (
     assemble,
     check_folder,
     check_layout,
@@ -28,6 +26,8 @@ from didr_core.weights import (
     variant,
     without_prefix,
 )
+from didr_core.rewards.images import clamp_straight_through
+from didr_core.types import DIDRError, Schedule
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")

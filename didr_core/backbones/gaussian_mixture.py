@@ -1,4 +1,4 @@
-"""A model family whose answers are known: the reference is the exact denoiser of a Gaussian mixture (:mod:`didr_core.mixtures`).
+"""A model family whose answers are known: the reference is the exact denoiser of a Gaussian mixture (:mod:`didr_core.diffusion.mixtures`).
 
 It runs through the same learner, recipes and command line as SDXL, in seconds, and says how far a trained generator is from DIDR's exact
 optimum (`python -m benchmarks.exactness`). Latents are points ``[B, D]``. The generator and the teaching assistant are small MLPs; the
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from didr_core.config import Component, locate
-from didr_core.contracts import Condition, DIDRError
-from didr_core.images import clamp_straight_through
-from didr_core.mixtures import Mixture
-from didr_core.schedule import Cosine, coeffs_like
+from didr_core.diffusion.mixtures import Mixture
+from didr_core.diffusion.schedule import Cosine, coeffs_like
+from didr_core.rewards.images import clamp_straight_through
+from didr_core.types import Condition, DIDRError
 
 WEIGHTS = "generator.safetensors"
 
@@ -30,7 +30,7 @@ class GaussianMixture:
     """Equal modes of one width, on a circle or drawn from N(0, I)."""
 
     usage = (
-        "Weights of a small MLP, not a diffusers pipeline: sample with `didr sample` or `didr_core.sample.OneStep`. "
+        "Weights of a small MLP, not a diffusers pipeline: sample with `didr sample` or `didr_core.export.sample.OneStep`. "
         "Pictures show the coordinates of a point as grey pixels."
     )
 

@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from didr_core.backbones._pipeline import Family, PipelineBackbone, PipelineConfig, dtype_of
-from didr_core.contracts import Condition, DIDRError
-from didr_core.schedule import VariancePreserving
+from didr_core.diffusion.schedule import VariancePreserving
+from didr_core.types import Condition, DIDRError
 
 
 class SDXL(PipelineBackbone):

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from didr_core.backbones._pipeline import Dtype, Family, PipelineBackbone, PipelineConfig, dtype_of, read_json
 from didr_core.config import locate
-from didr_core.contracts import Condition, DIDRError
-from didr_core.schedule import RectifiedFlow, expand
+from didr_core.diffusion.schedule import RectifiedFlow, expand
+from didr_core.types import Condition, DIDRError
 
 ODD_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "shift_terminal", "invert_sigmas")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from didr_core.contracts import DIDRError
+from didr_core.networks.loading import Shapes, State, anchors, assemble, check_layout, count_layers
 from didr_core.rewards._head import linear_layers
-from didr_core.weights import Shapes, State, anchors, assemble, check_layout, count_layers
+from didr_core.types import DIDRError
 
 VISION, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
 WHAT = "ImageReward.pt as published (blip.visual_encoder, blip.text_encoder, mlp)"

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from didr_core.config import Component, locate
-from didr_core.contracts import DIDRError, Tensors
-from didr_core.images import clip_pixels
-from didr_core.weights import check_model, check_tokenizer, load_pretrained, quiet
+from didr_core.networks.loading import check_model, check_tokenizer, load_pretrained, quiet
+from didr_core.rewards.images import clip_pixels
+from didr_core.types import DIDRError, Tensors
 
 CLIP_TENSORS = (
     "logit_scale",

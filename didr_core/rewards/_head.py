@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from didr_core.contracts import DIDRError
-from didr_core.weights import State
+from didr_core.networks.loading import State
+from didr_core.types import DIDRError
 
 
 def linear_layers(key: str, path: Path, state: State, prefix: str = "layers.") -> list[tuple[str, tuple[int, ...]]]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from didr_core.config import Component, locate
-from didr_core.contracts import DIDRError, Tensors
-from didr_core.images import clip_pixels
+from didr_core.networks.loading import check_model, find_file, load_pretrained, read_state
 from didr_core.rewards._head import linear_head, linear_layers
-from didr_core.weights import check_model, find_file, load_pretrained, read_state
+from didr_core.rewards.images import clip_pixels
+from didr_core.types import DIDRError, Tensors
 
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 

@@ -1,12 +1,12 @@
 """Several rewards at once: ``r = sum_i weight_i * raw_i / scale_i``.
 
 ``scale_i`` is a fixed number: part i's standard deviation over pictures that the *starting* generator makes for one prompt, pooled over
-prompts; where the recipe gives none it is measured once, before training, and written into the run's config (:mod:`didr_core.scales`).
+prompts; where the recipe gives none it is measured once, before training, and written into the run's config (:mod:`didr_core.data.scales`).
 Why fixed, and why this one:
 
 - ``raw / scale`` puts PickScore's 22 and HPSv2's 30 on one axis, so that equal weights pull equally hard, whatever the units.
 - A composite is then a reward like any other: the same formula on every worker, in the held-out scores and after a resume.
-- Its own baseline and spread are measured as for any reward (:class:`didr_core.feed.RewardPreparer`), so that ``drp.beta`` stays what it
+- Its own baseline and spread are measured as for any reward (`data/feed.py`), so that ``drp.beta`` stays what it
   is: the temperature in standard deviations of the starting generator's *whole* reward. Only the ratios of weights matter.
 """
 
@@ -20,7 +20,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from torch import Tensor
 
 from didr_core.config import Component, Strict, build, component
-from didr_core.contracts import DIDRError, Tensors
+from didr_core.types import DIDRError, Tensors
 
 
 class Part(Strict):

@@ -13,10 +13,7 @@ from typing import Any, Literal
 import torch
 
 from didr_core.config import Component, locate
-from didr_core.contracts import DIDRError
-from didr_core.images import padded_pixels
-from didr_core.rewards._clip import ClipReward, Towers, load_tokenizer
-from didr_core.weights import (
+from didr_core.networks.loading import (
     State,
     anchors,
     assemble,
@@ -26,6 +23,9 @@ from didr_core.weights import (
     find_file,
     read_state,
 )
+from didr_core.rewards._clip import ClipReward, Towers, load_tokenizer
+from didr_core.rewards.images import padded_pixels
+from didr_core.types import DIDRError
 
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 WHAT = "a ViT-H-14 in open_clip's layout (HPS_v2_compressed.pt, HPS_v2.1_compressed.pt)"

@@ -16,11 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from didr_core.config import Component, locate
-from didr_core.contracts import DIDRError, Tensors
-from didr_core.images import clip_pixels
+from didr_core.networks.loading import (
+    check_folder,
+    check_model,
+    check_tokenizer,
+    find_file,
+    load_pretrained,
+    quiet,
+    read_state,
+)
 from didr_core.rewards import _blip
 from didr_core.rewards._head import linear_head, linear_layers
-from didr_core.weights import check_folder, check_model, check_tokenizer, find_file, load_pretrained, quiet, read_state
+from didr_core.rewards.images import clip_pixels
+from didr_core.types import DIDRError, Tensors
 
 FILE = "ImageReward.pt"
 PUBLISHED = {"mean": 0.16717362830052426, "std": 1.0333394966054072, "max_length": 35}

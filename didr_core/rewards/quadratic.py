@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from didr_core.config import Component
-from didr_core.contracts import Tensors
-from didr_core.mixtures import Quadratic
+from didr_core.diffusion.mixtures import Quadratic
+from didr_core.types import Tensors
 
 
 class QuadraticReward:

@@ -24,15 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from didr_core import sampling
 from didr_core.config import Config, dump
-from didr_core.contracts import DIDRError
-from didr_core.finish import heldout
-from didr_core.fronts import Array, Draws, interval
-from didr_core.judges import Judges, Measured
-from didr_core.sampling import Sampler
-from didr_core.scoreboard import Scores, provenance
-from didr_core.scores import Contestant, one_step_contestant
+from didr_core.diffusion import sampling
+from didr_core.diffusion.sampling import Sampler
+from didr_core.evaluate.finish import heldout
+from didr_core.evaluate.fronts import Array, Draws, interval
+from didr_core.evaluate.judges import Judges, Measured
+from didr_core.evaluate.scoreboard import Scores, provenance
+from didr_core.evaluate.scores import Contestant, one_step_contestant
+from didr_core.types import DIDRError
 
 NOISE_SEED = 1000  # of the pictures that trials are judged by: not those of the grid
 LEAST_PROMPTS = 4

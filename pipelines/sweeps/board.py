@@ -1,6 +1,6 @@
 """What the driver of a sweep does with its news: a live line a trial, MLflow's parent run and nested children, and a watchdog.
 
-News come from files (:class:`pipelines.watch.Follower` on each running trial) and from Tune's callbacks. A child's MLflow run id is kept in
+News come from files (a `Follower` on each running trial) and from Tune's callbacks. A child's MLflow run id is kept in
 sweep.json; where a kill came between making the run and writing that down, the run is found again by its tags: no trial has two.
 """
 
@@ -20,14 +20,14 @@ from ray import tune
 from rich.live import Live
 from rich.text import Text
 
-from didr_core.alarms import explain
-from didr_core.contracts import StepReport
-from didr_core.train import Observer
-from pipelines import tracking
-from pipelines.console import clock, console
+from didr_core.train.alarms import explain
+from didr_core.train.loop import Observer
+from didr_core.types import StepReport
+from pipelines.cluster.watch import Follower
+from pipelines.report.console import clock, console
 from pipelines.sweeps.folder import SweepFolder
 from pipelines.sweeps.space import shown
-from pipelines.watch import Follower
+from pipelines.tracking import tracker as tracking
 
 EVERY_S = 10.0  # between lines of a running trial, where there is no terminal
 WATCH_S = 5.0

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.figures import FAINT, GREY, INK, VERMILION
+from pipelines.report.figures import FAINT, GREY, INK, VERMILION
 from pipelines.sweeps.results import front_of, judged
 
 BETA, STEPS = "drp.beta", "drp.steps"

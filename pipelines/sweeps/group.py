@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from didr_core.config import Config
-from didr_core.contracts import DIDRError
-from didr_core.feed import open_prompts
-from didr_core.sample import trained_generator
+from didr_core.data.feed import open_prompts
+from didr_core.export.sample import trained_generator
+from didr_core.types import DIDRError
 from pipelines.align import fit_until_done
-from pipelines.resources import train_need
-from pipelines.session import cluster_view, prepare_environment
+from pipelines.cluster.resources import train_need
+from pipelines.cluster.session import cluster_view, prepare_environment
 from pipelines.sweeps.folder import SweepFolder
 from pipelines.sweeps.work import TrialWork, bench_of, conclude
 

@@ -12,9 +12,20 @@ import yaml
 from rich.table import Table
 
 from didr_core.config import Config
-from didr_core.runs import local_folder, read_lines
-from pipelines.console import clock
-from pipelines.resources import CPU, ClusterView, Fit, Group, Need, Plan, PlanDoesNotFit, check, run_plan, train_need
+from didr_core.train.run_folder import local_folder, read_lines
+from pipelines.cluster.resources import (
+    CPU,
+    ClusterView,
+    Fit,
+    Group,
+    Need,
+    Plan,
+    PlanDoesNotFit,
+    check,
+    run_plan,
+    train_need,
+)
+from pipelines.report.console import clock
 from pipelines.sweeps.bench import WORDS
 from pipelines.sweeps.folder import Sweep
 from pipelines.sweeps.space import Space

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from didr_core.alarms import HACKING
-from didr_core.fronts import front
-from didr_core.scoreboard import describe
+from didr_core.evaluate.fronts import front
+from didr_core.evaluate.scoreboard import describe
+from didr_core.train.alarms import HACKING
 from pipelines.sweeps.bench import WORDS
 from pipelines.sweeps.folder import SweepFolder
 from pipelines.sweeps.space import settings, shown

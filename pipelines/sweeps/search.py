@@ -14,7 +14,7 @@ from typing import Any
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from didr_core.contracts import DIDRError
+from didr_core.types import DIDRError
 from pipelines.sweeps.folder import SweepFolder
 from pipelines.sweeps.space import Domain, Point, Space, read
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.contracts import DIDRError
+from didr_core.types import DIDRError
 
 Point = dict[str, Any]
 """Swept key to value: what one trial has of its own."""

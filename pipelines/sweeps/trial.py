@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import tune
 
-from didr_core.contracts import DIDRError
+from didr_core.types import DIDRError
 from pipelines.sweeps.folder import SweepFolder
 from pipelines.sweeps.work import TrialWork
 

@@ -1,4 +1,4 @@
-"""One trial, in this process: the loop of `didr_core.train` in legs, then its worth, grid and scores. No Ray.
+"""One trial, in this process: the loop of `didr_core.train.loop` in legs, then its worth, grid and scores. No Ray.
 
 A trial is a run folder. Whatever it was doing when its process died, another process goes on from its newest checkpoint; a trial that
 has a result.json is over: asking again costs milliseconds. One process keeps the judges from trial to trial.
@@ -17,18 +17,18 @@ from typing import Any
 import torch
 
 from didr_core.config import Config
-from didr_core.contracts import DIDRError, NonFiniteError
-from didr_core.export import export_run
-from didr_core.feed import device_of, open_prompts
-from didr_core.feed_cache import CachedFeed
-from didr_core.finish import Gallery
-from didr_core.learner import Learner
-from didr_core.picture_cache import fingerprint
-from didr_core.runs import RunFolder, read_lines
-from didr_core.sample import trained_generator
-from didr_core.scoreboard import read_scores
-from didr_core.train import Journal, Observer, loop
-from pipelines.figures import save_grid
+from didr_core.data.cache import CachedFeed
+from didr_core.data.feed import device_of, open_prompts
+from didr_core.evaluate.finish import Gallery
+from didr_core.evaluate.picture_cache import fingerprint
+from didr_core.evaluate.scoreboard import read_scores
+from didr_core.export.folder import export_run
+from didr_core.export.sample import trained_generator
+from didr_core.train.learner import Learner
+from didr_core.train.loop import Journal, Observer, loop
+from didr_core.train.run_folder import RunFolder, read_lines
+from didr_core.types import DIDRError, NonFiniteError
+from pipelines.report.figures import save_grid
 from pipelines.sweeps.bench import Bench
 from pipelines.sweeps.folder import Sweep, SweepFolder
 
@@ -100,7 +100,7 @@ class TrialWork:
         """Take the run folder (waiting for a dying process in it), load networks, go to the newest checkpoint.
 
         Raises:
-            DIDRError: see :class:`didr_core.train.Journal`; or another process keeps the folder.
+            DIDRError: see :class:`didr_core.train.loop.Journal`; or another process keeps the folder.
         """
         self.config = self.folder.config_of(self.number, self.plan.workers)
         open_folder(self.run, self.config, self.plan.command)

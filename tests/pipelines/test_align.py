@@ -21,14 +21,14 @@ from toy import BATCH, EVERY, STEPS, toy_recipe
 
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.contracts import DIDRError
-from didr_core.data import PromptIndex
-from didr_core.feed import LocalFeed
-from didr_core.learner import Learner
-from didr_core.parallel import ProcessGroup
-from didr_core.preflight import preflight
-from didr_core.runs import RunFolder
-from didr_core.train import Journal, Observer, loop, outcome, train
+from didr_core.data.feed import LocalFeed
+from didr_core.data.prompts import PromptIndex
+from didr_core.plan.preflight import preflight
+from didr_core.train.distributed import ProcessGroup
+from didr_core.train.learner import Learner
+from didr_core.train.loop import Journal, Observer, loop, outcome, train
+from didr_core.train.run_folder import RunFolder
+from didr_core.types import DIDRError
 from pipelines.align import align
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.resources import REWARD_RESOURCE, ROLE_LABEL, TRAINER_RESOURCE
+from pipelines.cluster.resources import REWARD_RESOURCE, ROLE_LABEL, TRAINER_RESOURCE
 from tests.pipelines.ray_head import Head, ray_head
 
 ROOT = Path(__file__).resolve().parents[2]

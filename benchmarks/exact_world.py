@@ -1,0 +1,65 @@
+"""What trainings with a known answer need: prompts that mean nothing, batches of them, and a generator at the reference's law.
+
+python -m benchmarks.exact_world        # writes didr_core/world/files/exact_2d/prompts.parquet, the corpus of recipe `exact_2d`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from didr_core import config as configs
+from didr_core.config import WORLD, Config
+from didr_core.diffusion.noise import Noise
+from didr_core.train.learner import Learner
+from didr_core.types import Batch, Condition
+
+PROMPTS = 64
+
+
+class BatchNoise(Noise):
+    """One draw a batch instead of one a sample: not tied to workers, but small networks do not wait for it."""
+
+    def normal(self, index: Tensor | Sequence[int], shape: Sequence[int], tag: str) -> Tensor:
+        """``[B, *shape]`` standard normal."""
+        return torch.randn(len(index), *shape, generator=self._generator(int(index[0]), tag))
+
+    def uniform(self, index: Tensor | Sequence[int], tag: str, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """``[B]`` uniform."""
+        return low + (high - low) * torch.rand(len(index), generator=self._generator(int(index[0]), tag))
+
+
+def batches(size: int, count: int) -> Iterator[Batch]:
+    """Batches of nameless prompts; rewards stay on their own scale (no baseline, no spread)."""
+    names, unused = [""] * size, torch.zeros(size, 1)
+    for step in range(count):
+        index = torch.arange(step * size, (step + 1) * size)
+        yield Batch(index, names, names, Condition({"unused": unused}), {"unused": unused})
+
+
+def distill(config: Config, steps: int, rate: float = 1e-3) -> nn.Module:
+    """The running average of the generator after ``steps`` Diff-Instruct updates of batch 256, rate falling over the second half."""
+    tree = configs.dump(config) | {"algorithm": {"name": "diff_instruct"}, "reward": None}
+    tree["generator"] |= {"lr": rate, "decay": 0.5}
+    tree["train"] |= {"steps": steps, "batch": 256}
+    learner = Learner(configs.validate(tree), noise=BatchNoise(config.seed))
+    for batch in batches(256, steps):
+        learner.step(batch)
+    return learner.generator("ema")
+
+
+def write_prompts(path: Path = WORLD / "exact_2d" / "prompts.parquet") -> None:
+    """Columns ``id`` and ``prompt``; a few kB."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = range(PROMPTS)
+    table = pa.table({"id": [f"point-{i:02d}" for i in rows], "prompt": [f"point {i}" for i in rows]})
+    pq.write_table(table, path, compression="zstd")
+
+
+if __name__ == "__main__":
+    write_prompts()

@@ -1,0 +1,131 @@
+"""From a recipe to a :class:`Config`: YAML with one ``base:`` each, ``--set a.b=c`` on top, mistakes in words that name the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from didr_core.config.registry import Component
+from didr_core.config.schema import Config
+from didr_core.types import DIDRError
+
+RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """A recipe's name (in `pipelines/recipes`) or a YAML file's path, with ``a.b=c`` overrides on top.
+
+    Raises:
+        DIDRError: unknown recipe or key (names the nearest), or a value out of its range.
+    """
+    tree = _read(recipe)
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep or not key:
+            raise DIDRError(f"--set {item!r}: expected KEY=VALUE, e.g. --set drp.beta=0.5")
+        _assign(tree, key.strip(), yaml.safe_load(text))
+    return validate(tree, where=f"recipe {recipe!r}")
+
+
+def validate(tree: Mapping[str, Any], where: str = "config") -> Config:
+    """A plain tree to a Config, with errors in words."""
+    try:
+        return Config(**tree)
+    except ValidationError as error:
+        raise DIDRError("\n".join(_explain(e, where) for e in error.errors())) from error
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The resolved tree, as plain YAML/JSON values; `validate(dump(c)) == c`."""
+    return config.model_dump(mode="json")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}} -> {"a.b": 1}``, for trackers and tables."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    if recipe in seen:
+        raise DIDRError(f"recipe {recipe!r}: `base:` goes in a circle: {' -> '.join((*seen, recipe))}")
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        near = difflib.get_close_matches(recipe, known, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise DIDRError(f"recipe: unknown {recipe!r}; known: {', '.join(known)}, or a path ending in .yaml.{hint}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise DIDRError(f"recipe {recipe!r}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise DIDRError(f"recipe {recipe!r}: expected a mapping at the top, got {type(tree).__name__}")
+    base = tree.pop("base", None)
+    return _merge(_read(base, (*seen, recipe)), tree) if base else tree
+
+
+def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``; a component whose name changes replaces the whole section."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        renamed = (
+            isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and value.get("name", old.get("name")) != old.get("name")
+        )
+        merged[key] = (
+            _merge(dict(old), value)
+            if isinstance(value, Mapping) and isinstance(old, Mapping) and not renamed
+            else value
+        )
+    return merged
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    head, _, rest = key.partition(".")
+    if not rest:
+        named = isinstance(value, str) and head in ("algorithm", "reward", "judge", "backbone")
+        tree.update(_merge(tree, {head: {"name": value} if named else value}))
+        return
+    below = tree.setdefault(head, {})
+    if not isinstance(below, dict):
+        tree[head] = below = {"name": below} if isinstance(below, str) else {}
+    _assign(below, rest, value)
+
+
+def _explain(error: Any, where: str) -> str:
+    key = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _known_keys(), 1, 0.5) or difflib.get_close_matches(
+            key.rpartition(".")[2], [k.rpartition(".")[2] for k in _known_keys()], 1
+        )
+        hint = f" Did you mean {near[0]!r}?" if near else " See `didr config show`."
+        return f"{where}: unknown key {key!r} (value {error['input']!r}).{hint}"
+    if error["type"] == "missing":
+        return f"{where}: {key!r} is missing; it has no default."
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {key}: {message}" + (
+        f" (got {error['input']!r})" if not isinstance(error["input"], Mapping) else ""
+    )
+
+
+def _known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, info in (model or Config).model_fields.items():
+        keys.append(prefix + name)
+        for part in (info.annotation, *getattr(info.annotation, "__args__", ())):
+            if isinstance(part, type) and issubclass(part, BaseModel) and part is not Component:
+                keys += _known_keys(part, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,140 @@
+"""Find a component by its key: the file's name in `algorithms/`, `backbones/` or `rewards/`, or from elsewhere ``package.module:Class`` (on
+PYTHONPATH) or ``path/to/file.py:Class``.
+
+A component is one class with a nested ``Config`` (a :class:`didr_core.config.Strict`), built as ``Class(config)``. A new file is a new key:
+nothing has to be registered.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from didr_core.types import DIDRError
+
+KINDS = ("algorithms", "backbones", "rewards")
+PLAIN = {"full_size"}  # public modules beside the components, which are none
+
+
+def names(kind: str) -> list[str]:
+    """The bundled keys of ``kind``."""
+    package = importlib.import_module(f"didr_core.{kind}")
+    return sorted(
+        m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_") and m.name not in PLAIN
+    )
+
+
+def find(kind: str, name: str) -> type[Any]:
+    """The component class behind ``name``.
+
+    Raises:
+        DIDRError: unknown key (names the nearest), or a module without a component class.
+    """
+    if ":" in name:
+        module_name, _, attribute = name.rpartition(":")
+        try:
+            found = getattr(_module(module_name), attribute)
+        except (ImportError, AttributeError, SyntaxError, OSError) as error:
+            raise DIDRError(
+                f"{kind}: cannot import {name!r} ({error}). Expected 'package.module:Class' on PYTHONPATH, or 'path/to/file.py:Class'."
+            ) from error
+        if not hasattr(found, "Config"):
+            raise DIDRError(f"{kind}: {name!r} has no nested Config class. See the README of didr_core/{kind}.")
+        return found  # type: ignore[no-any-return]
+    known = names(kind)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise DIDRError(f"{kind}: unknown name {name!r}; known: {', '.join(known)}.{hint}")
+    module = importlib.import_module(f"didr_core.{kind}.{name}")
+    for value in vars(module).values():
+        if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "Config"):
+            return value
+    raise DIDRError(f"{kind}: didr_core/{kind}/{name}.py defines no class with a nested Config.")
+
+
+def _module(name: str) -> ModuleType:
+    """A module by its name, or by the path of its file. A file keeps one module per path for the life of the process."""
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name).expanduser().resolve()
+    alias = f"didr_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
+    if alias not in sys.modules:
+        spec = importlib.util.spec_from_file_location(alias, path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[alias] = module  # pydantic looks the names of annotations up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[alias]
+            raise
+    return sys.modules[alias]
+
+
+WORLD = Path(__file__).parents[1] / "world" / "files"
+
+
+class Strict(BaseModel):
+    """Base of every section: frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def component(kind: str) -> BeforeValidator:
+    """For a field that names a component of ``kind``: turns a name, or a mapping with ``name``, into that component's own Config."""
+
+    def validate(value: Any) -> Any:
+        if isinstance(value, BaseModel) or value is None:
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or "name" not in value:
+            raise ValueError(f"expected a name or a mapping with 'name', got {value!r}")
+        try:
+            return (own := find(kind, value["name"]).Config)(**value)
+        except ValidationError as error:
+            raise ValueError("; ".join(_explain_own(e, own, value["name"]) for e in error.errors())) from None
+
+    return BeforeValidator(validate)
+
+
+def _explain_own(error: Any, own: type[BaseModel], name: str) -> str:
+    key, value = ".".join(str(p) for p in error["loc"]), error["input"]
+    if error["type"] == "extra_forbidden":
+        known = [k for k in own.model_fields if k != "name"]
+        near = difflib.get_close_matches(key.rpartition(".")[2], known, 1, 0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(known) or 'no options'}."
+        return f"{name} has no key {key!r} (value {value!r}). {hint}"
+    got = "" if isinstance(value, Mapping) else f" (got {value!r})"
+    return f"{name}: {key}: {error['msg'].removeprefix('Value error, ')}{got}"
+
+
+class Component(Strict):
+    """Base of a component's own Config: its key and its options."""
+
+    name: str
+
+    def exported(self, folder: Path) -> Self:
+        """A backbone's config, with what its `export` wrote into ``folder`` as the generator: by default a whole pipeline."""
+        return self.model_copy(update={"pipeline": str(folder), "generator": None})
+
+
+def build(kind: str, config: Component) -> Any:
+    """The component that ``config`` describes."""
+    return find(kind, config.name)(config)
+
+
+def locate(path: str) -> Path:
+    """``zoo://x`` is inside the bundled world; anything else is a path as it stands."""
+    return WORLD / path.removeprefix("zoo://") if path.startswith("zoo://") else Path(path).expanduser()

@@ -1,0 +1,194 @@
+"""From prompts to training batches: conditions, the reward's inputs, the baseline. Plain callables, one process, no Ray.
+
+    {index, id, prompt}  --PromptEncoder-->  + condition/*  --RewardPreparer-->  + reward/*, baseline, spread  --to_batch-->  Batch
+
+Columns are numpy arrays with a leading axis of samples. `pipelines/cluster/prompts.py` runs the same two callables as Ray Data actors;
+:class:`LocalFeed` runs them here. Both give the same numbers, because whatever is random is tied to ``(config.seed, sample index)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from didr_core.config import Config, build, differentiable, registry
+from didr_core.data.prompts import Prompt, PromptIndex
+from didr_core.diffusion.noise import Noise
+from didr_core.networks import roles
+from didr_core.types import Backbone, Batch, Condition, DIDRError
+
+Columns = dict[str, Any]
+"""Name to numpy array; all of one length."""
+
+CONDITION, REWARD = "condition/", "reward/"
+
+
+def device_of(config: Config) -> torch.device:
+    """``config.device``, with "auto" = CUDA where this process sees one.
+
+    Raises:
+        DIDRError: "cuda" is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise DIDRError(
+            "device='cuda': this process sees no CUDA device. Use device=auto or cpu, or give the worker a GPU."
+        )
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def needs_reward(config: Config) -> bool:
+    """Whether the algorithm asks for rewards, and so for a :class:`RewardPreparer`."""
+    return bool(registry.find("algorithms", config.algorithm.name).needs_reward)
+
+
+def is_black_box(config: Config) -> bool:
+    """Whether rewards are asked for whose model has no gradient: it need not sit on a trainer, actors can score for it."""
+    return needs_reward(config) and config.reward is not None and not differentiable(config.reward)
+
+
+def open_prompts(config: Config) -> PromptIndex:
+    """The training corpus of ``config``."""
+    return PromptIndex.open(config.data.prompts, config.data.column, config.data.id_column)
+
+
+def columns(prompts: Sequence[Prompt]) -> Columns:
+    """``index [B] int64``, ``id [B]`` and ``prompt [B]`` of samples."""
+    return {
+        "index": np.array([p.index for p in prompts], np.int64),
+        "id": np.array([p.id for p in prompts], object),
+        "prompt": np.array([p.prompt for p in prompts], object),
+    }
+
+
+class PromptEncoder:
+    """Adds ``condition/<name>`` columns. Holds the text towers, which never sit on a trainer."""
+
+    def __init__(self, config: Config) -> None:
+        self.device = device_of(config)
+        self.backbone: Backbone = build("backbones", config.backbone)
+        self.backbone.load_text()
+        _move(self.backbone, self.device)
+
+    @torch.no_grad()
+    def __call__(self, batch: Columns) -> Columns:
+        """Encode the ``prompt`` column."""
+        condition = self.backbone.encode([str(p) for p in batch["prompt"]])
+        return {**batch, **_arrays(CONDITION, condition.tensors)}
+
+
+class RewardPreparer:
+    """Adds ``reward/<name>`` (the reward's text features), ``baseline`` and ``spread``.
+
+    The last two are mean and unbiased variance of the raw reward over ``config.baseline.samples`` one-step pictures of the *starting*
+    generator, whose noise is tied to ``(config.seed, sample index)``. Holds that generator, the decoder and the reward model.
+    """
+
+    def __init__(self, config: Config) -> None:
+        if config.reward is None:
+            raise DIDRError("reward: none is configured, so there is nothing to prepare")
+        self.device = device_of(config)
+        self.samples = config.baseline.samples
+        self.noise = Noise(config.seed)
+        self.backbone: Backbone = build("backbones", config.backbone)
+        self.size = config.train.micro_batch
+        self.generator = roles.load_start(self.backbone, config.backbone, config.roles, self.device)
+        self.backbone.load_decoder()
+        _move(self.backbone, self.device)
+        self.reward = build("rewards", config.reward)
+        self.reward.load(self.device)
+
+    @torch.no_grad()
+    def __call__(self, batch: Columns) -> Columns:
+        """Needs the ``prompt``, ``index`` and ``condition/*`` columns."""
+        inputs = self.reward.prepare([str(p) for p in batch["prompt"]])
+        size = self.size or len(batch["index"])
+        score = torch.cat(
+            [self._scores(batch, inputs, slice(i, i + size)) for i in range(0, len(batch["index"]), size)], 1
+        )
+        return {
+            **batch,
+            **_arrays(REWARD, inputs),
+            "baseline": score.mean(0).cpu().numpy(),
+            "spread": score.var(0, unbiased=True).cpu().numpy(),
+        }
+
+    def _scores(self, batch: Columns, inputs: Mapping[str, Tensor], rows: slice) -> Tensor:
+        """``[samples, b]`` of a micro-batch: a worker's whole share of large pictures does not fit at once."""
+        part = {k: v[rows] for k, v in batch.items()}
+        told = {k: v[rows] for k, v in inputs.items()}
+        return torch.stack([self.reward.score(images, told).float() for images in self.pictures(part)])
+
+    @torch.no_grad()
+    def pictures(self, batch: Columns) -> Iterator[Tensor]:
+        """The starting generator's pictures ``[B, 3, H, W]`` of the batch, once for each of ``config.baseline.samples`` noises."""
+        condition = Condition(_tensors(CONDITION, batch)).to(self.device)
+        index = [int(i) for i in batch["index"]]
+        for sample in range(self.samples):
+            z = self.noise.normal(index, self.backbone.latent_shape, f"baseline/{sample}").to(self.device)
+            yield self.backbone.decode(self.backbone.generate(self.generator, z, condition))
+
+
+def to_batch(batch: Mapping[str, Any]) -> Batch:
+    """Columns, as numpy arrays, to a :class:`Batch` on the CPU."""
+    return Batch(
+        index=torch.from_numpy(np.array(batch["index"], np.int64)),
+        ids=[str(i) for i in batch["id"]],
+        prompts=[str(p) for p in batch["prompt"]],
+        condition=Condition(_tensors(CONDITION, batch)),
+        reward_inputs=_tensors(REWARD, batch),
+        baseline=_tensor(batch["baseline"]) if "baseline" in batch else None,
+        spread=_tensor(batch["spread"]) if "spread" in batch else None,
+    )
+
+
+class LocalFeed:
+    """The training batches of one rank, made in this process, from sample ``start`` to the end of the run.
+
+    ``start`` is the cursor: samples already consumed by all ranks together, a multiple of ``train.batch``. With the defaults the batches
+    are whole (`world` 1); rank r of w takes rows ``[r, r + 1) * batch / w`` of each, as the Ray stream deals them out.
+    """
+
+    def __init__(self, config: Config, start: int = 0, *, rank: int = 0, world: int = 1) -> None:
+        self.config = config
+        self.start, self.rank, self.world = start, rank, world
+        self.index = open_prompts(config)
+        self._stages: list[Any] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in range(self.start // self.config.train.batch, self.config.train.steps):
+            yield to_batch(self.columns(step))
+
+    def columns(self, step: int) -> Columns:
+        """This rank's share of the batch of ``step`` (0 is the first), as numpy columns."""
+        config, size = self.config, self.config.train.batch
+        share = size // self.world
+        if self._stages is None:
+            self._stages = [PromptEncoder(config), *([RewardPreparer(config)] if needs_reward(config) else [])]
+        first = step * size + self.rank * share
+        batch = columns(self.index.read(np.arange(first, first + share), config.seed))
+        for stage in self._stages:
+            batch = stage(batch)
+        return batch
+
+
+def _move(backbone: Backbone, device: torch.device) -> None:
+    """Backbones that hold towers of their own offer ``to``."""
+    getattr(backbone, "to", lambda _: None)(device)
+
+
+def _arrays(prefix: str, tensors: Mapping[str, Tensor]) -> Columns:
+    """numpy knows no bfloat16; float32 holds it exactly."""
+    return {prefix + k: (v.float() if v.dtype == torch.bfloat16 else v).cpu().numpy() for k, v in tensors.items()}
+
+
+def _tensors(prefix: str, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): _tensor(v) for k, v in batch.items() if k.startswith(prefix)}
+
+
+def _tensor(value: Any) -> Tensor:
+    """A copy: arrays that come out of the object store are read-only."""
+    return torch.from_numpy(np.array(value))

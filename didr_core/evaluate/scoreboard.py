@@ -1,0 +1,348 @@
+"""The scores of models as a file and a table: ``scores.json`` to read, ``scores.npz`` to compute with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from didr_core.evaluate.paired import Bootstrap, won
+from didr_core.types import DIDRError
+
+VERSION = 1
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a measure is named and read. ``better`` is "higher", "lower" or "" (to be compared with the start's)."""
+
+    title: str
+    better: str = "higher"
+    unit: str = ""
+    shown: bool = True  # in the short table
+
+
+MEASURES: dict[str, Measure] = {
+    "reward": Measure("training reward"),
+    "judge": Measure("held-out judge"),
+    "utility": Measure("true utility"),
+    "strict": Measure("strict accuracy", unit="%"),
+    "loose": Measure("loose accuracy", unit="%", shown=False),
+    "diversity": Measure("diversity over seeds"),
+    "layout_diversity": Measure("layout diversity over seeds", shown=False),
+    "background_entropy": Measure("free background", unit="bits"),
+    "position_entropy": Measure("free position", unit="bits"),
+    "clipped": Measure("clipped values", "", "%", shown=False),
+    "saturation": Measure("saturation", "", shown=False),
+    "latent_mean": Measure("latent mean", "", shown=False),
+    "latent_std": Measure("latent deviation", "", shown=False),
+    "size": Measure("object size", shown=False),
+    "contrast": Measure("contrast", shown=False),
+    "centring": Measure("centring", "", shown=False),
+    "shape_iou": Measure("shape overlap", shown=False),
+}
+for _facet in ("count", "colour", "shape", "relation", "background"):
+    MEASURES[f"right_{_facet}"] = Measure(f"{_facet} right", unit="%", shown=False)
+for _kind in ("single", "count", "pair", "relation"):
+    MEASURES[f"strict_{_kind}"] = Measure(f"strict, {_kind}", unit="%", shown=False)
+
+
+def describe(name: str) -> Measure:
+    """The entry of :data:`MEASURES`, or a plain one for a measure that a world brought itself."""
+    return MEASURES.get(name) or Measure(name.replace("_", " "), shown=False)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """``tree`` is what scores.json holds; ``arrays`` is ``{model: {measure: [T, S, N]}}``, NaN (or a negative code) where undefined."""
+
+    tree: dict[str, Any]
+    arrays: dict[str, Arrays]
+
+    @classmethod
+    def build(
+        cls,
+        models: Mapping[str, Mapping[str, Any]],
+        arrays: dict[str, Arrays],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        facts: Mapping[str, Any] | None = None,
+        focus: str = "aligned",
+        world: str = "none",
+        resamples: int = 2000,
+    ) -> Scores:
+        """Statistics over measured values. Codes (integer arrays named ``<what>_code``, groups ``<what>_group``) become entropies."""
+        trainings = max(len(next(iter(values.values()))) for values in arrays.values())
+        full = {
+            name: {key: _spread(value, trainings) for key, value in values.items()} for name, values in arrays.items()
+        }
+        boot = Bootstrap(len(prompts), trainings, resamples)
+        rows: dict[str, Any] = {}
+        for name, values in full.items():
+            means = boot.means({key: value for key, value in values.items() if not _is_code(key)})
+            measures = {key: interval.tree() for key, interval in means.items()}
+            measures |= {
+                f"{what}_entropy": boot.entropy(codes, groups).tree() for what, codes, groups in _codes(values)
+            }
+            rows[name] = {**models[name], "measures": _ordered(measures)}
+        pairs = [_compare(boot, a, b, full[a], full[b]) for a, b in _pairs(list(full), focus)]
+        named = sorted({key for row in rows.values() for key in row["measures"]}, key=_rank)
+        tree = {
+            "version": VERSION,
+            "world": world,
+            "counts": {
+                "prompts": len(prompts),
+                "seeds": len(seeds),
+                "trainings": trainings,
+                "pictures_per_model": len(prompts) * len(seeds) * trainings,
+            },
+            "seeds": list(seeds),
+            "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+            "intervals": f"95 %, paired bootstrap over captions{' and training seeds' if trainings > 1 else ''}, {resamples} resamples",
+            "models": rows,
+            "pairs": pairs,
+            "measures": {key: {k: v for k, v in vars(describe(key)).items() if k != "shown"} for key in named},
+            "facts": dict(facts or {}),
+        }
+        return cls(tree, arrays)
+
+    def write(self, folder: Path) -> Path:
+        """``scores.json`` and ``scores.npz`` into ``folder``, each atomically; returns the path of the JSON."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".scores.{os.getpid()}.npz"
+        np.savez_compressed(part, **{f"{m}/{k}": v for m, values in self.arrays.items() for k, v in values.items()})  # type: ignore[arg-type]
+        os.replace(part, folder / "scores.npz")
+        part = folder / f".scores.{os.getpid()}.json"
+        part.write_text(json.dumps(self.tree, indent=1, ensure_ascii=False) + "\n")
+        os.replace(part, folder / "scores.json")
+        return folder / "scores.json"
+
+    @classmethod
+    def read(cls, folder: Path) -> Scores:
+        """What :meth:`write` wrote."""
+        arrays: dict[str, Arrays] = {}
+        with np.load(Path(folder) / "scores.npz", allow_pickle=False) as file:
+            for name in file.files:
+                model, _, measure = name.partition("/")
+                arrays.setdefault(model, {})[measure] = file[name]
+        return cls(read_scores(Path(folder) / "scores.json"), arrays)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """:func:`table` of this tree."""
+        return table(self.tree)
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """The tree of a scores.json.
+
+    Raises:
+        DIDRError: not there, not JSON, or of another version.
+    """
+    path = Path(path)
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DIDRError(
+            f"{path}: cannot read scores ({error}). A run with evaluation.prompts above 0 writes them."
+        ) from error
+    if not isinstance(tree, dict) or tree.get("version") != VERSION:
+        found = tree.get("version") if isinstance(tree, dict) else type(tree).__name__
+        raise DIDRError(f"{path}: scores of version {found!r}, expected {VERSION}. Score the run again.")
+    return tree
+
+
+def pool(scores: Sequence[Scores], facts: Mapping[str, Any] | None = None, focus: str = "aligned") -> Scores:
+    """One comparison out of several trainings of the same contest (same prompts, noise seeds and models), paired training by training.
+
+    Raises:
+        DIDRError: prompts, seeds or models differ.
+    """
+    first = scores[0].tree
+    for other in scores[1:]:
+        for key in ("prompts_sha256", "seeds", "world"):
+            if other.tree[key] != first[key]:
+                raise DIDRError(
+                    f"pool: scores differ in {key!r} ({first[key]!r}, {other.tree[key]!r}); only like can be compared with like"
+                )
+        if list(other.arrays) != list(scores[0].arrays):
+            raise DIDRError(f"pool: scores of other models: {list(scores[0].arrays)} and {list(other.arrays)}")
+    arrays = {
+        model: {key: np.concatenate([s.arrays[model][key] for s in scores]) for key in values}
+        for model, values in scores[0].arrays.items()
+    }
+    models = {name: {k: v for k, v in row.items() if k != "measures"} for name, row in first["models"].items()}
+    count = first["counts"]["prompts"]
+    built = Scores.build(
+        models, arrays, [""] * count, first["seeds"], facts=facts or first["facts"], focus=focus, world=first["world"]
+    )
+    return Scores(built.tree | {"prompts_sha256": first["prompts_sha256"]}, arrays)
+
+
+def table(tree: Mapping[str, Any], everything: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of text: a row a model, a column a measure, "mean ± half the 95 % interval"."""
+    names = [n for n in tree["measures"] if (everything or describe(n).shown) and _known(tree, n)]
+    header = ["model", "steps", *(title(n) for n in names)]
+    rows = []
+    for model, row in tree["models"].items():
+        rows.append([model, str(row.get("steps", "")), *(show(row["measures"].get(n), n) for n in names)])
+    return header, rows
+
+
+def comparison_table(
+    tree: Mapping[str, Any], a: str, measures: Sequence[str] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Model ``a`` against every other: difference and win rate with intervals, one row per (opponent, measure)."""
+    header = ["against", "measure", "difference", "95 % interval", "wins", "95 % interval"]
+    rows = []
+    for pair in tree["pairs"]:
+        if pair["a"] != a:
+            continue
+        for name in measures or [n for n in pair["measures"] if describe(n).shown]:
+            entry = pair["measures"].get(name)
+            if entry is None or entry["difference"]["mean"] is None:
+                continue
+            wins = entry.get("wins")
+            difference = entry["difference"]
+            rows.append(
+                [
+                    pair["b"],
+                    title(name),
+                    _number(difference["mean"], name, sign=True),
+                    f"{_number(difference['low'], name, sign=True)} to {_number(difference['high'], name, sign=True)}",
+                    f"{100 * wins['mean']:.1f} %" if wins else "",
+                    f"{100 * wins['low']:.1f} to {100 * wins['high']:.1f} %" if wins else "",
+                ]
+            )
+    return header, rows
+
+
+def title(name: str) -> str:
+    """Name of a measure with its unit."""
+    entry = describe(name)
+    return f"{entry.title}, {entry.unit}" if entry.unit else entry.title
+
+
+def show(entry: Mapping[str, float | None] | None, name: str) -> str:
+    """``mean ± half the interval``; a dash where undefined."""
+    if not entry or entry["mean"] is None:
+        return "–"
+    low, high = entry["low"], entry["high"]
+    half = "" if low is None or high is None else f" ± {_number((high - low) / 2, name)}"
+    return _number(entry["mean"], name) + half
+
+
+def provenance(prompts_source: str = "", commands: Sequence[str] = (), **more: Any) -> dict[str, Any]:
+    """Where, when and with what a table was made. No host names, no absolute paths: files with it are published."""
+    import torch
+
+    versions = {}
+    for package in ("torch", "diffusers", "transformers", "numpy", "ray", "mlflow"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit(),
+        "commands": list(commands),
+        "prompts_source": prompts_source,
+        "hardware": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": gpus,
+        },
+        "python": platform.python_version(),
+        "versions": versions,
+        **more,
+    }
+
+
+def commit() -> str:
+    """The repository's commit, with "+" when the tree has changes; empty outside a repository."""
+    here = Path(__file__).parent
+    try:
+        run = {"cwd": here, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()  # type: ignore[call-overload]
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip()  # type: ignore[call-overload]
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return str(head) + ("+" if changed else "")
+
+
+def _compare(boot: Bootstrap, a: str, b: str, first: Arrays, second: Arrays) -> dict[str, Any]:
+    shared = [key for key in first if key in second and not _is_code(key)]
+    differences = boot.means({key: np.asarray(first[key] - second[key], dtype=np.float64) for key in shared})
+    # A share of wins says something of one prompt's pictures; a yes/no measure would count mostly ties.
+    graded = [k for k in shared if describe(k).better and not k.startswith(("strict", "loose", "right_"))]
+    wins = boot.means({key: won(first[key], second[key]) for key in graded})
+    measures: dict[str, Any] = {key: {"difference": interval.tree()} for key, interval in differences.items()}
+    for key, interval in wins.items():
+        measures[key]["wins"] = interval.tree()
+    for (what, codes, groups), (_, others, _) in zip(_codes(first), _codes(second), strict=False):
+        measures[f"{what}_entropy"] = {"difference": boot.entropy_difference(codes, others, groups).tree()}
+    return {"a": a, "b": b, "measures": _ordered(measures)}
+
+
+def _pairs(names: Sequence[str], focus: str) -> Iterator[tuple[str, str]]:
+    """All pairs, ``focus`` first in each of its own; of the rest the later against the earlier."""
+    rest = [n for n in names if n != focus]
+    if focus in names:
+        yield from ((focus, n) for n in rest)
+    yield from ((rest[j], rest[i]) for j in range(len(rest)) for i in range(j))
+
+
+def _is_code(key: str) -> bool:
+    return key.endswith(("_code", "_group"))
+
+
+def _codes(values: Arrays) -> Iterator[tuple[str, NDArray[Any], NDArray[Any] | None]]:
+    for key, codes in values.items():
+        if key.endswith("_code"):
+            what = key.removesuffix("_code")
+            groups = values.get(f"{what}_group")
+            yield what, codes, None if groups is None else groups[0, 0]
+
+
+def _spread(values: NDArray[Any], trainings: int) -> NDArray[Any]:
+    """``[T, S, N]`` for any T: a model trained once counts for every training. Yes/no becomes 1/0."""
+    numbers = values.astype(np.float64) if values.dtype == bool else values
+    return np.broadcast_to(numbers, (trainings, *values.shape[1:])) if len(values) == 1 else numbers
+
+
+def _rank(name: str) -> tuple[int, str]:
+    order = list(MEASURES)
+    return (order.index(name) if name in order else len(order), name)
+
+
+def _ordered(measures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: measures[name] for name in sorted(measures, key=_rank)}
+
+
+def _known(tree: Mapping[str, Any], name: str) -> bool:
+    return any((row["measures"].get(name) or {}).get("mean") is not None for row in tree["models"].values())
+
+
+def _number(value: float | None, name: str, sign: bool = False) -> str:
+    if value is None:
+        return "–"
+    if describe(name).unit == "%":
+        return f"{100 * value:{'+' if sign else ''}.1f}"
+    return f"{value:{'+' if sign else ''}.3f}" if abs(value) < 100 else f"{value:{'+' if sign else ''}.1f}"

@@ -1,0 +1,81 @@
+"""Pictures from an export folder, in one step: the same as stock diffusers makes from it with the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+
+from didr_core import config as configs
+from didr_core.config import Config, build
+from didr_core.networks import roles
+from didr_core.train import checkpoint as state
+from didr_core.train.run_folder import RunFolder
+from didr_core.types import Backbone, DIDRError
+
+MODEL_INDEX = "model_index.json"
+
+
+class OneStep:
+    """An exported generator, ready to sample."""
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        """Load ``folder``, as `didr align` or `didr export` wrote it.
+
+        Raises:
+            DIDRError: not an export of ours.
+        """
+        for file in (MODEL_INDEX, "config.yaml"):
+            if not (folder / file).is_file():
+                raise DIDRError(
+                    f"export {str(folder)!r}: {file} is missing. Expected a folder that `didr align` or `didr export` wrote."
+                )
+        config = configs.validate(yaml.safe_load((folder / "config.yaml").read_text()), f"{folder}/config.yaml")
+        self.device = torch.device(device)
+        self.backbone: Backbone = build("backbones", config.backbone.exported(folder))
+        self.network: nn.Module = self.backbone.load_network("generator").to(self.device)
+        self.backbone.load_text()
+        self.backbone.load_decoder()
+        getattr(self.backbone, "to", lambda _: None)(self.device)
+
+    @torch.no_grad()
+    def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """``[N, 3, H, W]`` in [0, 1], CPU; picture i from ``torch.Generator().manual_seed(seeds[i])``, on the CPU as diffusers draws it."""
+        shape = tuple(self.backbone.latent_shape)
+        z = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
+        condition = self.backbone.encode(list(prompts)).to(self.device)
+        return self.backbone.decode(self.backbone.generate(self.network, z, condition)).float().cpu()
+
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> Iterator[Image.Image]:
+        """The same as 8-bit images."""
+        for first in range(0, len(prompts), batch):
+            rows = slice(first, first + batch)
+            for picture in self.pictures(prompts[rows], seeds[rows]):
+                yield to_image(picture)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """``[3, H, W]`` in [0, 1] to 8 bits, rounded as diffusers rounds."""
+    return Image.fromarray((picture.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy())
+
+
+def trained_generator(config: Config, run: RunFolder, which: str = "ema") -> tuple[Backbone, nn.Module, int]:
+    """Backbone, generator weights of the newest checkpoint, and its step, without optimizers or the other networks.
+
+    Args:
+        which: "ema" (the running average that exports hold) or "generator" (the raw weights).
+
+    Raises:
+        DIDRError: the run has no checkpoint.
+    """
+    step = run.last_step()
+    if not step:
+        raise DIDRError(f"run {run.path}: no checkpoint yet, so there is nothing to export.")
+    backbone: Backbone = build("backbones", config.backbone)
+    network = roles.bare_generator(backbone, config.backbone, config.roles)
+    network.load_state_dict(state.read(run.checkpoint(step), which, network.state_dict()))
+    return backbone, network.requires_grad_(False), step

@@ -1,0 +1,200 @@
+"""How trained weights move: AdamW on float32, on float32 masters of bfloat16 weights, or on bfloat16 weights with stochastic rounding.
+
+bfloat16 has 8 significant bits: of weights of size 0.02, one in a hundred changes under an Adam step of 5e-7, the rest stay for ever.
+A float32 master copy keeps what rounding drops; stochastic rounding is right on average and needs no copy. Bytes a trained parameter
+(weight + gradient + moments + master): float32 16, master 18, stochastic 12; 8-bit moments save 6 on float32 and master; without first
+moment (betas[0] = 0) stochastic needs 8.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from didr_core.types import DIDRError
+
+if TYPE_CHECKING:
+    from didr_core.config import Config, Optim
+
+Update = Literal["master", "stochastic"]
+
+
+def check(config: Config) -> None:
+    """Raises DIDRError where the optimizer that ``config`` names is not installed, or cannot do what it says."""
+    for key, settings in (("generator", config.generator), ("assistant", config.assistant)):
+        if settings.optimizer != "adamw8bit":
+            continue
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise DIDRError(
+                f"{key}.optimizer='adamw8bit': bitsandbytes is not installed. Install it (`pip install bitsandbytes`; CUDA), or use "
+                f"{key}.optimizer=adamw."
+            )
+        if config.roles.update == "stochastic" and getattr(config.roles, key) == "full":
+            raise DIDRError(
+                f"{key}.optimizer='adamw8bit': does not round stochastically. Use roles.update=master, or {key}.optimizer=adamw "
+                "(with betas[0]=0 it keeps one moment only)."
+            )
+        if config.roles.shard and getattr(config.roles, key) == "full":
+            raise DIDRError(
+                f"{key}.optimizer='adamw8bit': bitsandbytes cannot update weights that are split over workers. Use {key}.optimizer=adamw, "
+                "or roles.shard=false."
+            )
+
+
+class Weights:
+    """The trained parameters of a network in the precision that updates need; what optimizer, average and checkpoints see.
+
+    float32 parameters stand for themselves. A bfloat16 one has a float32 master: its gradients are gathered there as backward makes them
+    (so micro-batches add up in float32), and :meth:`publish` rounds the master into the network after an update.
+    """
+
+    def __init__(self, network: nn.Module, update: Update = "master") -> None:
+        self.network = network
+        self.values: dict[str, Tensor] = {}
+        self._rounded: list[tuple[Tensor, Tensor]] = []
+        for name, p in network.named_parameters():
+            if not p.requires_grad:
+                continue
+            self.values[name] = p
+            if p.dtype == torch.bfloat16 and update == "master":
+                master = self.values[name] = p.detach().float().requires_grad_()
+                self._rounded.append((p, master))
+                p.register_post_accumulate_grad_hook(_gather(master))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Masters to the network."""
+        for p, master in self._rounded:
+            p.copy_(master)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The network's, with masters in place of what is rounded from them."""
+        return self.network.state_dict() | (dict(self.values) if self._rounded else {})
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.network.load_state_dict(state)
+        if self._rounded:
+            for name, value in self.values.items():
+                value.copy_(state[name])
+
+
+def _gather(master: Tensor) -> Callable[[Tensor], None]:
+    def gather(p: Tensor) -> None:
+        assert p.grad is not None
+        if master.grad is None:
+            master.grad = p.grad.float()
+        else:
+            master.grad += p.grad
+        p.grad = None
+
+    return gather
+
+
+def optimizer(weights: Weights, settings: Optim, seed: int) -> torch.optim.Optimizer:
+    """AdamW as ``settings`` says, over ``weights``; ``seed`` is that of stochastic rounding, the same on every rank."""
+    values = list(weights.values.values())
+    options: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    made: torch.optim.Optimizer
+    if settings.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
+
+        made = AdamW8bit(values, **options)
+    elif any(v.dtype == torch.bfloat16 for v in values):
+        made = StochasticAdamW(values, **options, seed=seed)
+    else:
+        # fused on GPUs: torch's default there makes a copy of all weights while it updates them
+        made = torch.optim.AdamW(values, **options, fused=all(v.is_cuda for v in values) or None)
+    made.register_step_post_hook(lambda *_: weights.publish())
+    return made
+
+
+def begin(optimizer: torch.optim.Optimizer) -> None:
+    """Make the moments that a first update makes, where there are none, to have something to load into. Weights stay as they are."""
+    if optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW whose arithmetic and moments are float32 and whose bfloat16 weights are rounded stochastically: right on average, no master.
+
+    Random bits depend on ``seed`` and the number of updates alone, so that every rank and every resumed run rounds alike. ``betas[0] = 0``
+    keeps no first moment. One parameter is in float32 at a time.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed, "updates": 0}
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["updates"] += 1
+            bits: torch.Generator | None = None
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if bits is None:
+                    bits = torch.Generator(p.device).manual_seed(group["seed"] * 1_000_003 + group["updates"])
+                p.copy_(
+                    stochastic_round(self._updated(p, group), bits)
+                    if p.dtype == torch.bfloat16
+                    else self._updated(p, group)
+                )
+
+    def _updated(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """The float32 value after the update."""
+        (beta1, beta2), n, state = group["betas"], group["updates"], self.state[p]
+        gradient = p.grad.float()  # type: ignore[union-attr]
+        if not state:
+            state["exp_avg_sq"] = torch.zeros_like(gradient)
+            if beta1 > 0:
+                state["exp_avg"] = torch.zeros_like(gradient)
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        mean = state["exp_avg"].lerp_(gradient, 1 - beta1) / (1 - beta1**n) if beta1 > 0 else gradient
+        size = (square / (1 - beta2**n)).sqrt_().add_(group["eps"])
+        return p.float().mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(mean, size, value=-group["lr"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which would cast moments to the type of their bfloat16 weight."""
+        moments = {i: {k: v.float() for k, v in s.items()} for i, s in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": {}})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for i, values in moments.items():
+            self.state[parameters[i]] = {k: v.to(parameters[i].device).clone() for k, v in values.items()}
+
+
+def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """float32 to one of its two bfloat16 neighbours, nearer ones more often: the expectation is ``x``.
+
+    bfloat16 is the upper half of a float32, so a uniform 16-bit number is added to the lower half before it is cut off.
+    """
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return ((x.contiguous().view(torch.int32) + noise) & -65536).view(torch.float32).bfloat16()

@@ -1,0 +1,377 @@
+"""One iteration of DIDR: n updates of the teaching assistant, one of the generator. No I/O, no Ray.
+
+Every random number is tied to its sample (`diffusion/noise.py`) and gradients are averaged over ranks, so the same seed and global batch
+give the same update for any number of workers and micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from didr_core.algorithms import losses
+from didr_core.config import Config, Kind, Optim, build
+from didr_core.data.anchor import AnchorPairs
+from didr_core.diffusion.noise import Noise
+from didr_core.diffusion.sampling import guided_x0
+from didr_core.diffusion.schedule import coeffs_like, diffuse
+from didr_core.drs import estimators as drp
+from didr_core.networks import fsdp as sharding
+from didr_core.networks import optim as precision
+from didr_core.networks import roles
+from didr_core.train.distributed import Single
+from didr_core.types import Backbone, Batch, NonFiniteError, Parallel, Reward, StepReport
+
+Which = Literal["generator", "ema", "start", "reference"]
+
+
+class Learner:
+    """Networks, optimizers, reward scale and the update. Built from a Config alone."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        device: torch.device | str = "cpu",
+        parallel: Parallel | None = None,
+        noise: Noise | None = None,
+        reward: Reward | None = None,
+    ) -> None:
+        """``noise`` stands in for the config's own random numbers, in benchmarks, ``reward``, loaded, for its own: a black box."""
+        self.config = config
+        self.noise = noise or Noise(config.seed)
+        self.device = torch.device(device)
+        self.parallel: Parallel = parallel or Single()
+        self.backbone: Backbone = build("backbones", config.backbone)
+        self.algorithm = build("algorithms", config.algorithm)
+        nets = roles.networks(
+            self.backbone,
+            config.backbone,
+            config.roles,
+            device=self.device,
+            seed=config.seed,
+            ema=config.train.ema > 0,
+            workers=self.parallel.world,
+        )
+        self.split = config.roles.shard and self.parallel.world > 1
+        self.generator_net, self.assistant_net = nets.generator, nets.assistant
+        self.reference_net, self.ema_net = nets.reference, nets.ema
+        self.generator_weights = self._weights(nets.generator, config.roles.generator)
+        self.assistant_weights = self._weights(nets.assistant, config.roles.assistant)
+        self.reward: Reward | None = None
+        if self.algorithm.needs_reward and config.reward is not None:
+            self.reward = reward or build("rewards", config.reward)
+            if reward is None:
+                self.reward.load(self.device)
+            self.backbone.load_decoder()
+            getattr(self.backbone, "to", lambda _: None)(self.device)
+        self.anchor = AnchorPairs(config.train.anchor, self.device) if config.train.anchor else None
+        self.generator_opt = precision.optimizer(self.generator_weights, config.generator, config.seed)
+        self.assistant_opt = precision.optimizer(self.assistant_weights, config.assistant, config.seed)
+        self.scale = RewardScale(self.device)
+        self.step_count = 0
+
+    def _weights(self, network: nn.Module, kind: Kind) -> precision.Weights:
+        """Adapters are small: they always have masters."""
+        return precision.Weights(network, "master" if kind == "lora" else self.config.roles.update)
+
+    def generator(self, which: Which = "ema") -> nn.Module:
+        """The trained generator, its running average, the one training started from, or the reference."""
+        if which == "start":
+            return roles.start(self.backbone, self.config.backbone, self.config.roles, self.generator_net, self.device)
+        return {"generator": self.generator_net, "ema": self.ema_net, "reference": self.reference_net}[which]
+
+    def whole_average(self) -> nn.Module | None:
+        """The generator's running average in one piece; where networks are split, on rank 0 alone, and every worker must call it."""
+        if not (self.split and self.config.roles.generator == "full"):
+            return self.ema_net
+        state = sharding.whole_state(self.ema_net)
+        if self.parallel.rank:
+            return None
+        return roles.filled(self.backbone, state, self.device)
+
+    def gather(self) -> None:
+        """Training is over: from now on :meth:`generator` gives whole networks on rank 0. Every worker must call it."""
+        self.ema_net = self.whole_average() or self.ema_net
+
+    def step(self, batch: Batch) -> StepReport:
+        """One iteration on this rank's share of the global batch.
+
+        Raises:
+            NonFiniteError: a loss or reward is NaN or infinite on any rank; the update that saw it is not applied.
+        """
+        batch = batch.to(self.device)
+        noise = self.noise
+        if self.reward is not None:
+            self.scale.update(batch.spread, self.parallel)
+        metrics: dict[str, float] = {}
+        assistant_updates = self.config.sizes.assistant_updates
+        for k in range(assistant_updates):
+            metrics |= self._update_assistant(batch, noise, f"ta{k}")
+        if self.step_count >= self.config.train.assistant_warmup or not assistant_updates:
+            metrics |= self._update_generator(batch, noise)
+        self.step_count += 1
+        return StepReport(self.step_count, metrics)
+
+    def _update_assistant(self, batch: Batch, noise: Noise, tag: str) -> dict[str, float]:
+        """Stage I: denoising score matching on fresh samples of the current generator."""
+
+        def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            shape = self.backbone.latent_shape
+            with torch.no_grad():
+                z = noise.normal(part.index, shape, f"{tag}/z")
+                x0 = self.backbone.generate(self.generator_net, z, part.condition)
+            t = noise.uniform(part.index, f"{tag}/t", *self.config.times.assistant)
+            x_t = diffuse(self.backbone.schedule, x0, noise.normal(part.index, shape, f"{tag}/eps"), t)
+            prediction = guided_x0(self.backbone, self.assistant_net, x_t, t, part.condition, 1.0)
+            alpha, sigma = coeffs_like(self.backbone.schedule, t, x_t)
+            return losses.denoising_score_matching(prediction, x0, alpha, sigma), {}
+
+        return self._apply("assistant", batch, loss, self.assistant_opt, self.config.assistant)
+
+    def _update_generator(self, batch: Batch, noise: Noise) -> dict[str, float]:
+        """Stage II: follow the algorithm's loss; EMA after it."""
+
+        def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            ctx = _Pass(self, part, noise)
+            value, metrics = self.algorithm.generator_loss(ctx)
+            x0 = ctx.x0.detach()
+            if self.reward is not None:
+                ctx.watch(x0)
+            metrics |= ctx.metrics | {"latent/mean": x0.flatten(1).mean(1), "latent/std": x0.flatten(1).std(1)}
+            return value, metrics
+
+        extra = self._anchor_loss if self.anchor else None
+        metrics = self._apply("generator", batch, loss, self.generator_opt, self.config.generator, extra)
+        for part in ("drs", "reward"):  # a ratio of means: single samples may match perfectly
+            if f"{part}/rms" in metrics:
+                metrics[f"{part}/ratio"] = metrics[f"{part}/rms"] / max(metrics["matching/rms"], 1e-12)
+        if self.ema_net is not self.generator_net:
+            decay = min(self.config.train.ema, (1 + self.step_count) / (10 + self.step_count))
+            with torch.no_grad():
+                for mean, value in zip(self.ema_net.parameters(), self.generator_weights.values.values(), strict=True):
+                    mean.lerp_(value.to(mean.dtype), 1 - decay)
+        return metrics
+
+    def _anchor_loss(self) -> Tensor:
+        """Weighted regression to this rank's share of stored pairs (mean over the global anchor batch)."""
+        assert self.anchor is not None
+        z, x0, condition = self.anchor.draw(self.config.seed, self.step_count, self.parallel)
+        predicted = self.backbone.generate(self.generator_net, z, condition)
+        return self.anchor.config.weight * self.anchor.loss(predicted, x0)
+
+    def _apply(
+        self,
+        name: str,
+        batch: Batch,
+        loss: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
+        optimizer: torch.optim.Optimizer,
+        settings: Optim,
+        extra: Callable[[], Tensor] | None = None,
+    ) -> dict[str, float]:
+        """Accumulate micro-batches, average over ranks, refuse non-finite values, clip, update."""
+        optimizer.zero_grad(set_to_none=False)
+        sums: dict[str, Tensor] = {}
+        bad: list[str] = []
+        size = self.config.sizes.micro_batch
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            value, metrics = loss(part)
+            finite = torch.isfinite(value.detach())
+            for metric in metrics.values():
+                finite &= torch.isfinite(metric)
+            bad += [i for i, ok in zip(part.ids, finite.tolist(), strict=True) if not ok]
+            value.sum().div(len(batch)).backward()
+            for key, metric in {f"loss/{name}": value.detach(), **metrics}.items():
+                sums[key] = sums.get(key, torch.zeros((), device=self.device)) + metric.detach().sum() / len(batch)
+        if extra is not None:
+            value = extra()
+            value.backward()
+            sums["loss/anchor"] = value.detach()
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in weights]
+        flags = torch.tensor(float(len(bad)), device=self.device)
+        own = [g for g in gradients if not sharding.is_split(g)]  # the others were averaged by their backward passes
+        self.parallel.mean_([flags, *sums.values(), *own])
+        norm = torch.nn.utils.get_total_norm(gradients)
+        size_of_all = sharding.whole(norm).item()
+        if flags > 0 or not math.isfinite(size_of_all):
+            where = f"prompt ids {bad}" if bad else "its gradient, or another worker's samples"
+            raise NonFiniteError(
+                f"step {self.step_count + 1}: non-finite {name} loss or reward at {where}. The update was not applied and the last good "
+                f"checkpoint is kept. Look at these prompts and the reward; lower {name}.lr (now {settings.lr:g}) or set drp.clip."
+            )
+        torch.nn.utils.clip_grads_with_norm_(weights, settings.clip, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * _rate(settings, self.step_count, self.config.train.steps)
+        optimizer.step()
+        return {k: v.item() for k, v in sums.items()} | {f"grad/{name}": size_of_all}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs."""
+        return {
+            "generator": (generator := self.generator_weights.state_dict()),
+            "assistant": self.assistant_weights.state_dict(),
+            "ema": generator if self.ema_net is self.generator_net else self.ema_net.state_dict(),
+            "generator_opt": self.generator_opt.state_dict(),
+            "assistant_opt": self.assistant_opt.state_dict(),
+            "scale": self.scale.state_dict(),
+            "step_count": self.step_count,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        if self.ema_net is not self.generator_net:
+            self.ema_net.load_state_dict(state["ema"])
+        self.generator_weights.load_state_dict(state["generator"])
+        self.assistant_weights.load_state_dict(state["assistant"])
+        self.generator_opt.load_state_dict(state["generator_opt"])
+        self.assistant_opt.load_state_dict(state["assistant_opt"])
+        self.scale.load_state_dict(state["scale"])
+        self.step_count = state["step_count"]
+
+
+class RewardScale:
+    """Within-prompt standard deviation of the starting generator's reward: pooled over every prompt seen so far, on all ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros(
+            2, dtype=torch.float64, device=device
+        )  # sum of batch means of the variance, number of batches
+
+    def update(self, spread: Tensor | None, parallel: Parallel) -> None:
+        """Add a batch's variances ``[B]``. A non-finite one comes with a non-finite baseline, which is refused with its prompt id later."""
+        if spread is None:
+            return
+        mean = torch.where(spread.isfinite(), spread, 0.0).double().mean()
+        parallel.mean_([mean])
+        self.total += torch.stack([mean, torch.ones_like(mean)])
+
+    @property
+    def value(self) -> Tensor:
+        """Scalar standard deviation; 1 before any was seen."""
+        return torch.where(
+            self.total[1] > 0, (self.total[0] / self.total[1].clamp_min(1)).sqrt().clamp_min(1e-6), 1.0
+        ).float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums."""
+        return {"total": self.total.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.total.copy_(state["total"])
+
+
+class _Pass:
+    """:class:`didr_core.types.GeneratorContext` for one micro-batch: what is asked for is computed once."""
+
+    def __init__(self, learner: Learner, batch: Batch, noise: Noise) -> None:
+        self.learner, self.batch, self.noise = learner, batch, noise
+        backbone, config = learner.backbone, learner.config
+        shape = backbone.latent_shape
+        z = noise.normal(batch.index, shape, "g/z")
+        self.x0 = backbone.generate(learner.generator_net, z, batch.condition)
+        self.t = noise.uniform(batch.index, "g/t", *config.times.generator)
+        self.x_t = diffuse(backbone.schedule, self.x0, noise.normal(batch.index, shape, "g/eps"), self.t)
+        self.alpha, self.sigma = coeffs_like(backbone.schedule, self.t, self.x_t)
+        self.metrics: dict[str, Tensor] = {}
+        self._reference: Tensor | None = None
+
+    def assistant(self, grad: bool = False) -> Tensor:
+        """``D_psi(x_t)``; its weights take no gradient: they are frozen for the call."""
+        learner, w = self.learner, self.learner.config.guidance.assistant
+        if not grad:
+            with torch.no_grad():
+                return self._evaluate(learner.assistant_net, self.x_t.detach(), self.t, w)
+        with roles.frozen(learner.assistant_net):
+            return self._evaluate(learner.assistant_net, self.x_t, self.t, w)
+
+    def _evaluate(self, network: nn.Module, x: Tensor, t: Tensor, guidance: float) -> Tensor:
+        condition = self.batch.condition.tile(len(x) // len(self.batch))
+        return guided_x0(self.learner.backbone, network, x, t, condition, guidance)
+
+    def reference(self, grad: bool = False) -> Tensor:
+        """Guided ``D~_ref(x_t)``."""
+        learner, w = self.learner, self.learner.config.guidance.reference
+        if grad:
+            return self._evaluate(learner.reference_net, self.x_t, self.t, w)
+        if self._reference is None:
+            with torch.no_grad():
+                self._reference = self._evaluate(learner.reference_net, self.x_t.detach(), self.t, w)
+        return self._reference
+
+    def drs(self) -> Tensor:
+        """``s_r(x_t)``, gated and clipped."""
+        config = self.learner.config
+        inner = config.guidance.reference if config.drp.guidance is None else config.drp.guidance
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            if config.drp.checkpointing and torch.is_grad_enabled():
+                return checkpoint(self._evaluate, self.learner.reference_net, x, t, inner, use_reentrant=False)  # type: ignore[no-any-return]
+            return self._evaluate(self.learner.reference_net, x, t, inner)
+
+        problem = drp.Problem(
+            x=self.x_t.detach(),
+            t=self.t,
+            schedule=self.learner.backbone.schedule,
+            denoise=denoise,
+            reward=self.reward,
+            noise=self._particles,
+            beta=config.drp.beta,
+        )
+        estimate = drp.estimate(config.drp, problem)
+        if inner == config.guidance.reference:
+            self._reference = estimate.x0
+        drs = estimate.score
+        if config.drp.snr_gate:
+            drs = drs * self.alpha.square()
+        if config.drp.clip is not None:
+            limit = config.drp.clip * losses.rms(
+                (self.alpha * self.reference() - self.x_t.detach()) / self.sigma.square()
+            )
+            drs, self.metrics["drs/clipped"] = losses.clip_rms(drs, limit)
+        self.metrics["reward/proxy"] = estimate.reward
+        return drs
+
+    def reward(self, latent: Tensor) -> Tensor:
+        """Standardised reward of clean latents ``[M * B]``: 0 is the starting generator's mean, 1 its standard deviation."""
+        return self._reward(latent)[0]
+
+    @torch.no_grad()
+    def watch(self, x0: Tensor) -> None:
+        """Log the reward of the generator's own pictures; of a composite, ``reward/<part>/raw|scaled|weighted`` too."""
+        self.metrics["reward/gain"], self.metrics["reward/raw"], images = self._reward(x0, log=True)
+        self.metrics["image/clipped"] = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
+
+    def _reward(self, latent: Tensor, log: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Standardised and raw reward ``[M * B]``, and the pictures."""
+        learner, batch = self.learner, self.batch
+        assert learner.reward is not None, "the algorithm declares needs_reward"
+        times = len(latent) // len(batch)
+        inputs = {k: v.repeat(times, *([1] * (v.dim() - 1))) for k, v in batch.reward_inputs.items()}
+        images = learner.backbone.decode(latent)
+        details = getattr(learner.reward, "details", None) if log else None
+        if details:
+            raw, parts = details(images, inputs)
+            self.metrics |= {f"reward/{name}": value for name, value in parts.items()}
+        else:
+            raw = learner.reward.score(images, inputs)
+        baseline = torch.zeros_like(raw) if batch.baseline is None else batch.baseline.repeat(times)
+        return (raw - baseline) / learner.scale.value, raw, images
+
+    def _particles(self, tag: str, times: int) -> Tensor:
+        shape = self.learner.backbone.latent_shape
+        return torch.cat([self.noise.normal(self.batch.index, shape, f"{tag}/{m}") for m in range(times)])
+
+
+def _rate(settings: Optim, step: int, total: int) -> float:
+    """Share of the learning rate at ``step``: linear warm-up, then constant, then linear to zero over the last `decay` of the run."""
+    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    left = (total - step) / (settings.decay * total) if settings.decay else 1.0
+    return warm * min(1.0, left)

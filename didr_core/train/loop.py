@@ -1,0 +1,234 @@
+"""The training loop: batches in, steps, checkpoints and metrics out. One process of it; no Ray, no MLflow.
+
+    python -m didr_core.train --recipe tiny [--set drp.beta=0.5] [--output DIR] [--resume RUN]
+
+`pipelines/align.py` runs the same :func:`loop` in each Ray Train worker. What else wants to hear of progress (console, MLflow, a report at
+checkpoints) is an :class:`Observer`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from didr_core import config as configs
+from didr_core.config import Config
+from didr_core.data import scales
+from didr_core.data.feed import LocalFeed, device_of
+from didr_core.data.prompts import PromptIndex
+from didr_core.evaluate.finish import Draw, Gallery, finish
+from didr_core.plan.preflight import preflight
+from didr_core.train import checkpoint as state
+from didr_core.train.alarms import Alarms
+from didr_core.train.learner import Learner
+from didr_core.train.run_folder import RunFolder
+from didr_core.types import Batch, DIDRError, NonFiniteError, StepReport
+
+
+class Observer:
+    """Hears of a run's progress; every method may be left as it is."""
+
+    def started(self, run: RunFolder, config: Config, step: int) -> None:
+        """The networks are loaded; ``step`` steps are done already (resume)."""
+
+    def step(self, report: StepReport) -> None:
+        """One iteration is done. Metrics are global means, plus ``time/step`` and ``time/data`` in seconds."""
+
+    def checkpoint(self, step: int) -> None:
+        """A checkpoint after ``step`` is on disk, or on its way there where networks are split; on ranks but 0: the step is reached."""
+
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """What is being done outside of steps: loading, exporting, scoring; counts where there is something to count."""
+
+
+class Journal:
+    """Checkpoints, metrics and alarms: written by rank 0 (split networks: by all ranks), restored by all ranks."""
+
+    def __init__(self, run: RunFolder, config: Config, learner: Learner, corpus: str) -> None:
+        self.run, self.config, self.learner, self.corpus = run, config, learner, corpus
+        self.alarms = Alarms()
+        self.saver = state.Saver(learner)
+
+    def restore(self) -> None:
+        """Go to the newest complete checkpoint, if there is one.
+
+        Raises:
+            DIDRError: a damaged checkpoint, or prompts that are not those the run began with.
+        """
+        step = self.run.last_step()
+        if not step:
+            return
+        extra = state.load(self.run.checkpoint(step), self.learner)
+        if extra["corpus"] != self.corpus:
+            raise DIDRError(
+                f"data.prompts={self.config.data.prompts!r}: shards or row counts are not those this run began with, so it cannot go on "
+                "where it stopped. Restore the shards, or start a new run."
+            )
+        self.alarms.load_state_dict(extra["alarms"])
+
+    def save(self) -> None:
+        """Write a checkpoint of now, then remove the oldest ones. Where networks are split, every rank calls it."""
+        step = self.learner.step_count
+        extra = {"corpus": self.corpus, "alarms": self.alarms.state_dict(), "cursor": step * self.config.train.batch}
+        self.saver.save(
+            self.run.checkpoint(step), extra, then=lambda: self.run.prune(self.config.train.keep_checkpoints)
+        )
+
+    def judge(self, report: StepReport, seconds: float, waited: float) -> StepReport:
+        """``report`` with times and alarms."""
+        metrics = report.metrics | {"time/step": seconds, "time/data": waited}
+        return replace(report, metrics=metrics, alarms=self.alarms.update(report.metrics))
+
+
+def loop(
+    learner: Learner,
+    batches: Iterable[Batch],
+    journal: Journal,
+    observer: Observer,
+    *,
+    writes: bool = True,
+    gallery: Gallery | None = None,
+    until: int | None = None,
+) -> None:
+    """Steps until ``config.train.steps`` (or ``until`` of them) are done. Every rank calls it with its share of each batch.
+
+    Args:
+        batches: one a step, from the step that the learner is at.
+        writes: this rank writes metrics and checkpoints (rank 0). gallery: draws grids on the way, every `evaluation.every` steps.
+
+    Raises:
+        NonFiniteError: see :meth:`Learner.step`; checkpoints stay as they are.
+        DIDRError: the stream ended early or out of order, or the disk is full.
+    """
+    train, every = journal.config.train, journal.config.evaluation.every
+    stream = iter(batches)
+    end = train.steps if until is None else min(until, train.steps)
+    while learner.step_count < end:
+        began = time.perf_counter()
+        batch = next(stream, None)
+        if batch is None or bool((batch.index // train.batch != learner.step_count).any()):
+            got = "nothing" if batch is None else f"samples {batch.index.tolist()[:4]}..."
+            raise DIDRError(
+                f"step {learner.step_count + 1}: the prompt stream gave {got}, expected samples from {learner.step_count * train.batch}"
+            )
+        waited = time.perf_counter() - began
+        try:
+            report = learner.step(batch)
+        except NonFiniteError:  # on all ranks at once; what is being written is the last good checkpoint
+            journal.saver.wait()
+            raise
+        report = journal.judge(report, time.perf_counter() - began, waited)
+        if writes:
+            journal.run.log(report)
+        observer.step(report)
+        if every and report.step % every == 0:
+            _show(learner, gallery, report.step)
+        if report.step % train.checkpoint_every == 0 or report.step == train.steps:
+            if writes or learner.split:
+                journal.save()
+            observer.checkpoint(report.step)
+    journal.saver.wait()
+
+
+def _show(learner: Learner, gallery: Gallery | None, step: int) -> None:
+    network = learner.whole_average()  # for now only: it may be a whole network beside the split ones
+    if gallery and network:
+        gallery.after(step, network)
+
+
+def train(
+    config: Config, run: RunFolder, index: PromptIndex, observer: Observer | None = None, draw: Draw | None = None
+) -> None:
+    """The whole run in this process: restore, loop, export and scores. Call it inside :func:`outcome`.
+
+    Raises:
+        DIDRError: anything a user can mend; the run folder keeps its checkpoints.
+    """
+    observer = observer or Observer()
+    torch.set_num_threads(config.train.threads)
+    if scales.missing(config):
+        observer.stage("measuring the scales of the reward's parts")
+        config = scales.resolve(config)
+        run.write_config(config)
+    observer.stage("loading networks")
+    learner = Learner(config, device=device_of(config))
+    journal = Journal(run, config, learner, index.fingerprint)
+    journal.restore()
+    run.forget_after(learner.step_count)
+    observer.started(run, config, learner.step_count)
+    gallery = Gallery(learner, config, run, draw) if draw and config.evaluation.every else None
+    feed = LocalFeed(config, learner.step_count * config.train.batch)
+    loop(learner, feed, journal, observer, gallery=gallery)
+    finish(learner, config, run, observer.stage, draw)
+
+
+@contextlib.contextmanager
+def outcome(run: RunFolder) -> Iterator[None]:
+    """Keeps ``run.json``'s status true: running inside the block, then finished, failed or interrupted. One process at a time.
+
+    Raises:
+        DIDRError: another process is at work in this run folder.
+    """
+    with run.lock():
+        run.update(status="running", message=None)
+        try:
+            yield
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+            with contextlib.suppress(
+                DIDRError
+            ):  # a full disk may be why we are here; the reason is on its way to the user
+                run.update(status=status, ended=time.time(), message=str(error) or type(error).__name__)
+            raise
+        run.update(status="finished", ended=time.time())
+
+
+class _Lines(Observer):
+    """A plain line a step."""
+
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        if done in (0, total):
+            print(text, flush=True)
+
+    def step(self, report: StepReport) -> None:
+        shown = ("loss/generator", "reward/gain", "drs/ratio", "time/step")
+        values = " ".join(f"{k}={report.metrics[k]:.4g}" for k in shown if k in report.metrics)
+        print(f"step {report.step} {values} {' '.join(report.alarms)}".rstrip(), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m didr_core.train", description="Align in one process, without Ray.")
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--output", help="this run's folder (default: runs/<name>-<time>)")
+    parser.add_argument("--resume", metavar="RUN", help="continue a run: its folder or name")
+    given = parser.parse_args(arguments)
+    try:
+        if given.resume:
+            run = RunFolder.find(given.resume)
+            config = run.config(given.overrides)
+            index = preflight(config)
+            run.write_config(config)
+        else:
+            config = configs.load(given.recipe, given.overrides)
+            index = preflight(config)
+            run = RunFolder.create(config, given.output, " ".join(["python -m didr_core.train", *sys.argv[1:]]))
+        with outcome(run):
+            train(config, run, index, _Lines())
+    except DIDRError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"done: {Path(run.path)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

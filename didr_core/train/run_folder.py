@@ -1,0 +1,264 @@
+"""The folder of one run: what it is called, what lies in it, and how it is written so that a kill at any moment loses nothing.
+
+    runs/<name>-<yyyymmdd-hhmmss>/
+      config.yaml      the resolved configuration
+      run.json         status, commit, versions, MLflow run id
+      metrics.jsonl    one line a step; alarms.jsonl one line an alarm
+      checkpoints/step-000100/state.pt, and shards/ beside it where networks are split
+      grids/*.png, curves.png, scores.json, report.html, export/    made at the end
+
+Files that are replaced are written beside and renamed. On a cluster the folder must be on storage that every node sees.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from didr_core import config as configs
+from didr_core.config import Config
+from didr_core.evaluate.scoreboard import commit
+from didr_core.types import DIDRError, StepReport
+
+Status = Literal["running", "finished", "failed", "interrupted"]
+PACKAGES = ("didr", "torch", "diffusers", "transformers", "ray", "mlflow")
+FREE_TO_CHANGE = (
+    "workers",
+    "tracking",
+    "evaluation",
+    "train.steps",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.threads",
+)
+"""Keys that `--resume` may set anew: they change how a run runs, not what its next update is."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An existing run folder; make one with :meth:`create`, find one with :meth:`find`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: Config, folder: str | None = None, command: str = "") -> RunFolder:
+        """A new folder: ``folder`` itself, or ``<config.output>/<name>-<time>``.
+
+        Raises:
+            DIDRError: ``folder`` holds another run or anything else, cannot be made, or is no path.
+        """
+        path = local_folder("--output" if folder else "output", folder or config.output)
+        if not folder:
+            stamp = path / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            path = next(p for n in range(100) if not (p := Path(f"{stamp}-{n}" if n else stamp)).exists())
+        if (path / "run.json").is_file():
+            raise DIDRError(
+                f"--output {path}: belongs to run {cls(path).info().get('name')!r} (status {cls(path).info().get('status')!r}). "
+                f"Give another folder, or continue that run with `didr align --resume {path}`."
+            )
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise DIDRError(f"--output {path}: exists and is not empty. Give a new or empty folder.")
+        with disk("output", path):
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        run.write_config(config)
+        run.update(
+            name=path.name, recipe=config.name, command=command, status="running", started=time.time(), **provenance()
+        )
+        return run
+
+    @classmethod
+    def find(cls, run: str, output: str = "runs") -> RunFolder:
+        """The folder ``run``, or the run of that name in ``output``.
+
+        Raises:
+            DIDRError: there is none (names the runs that there are).
+        """
+        for path in (Path(run).expanduser(), local_folder("output", output) / run):
+            if (path / "run.json").is_file():
+                return cls(path.resolve())
+        there = sorted(p.parent.name for p in local_folder("output", output).glob("*/run.json"))
+        raise DIDRError(
+            f"run {run!r}: no run folder of that name or path (one with run.json in it). "
+            f"Runs in {output}: {', '.join(there[-8:]) or 'none'}."
+        )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One process at a time trains in a run folder; the system frees the lock when that process dies.
+
+        Raises:
+            DIDRError: another process holds it.
+        """
+        with disk("output", self.path):
+            file = (self.path / ".lock").open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DIDRError(
+                    f"run {self.path}: another process is training in it. Wait for it, or stop it first."
+                ) from error
+            yield
+
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        """The run's configuration, with ``a.b=c`` overrides of keys in :data:`FREE_TO_CHANGE`.
+
+        Raises:
+            DIDRError: an override that would change what the run computes.
+        """
+        for item in overrides:
+            key = item.partition("=")[0].strip()
+            if not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE):
+                raise DIDRError(
+                    f"--set {item!r}: a resumed run must go on as it began; only {', '.join(FREE_TO_CHANGE)} may change. "
+                    "Start a new run for anything else."
+                )
+        return configs.load(str(self.path / "config.yaml"), overrides)
+
+    def write_config(self, config: Config) -> None:
+        """Write ``config.yaml``."""
+        self._replace("config.yaml", yaml.safe_dump(configs.dump(config), sort_keys=False, allow_unicode=True))
+
+    def info(self) -> dict[str, Any]:
+        """What ``run.json`` says; empty where it is missing."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def update(self, **values: Any) -> None:
+        """Set keys of ``run.json``."""
+        self._replace("run.json", json.dumps(self.info() | values, indent=1, default=str) + "\n")
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after ``step`` steps."""
+        return self.path / "checkpoints" / f"step-{step:06d}"
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        found = (self.path / "checkpoints").glob("step-*/state.pt")
+        return sorted(int(p.parent.name.removeprefix("step-")) for p in found)
+
+    def last_step(self) -> int:
+        """Step of the newest complete checkpoint; 0 where there is none: the run starts from the beginning."""
+        return max(self.checkpoints(), default=0)
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest ``keep`` checkpoints, and what a kill left half-written."""
+        done = self.checkpoints()
+        for folder in (self.path / "checkpoints").glob("step-*"):
+            step = int(folder.name.removeprefix("step-"))
+            if step not in done[-keep:] and step <= max(done, default=0):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def metrics_path(self) -> Path:
+        """``metrics.jsonl``: a line a step; readers may tail it."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def alarms_path(self) -> Path:
+        """``alarms.jsonl``: a line an alarm and step."""
+        return self.path / "alarms.jsonl"
+
+    @property
+    def stage_path(self) -> Path:
+        """``stage.json``: what is being done outside of steps, for those who watch from another process."""
+        return self.path / "stage.json"
+
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Say what is being done."""
+        self._replace(self.stage_path.name, json.dumps([text, done, total]))
+
+    def log(self, report: StepReport) -> None:
+        """Append one step: its metrics (null where not finite, so that every line is JSON) and its alarms."""
+        values = {k: v if math.isfinite(v) else None for k, v in report.metrics.items()}
+        for name in report.alarms:
+            _append(self.alarms_path, {"step": report.step, "alarm": name})
+        _append(self.metrics_path, {"step": report.step, "time": round(time.time(), 3), **values})
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of later steps: a resumed run takes these steps again."""
+        for path in (self.metrics_path, self.alarms_path):
+            if path.is_file():
+                kept = [row for row in read_lines(path) if row["step"] <= step]
+                self._replace(path.name, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def _replace(self, name: str, text: str) -> None:
+        path = self.path / name
+        partial = path.with_name(path.name + ".part")
+        with disk("output", path):
+            partial.write_text(text)
+            partial.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl; a last line that a kill cut short is left out. Empty when there is no file."""
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    with disk("metrics", path), path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def local_folder(key: str, path: str) -> Path:
+    """``path`` as an absolute folder.
+
+    Raises:
+        DIDRError: an address like ``s3://``; run folders are read and renamed in place, which needs a (shared) file system.
+    """
+    if "://" in path:
+        raise DIDRError(
+            f"{key}={path!r}: expected a folder on a file system that all nodes share; mount the bucket and give that path."
+        )
+    return Path(path).expanduser().resolve()
+
+
+@contextmanager
+def disk(key: str, path: Path) -> Iterator[None]:
+    """Turn errors of writing to ``path`` into words."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing(path)).free
+            raise DIDRError(
+                f"{key} {path}: the disk is full ({free:,} bytes free). Free some space; `--resume` continues the run."
+            ) from error
+        raise DIDRError(
+            f"{key} {path}: cannot write ({error.strerror or error}). Check the path and its permissions."
+        ) from error
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+def provenance() -> dict[str, Any]:
+    """Commit and versions, for ``run.json`` and the model card."""
+    return {
+        "commit": commit() or None,
+        "python": platform.python_version(),
+        "versions": {p: v for p in PACKAGES if (v := _version(p))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

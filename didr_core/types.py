@@ -1,0 +1,244 @@
+"""What everyone shares: the few Protocols and frozen dataclasses that the packages of `didr_core` speak through.
+
+Shape legend, used in every file: ``B`` batch, ``M`` particles, ``K`` denoising steps, ``C H W`` latent or image axes.
+A latent tensor is ``[B, *latent_shape]``; an image tensor is ``[B, 3, H, W]`` in ``[0, 1]``; times are ``[B]`` in ``[0, 1]``
+(0 = clean, 1 = pure noise) whatever the family, see :mod:`didr_core.diffusion.schedule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Tensors = Mapping[str, Tensor]
+
+
+class DIDRError(Exception):
+    """A mistake that the user can mend: the message names the key, the value, what was expected and the fix."""
+
+
+class NonFiniteError(DIDRError):
+    """A loss or a reward is NaN or infinite. Carries the prompt ids; the last good checkpoint is untouched."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser is told about ``B`` prompts: named tensors, each with leading axis ``B``."""
+
+    tensors: Tensors
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Condition:
+        """Apply ``fn`` to every tensor."""
+        return Condition({k: fn(v) for k, v in self.tensors.items()})
+
+    def __getitem__(self, rows: slice) -> Condition:
+        return self.map(lambda v: v[rows])
+
+    def tile(self, times: int) -> Condition:
+        """Particle-major repetition: ``[B, ...] -> [times * B, ...]``."""
+        return self if times == 1 else self.map(lambda v: v.repeat(times, *([1] * (v.dim() - 1))))
+
+    def cat(self, other: Condition) -> Condition:
+        """Concatenate along the batch."""
+        return Condition({k: torch.cat([v, other.tensors[k]]) for k, v in self.tensors.items()})
+
+    def to(self, *args: Any, **kwargs: Any) -> Condition:
+        """Move or cast every tensor."""
+        return self.map(lambda v: v.to(*args, **kwargs))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch, made by the prompt pipeline. Everything has leading axis ``B``.
+
+    ``index`` is the global sample index: position in the endless, seeded prompt stream. All random numbers of a sample are
+    derived from it, so that the update does not depend on how many workers share the batch.
+    ``baseline`` / ``spread`` are the mean and the unbiased variance of the raw reward over a few pictures that the *starting* generator
+    makes for the prompt; they standardise rewards, so that beta means the same for every reward.
+    """
+
+    index: Tensor  # [B] int64
+    ids: Sequence[str]
+    prompts: Sequence[str]
+    condition: Condition
+    reward_inputs: Tensors = field(default_factory=dict)  # what Reward.prepare made of the prompts
+    baseline: Tensor | None = None  # [B] float32
+    spread: Tensor | None = None  # [B] float32, variance
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return replace(
+            self,
+            index=self.index[rows],
+            ids=self.ids[rows],
+            prompts=self.prompts[rows],
+            condition=self.condition[rows],
+            reward_inputs={k: v[rows] for k, v in self.reward_inputs.items()},
+            baseline=None if self.baseline is None else self.baseline[rows],
+            spread=None if self.spread is None else self.spread[rows],
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move tensors to ``device``."""
+        return replace(
+            self,
+            index=self.index.to(device),
+            condition=self.condition.to(device),
+            reward_inputs={k: v.to(device) for k, v in self.reward_inputs.items()},
+            baseline=None if self.baseline is None else self.baseline.to(device),
+            spread=None if self.spread is None else self.spread.to(device),
+        )
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Forward process ``x_t = alpha_t x0 + sigma_t eps`` with t in [0, 1]."""
+
+    def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``t [B] -> (alpha [B], sigma [B])``, float32 or better."""
+        ...
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """What the network is told for ``t [B]``."""
+        ...
+
+
+class Backbone(Protocol):
+    """A model family: how its networks are loaded, called, decoded and exported. One file each in `backbones/`."""
+
+    schedule: Schedule
+    latent_shape: tuple[int, ...]
+
+    def check(self) -> None:
+        """Cheap look at the weights folders (preflight). Raises DIDRError when they are not what the config says."""
+        ...
+
+    def load_network(self, role: str) -> nn.Module:
+        """Load ``role`` in {"generator", "reference", "assistant"}, float32, eval mode."""
+        ...
+
+    def load_decoder(self) -> None:
+        """Make :meth:`decode` usable (latents -> images)."""
+        ...
+
+    def load_text(self) -> None:
+        """Make :meth:`encode` usable. Only encoder actors call it: text towers never sit on a trainer."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Prompts to conditions, without grad."""
+        ...
+
+    def null(self, like: Condition) -> Condition:
+        """The unconditional condition, as many rows as ``like``."""
+        ...
+
+    def x0(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Denoiser prediction converted to ``x0`` in float32: the only place where eps, v or flow is known."""
+        ...
+
+    def generate(self, network: nn.Module, z: Tensor, condition: Condition) -> Tensor:
+        """One-step generator: noise ``z ~ N(0, I)`` to a clean latent."""
+        ...
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latents to images ``[B, 3, H, W]`` in [0, 1], differentiable."""
+        ...
+
+    def export(self, generator: nn.Module, folder: str) -> None:
+        """Write what stock diffusers loads, and the single-file weights."""
+        ...
+
+
+class Reward(Protocol):
+    """A score of pictures given prompts; higher is better. One file each in `rewards/`.
+
+    A reward made of others may also offer ``details(images, inputs) -> (score [B], {name: [B]})``: values for the logs.
+    """
+
+    differentiable: bool
+
+    def check(self) -> None:
+        """Cheap look at the weights (preflight). Raises DIDRError when they are not what the config says."""
+        ...
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Load weights; `prepare` and `score` need it."""
+        ...
+
+    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Text features ``{name: [B, ...]}``; runs in reward-model actors, once per prompt."""
+        ...
+
+    def score(self, images: Tensor, inputs: Tensors) -> Tensor:
+        """``images [B, 3, H, W]`` in [0, 1] -> raw scores ``[B]`` on the published scale."""
+        ...
+
+
+class GeneratorContext(Protocol):
+    """What the learner offers to an algorithm's generator loss. Networks are evaluated only when a method is called."""
+
+    x0: Tensor  # generator's output, with grad
+    t: Tensor  # [B]
+    x_t: Tensor  # x0 diffused to t, with grad through x0
+    alpha: Tensor  # [B, 1, 1, 1]
+    sigma: Tensor  # [B, 1, 1, 1]
+
+    def assistant(self, grad: bool = False) -> Tensor:
+        """``D_psi(x_t, t, c)``; with ``grad``, differentiable in ``x_t`` (never in the network's weights)."""
+        ...
+
+    def reference(self, grad: bool = False) -> Tensor:
+        """Guided ``D~_ref(x_t, t, c)``; without grad it is shared with the DRP's first evaluation."""
+        ...
+
+    def drs(self) -> Tensor:
+        """The Diffused Reward Score ``s_r(x_t)``, gated and clipped, without grad."""
+        ...
+
+    def reward(self, latent: Tensor) -> Tensor:
+        """Standardised reward ``[B]`` of clean latents, differentiable."""
+        ...
+
+
+class Algorithm(Protocol):
+    """One method: its equations and nothing else. One file each in `algorithms/`.
+
+    Three more flags may be left out: `needs_reward_gradient` (default False: the reward may be a black box), `needs_assistant` (default
+    True; False = the TA is not trained) and `uses_drs` (default False; True = asks for ``ctx.drs()``, so that its needs are checked).
+    """
+
+    needs_reward: bool
+
+    def generator_loss(self, ctx: GeneratorContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """Per-sample loss ``[B]`` and per-sample metrics ``{name: [B]}``."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one iteration says of itself: global means, the same on every rank."""
+
+    step: int
+    metrics: dict[str, float]
+    alarms: tuple[str, ...] = ()
+
+
+class Parallel(Protocol):
+    """The collective calls that the learner needs; :class:`didr_core.train.distributed.Single` when there is one process."""
+
+    rank: int
+    world: int
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Average in place over ranks."""
+        ...

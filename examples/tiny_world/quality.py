@@ -1,0 +1,186 @@
+"""Measure what the world's parts are worth; every number of ``card.md`` and ``quality.json`` comes from here.
+
+``python -m examples.tiny_world.quality generator`` measures one part again and writes it into ``quality.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+
+from didr_core.world.captions import draw_scenes, parse_caption, sample_facts, spoil
+from didr_core.world.checker import check, read_pictures
+from didr_core.world.judge import assess, compare, summary
+from didr_core.world.scenes import render
+from examples.tiny_world import training
+from examples.tiny_world.prompts import read_shards
+from examples.tiny_world.sampling import Parts, decode, sample
+
+TEACHER_STEPS = 25
+TEACHER_GUIDANCE = 2.0
+
+
+def held_out(world: Path, count: int) -> list[str]:
+    """The first ``count`` held-out captions."""
+    return read_shards(world / "prompts" / "heldout")[:count]
+
+
+def free_captions(world: Path, count: int) -> list[str]:
+    """Held-out captions that name no background and no relation: what they leave free is measured across seeds."""
+    facts = [(caption, parse_caption(caption)) for caption in read_shards(world / "prompts" / "heldout")]
+    return [caption for caption, fact in facts if fact.background is None and fact.relation is None][:count]
+
+
+def rounded(values: dict[str, Any]) -> dict[str, Any]:
+    """Plain floats with four digits; NaN is left out, JSON has none."""
+    return {name: round(float(value), 4) for name, value in values.items() if np.isfinite(float(value))}
+
+
+def measure_checker(world: Path, count: int = 2000) -> dict[str, Any]:
+    """How the checker judges the renderer's own pictures, for their captions and for captions with one fact wrong."""
+    rng = np.random.default_rng(404)
+    facts = [sample_facts(rng, held_out=None) for _ in range(count)]
+    pictures = render(draw_scenes(facts, rng))
+    started = time.perf_counter()
+    readings = read_pictures(pictures)
+    right = check(readings, facts)
+    spent = time.perf_counter() - started
+    wrong = check(readings, [spoil(fact, rng)[0] for fact in facts])
+    return rounded(
+        {
+            "right_strict": right["strict"].mean(),
+            "wrong_strict": wrong["strict"].mean(),
+            "wrong_loose": wrong["loose"].mean(),
+            "ms_per_picture": 1000 * spent / count,
+        }
+    )
+
+
+def measure_vae(world: Path, count: int = 1000) -> dict[str, Any]:
+    """Strict accuracy of reconstructions, plain and with latent noise; spread of the latents the UNet sees."""
+    vae = AutoencoderTiny.from_pretrained(world / "pipeline" / "vae", torch_dtype=torch.float32).eval()
+    rng = np.random.default_rng(405)
+    facts = [sample_facts(rng, held_out=None) for _ in range(count)]
+    pictures = torch.from_numpy(render(draw_scenes(facts, rng)))
+    with torch.no_grad():
+        latents = vae.encoder(pictures * 2 - 1) * vae.config.scaling_factor
+    out: dict[str, Any] = {"latent_std": latents.std(), "latent_mean": latents.mean()}
+    for noise in (0.0, 0.1):
+        generator = torch.Generator().manual_seed(1)
+        back = decode(vae, latents + noise * torch.randn(latents.shape, generator=generator))
+        checks = check(read_pictures(back.numpy()), facts)
+        out |= {f"strict_noise_{noise}": checks["strict"].mean(), f"loose_noise_{noise}": checks["loose"].mean()}
+    return rounded(out)
+
+
+def measure_reference(
+    world: Path, count: int = 1000, steps: int = TEACHER_STEPS, guidance: float = TEACHER_GUIDANCE
+) -> dict[str, Any]:
+    """The guided teacher on held-out captions."""
+    captions = held_out(world, count)
+    pictures = sample(Parts.load(world / "pipeline"), captions, seed=1, steps=steps, guidance=guidance)
+    return {"steps": steps, "guidance": guidance, **rounded(summary(assess(pictures.numpy(), captions)))}
+
+
+def measure_generator(
+    world: Path, count: int = 1000, folder: Path | None = None, teacher_count: int = 500
+) -> dict[str, Any]:
+    """One step on held-out captions, and its diversity beside the teacher's (same captions, same noise).
+
+    ``across_seeds``: 20 captions that leave background and place free, 16 seeds each, for both.
+    """
+    teacher, generator = Parts.load(world / "pipeline"), Parts.load(world / "pipeline", folder or world / "generator")
+    captions = held_out(world, count)
+    result = assess(sample(generator, captions, seed=1).numpy(), captions)
+    free = [caption for caption in free_captions(world, 20) for _ in range(16)]
+    one = assess(sample(generator, free, seed=2).numpy(), free)
+    many = assess(sample(teacher, free, seed=2, steps=12, guidance=TEACHER_GUIDANCE).numpy(), free)
+    against = compare(one, many)
+    return {
+        **rounded(summary(result)),
+        "across_seeds": {
+            name: rounded(against[name])
+            for name in (
+                "background_bits",
+                "position_bits",
+                "background_bits_within",
+                "position_bits_within",
+                "size",
+                "contrast",
+                "win_utility",
+            )
+        },
+    }
+
+
+def measure_rewards(world: Path) -> dict[str, Any]:
+    """Both rewards on fresh held-out pairs, and on pairs of the one-step generator's own pictures."""
+    from examples.tiny_world.train_rewards import load_reward, pair_accuracy, quality, scorer, tokens
+
+    vae = AutoencoderTiny.from_pretrained(world / "pipeline" / "vae", torch_dtype=torch.float32).eval()
+    generator = Parts.load(world / "pipeline", world / "generator")
+    captions = held_out(world, 300)
+    pictures = torch.stack([sample(generator, captions, seed=10 + seed) for seed in range(2)], 1)
+    utility = torch.stack([torch.from_numpy(assess(pictures[:, k].numpy(), captions)["utility"]) for k in range(2)], 1)
+    out = {}
+    for name in ("taste", "judge"):
+        model, tokenizer = load_reward(name, world)
+        ids, mask = tokens(tokenizer, captions)
+        with torch.no_grad():
+            scores = torch.stack([scorer(model)(pictures[:, k], ids, mask) for k in range(2)], 1)
+        report = quality(model, tokenizer, vae, seed=7_777 + len(name))
+        on_generator = {
+            "generator_pairs": pair_accuracy(scores, utility),
+            "generator_pairs_clear": pair_accuracy(scores, utility, 0.2),
+        }
+        out[name] = {
+            **rounded({**{k: v for k, v in report.items() if k != "facets"}, **on_generator}),
+            "facets": rounded(report["facets"]),
+        }
+    return out
+
+
+MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "checker": measure_checker,
+    "vae": measure_vae,
+    "reference": measure_reference,
+    "generator": measure_generator,
+    "rewards": measure_rewards,
+}
+
+
+def read_quality(world: Path = training.WORLD_DIR) -> dict[str, Any]:
+    """``world``/quality.json, or {} when it is not there."""
+    path = world / "quality.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_quality(world: Path, **sections: Any) -> None:
+    """Merge sections into ``world``/quality.json (``seconds`` is merged key by key)."""
+    quality = read_quality(world)
+    for name, value in sections.items():
+        quality[name] = {**quality.get(name, {}), **value} if name == "seconds" else value
+    world.mkdir(parents=True, exist_ok=True)
+    (world / "quality.json").write_text(json.dumps(quality, indent=1, sort_keys=True) + "\n")
+
+
+def measure(name: str, world: Path = training.WORLD_DIR) -> dict[str, Any]:
+    """Measure one part of MEASURES and keep it in quality.json."""
+    if name not in MEASURES:
+        raise ValueError(f"unknown measurement {name!r}; expected one of {', '.join(MEASURES)}")
+    result = MEASURES[name](world)
+    write_quality(world, **{name: result})
+    return result
+
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or list(MEASURES):
+        print(part, json.dumps(measure(part)), flush=True)

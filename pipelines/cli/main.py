@@ -1,0 +1,273 @@
+"""`didr`: align, sweep, sample, export, doctor, config. A command imports the heavy libraries it needs: `didr --help` is quick."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Align one-step text-to-image generators with human preference (DIDR).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at recipes and resolved configurations.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+INTERRUPTED = 130  # exit code
+
+Recipe = Annotated[str, typer.Option("--recipe", "-r", help="a name from `didr config list`, or a YAML file")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="override a setting, e.g. drp.beta=0.5; repeatable"),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Ray's own log, and tracebacks")]
+RunName = Annotated[str | None, typer.Option("--run", help="a run's folder or name")]
+
+
+@app.command()
+def align(
+    recipe: Recipe = "tiny",
+    overrides: Overrides = None,
+    output: Annotated[
+        str | None,
+        typer.Option(help="this run's folder (default: <output>/<name>-<time>); with --resume: where runs lie"),
+    ] = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="go on with a run: its folder or name")] = None,
+    local: Annotated[bool, typer.Option("--local", help="one process, without Ray")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="a Ray cluster: auto, or HOST:PORT (default: a Ray of our own)")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train: prompts -> encoder and reward actors -> worker group; then grids, scores, report, export."""
+    from pipelines import align as job
+
+    job.align(
+        recipe,
+        overrides or (),
+        output=output,
+        resume=resume,
+        local=local,
+        address=address,
+        verbose=verbose,
+        command=_command(),
+    )
+
+
+@app.command()
+def sweep(
+    recipe: Recipe = "tiny",
+    space: Annotated[str, typer.Option(help="a file of tune_spaces/ by name, or a path ending in .py")] = "tilt_by_drp",
+    trials: Annotated[int | None, typer.Option(min=1, help="how many (default: 12, or the whole grid)")] = None,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="the sweep's folder in the output folder")] = None,
+    output: Annotated[str | None, typer.Option(help="where sweeps and runs lie (default: the recipe's)")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="go on with a sweep: its name or folder")] = None,
+    search: Annotated[str | None, typer.Option(help="grid, random or optuna (default: as the space says)")] = None,
+    scheduler: Annotated[str, typer.Option(help="none, or asha: stop trials with a poor score early")] = "none",
+    concurrent: Annotated[int | None, typer.Option(min=1, help="trials at once (default: as many as fit)")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="training workers of one trial; 1 = its own process")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="of the points, not of the trainings")] = 0,
+    patience: Annotated[float, typer.Option(min=0.1, help="give up after so many minutes without news")] = 30.0,
+    address: Annotated[
+        str | None, typer.Option(help="a Ray cluster: auto, or HOST:PORT (default: a Ray of our own)")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Many trainings over a space: which beta, which K? Ends in a Pareto front and a recommended trial."""
+    from pipelines import sweep as job
+
+    job.sweep(
+        recipe,
+        overrides or (),
+        space_name=space,
+        trials=trials,
+        search=search,
+        scheduler=scheduler,
+        concurrent=concurrent,
+        workers=workers,
+        name=name,
+        resume=resume,
+        output=output,
+        seed=seed,
+        patience=patience,
+        address=address,
+        verbose=verbose,
+        command=_command(),
+    )
+
+
+@app.command()
+def sample(
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="what to draw; repeatable")],
+    run: RunName = None,
+    export: Annotated[Path | None, typer.Option("--export", help="an export folder")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="noise of the first picture; the next ones take seed + 1, + 2, ...")
+    ] = 0,
+    count: Annotated[int, typer.Option(min=1, help="pictures a prompt")] = 1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the PNGs")] = Path("samples"),
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Draw pictures in one step, from a finished run or an export folder."""
+    folder = _export_folder(run, export)
+    from didr_core.export.sample import OneStep
+    from didr_core.train.run_folder import disk
+
+    model = OneStep(folder, device)
+    prompts = [p for p in prompt for _ in range(count)]
+    seeds = [seed + i for i in range(len(prompts))]
+    with disk("--output", output):
+        output.mkdir(parents=True, exist_ok=True)
+        for text, number, image in zip(prompts, seeds, model.images(prompts, seeds), strict=True):
+            path = output / f"{_slug(text)}-seed{number}.png"
+            image.save(path)
+            typer.echo(path)
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[str, typer.Option("--run", help="a run's folder or name")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder to write (default: export/ in the run)")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="ema (running average) or generator (raw)")] = "ema",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
+) -> None:
+    """Write a run's newest checkpoint as a diffusers folder with single-file weights and a model card."""
+    from didr_core.types import DIDRError
+
+    if weights not in ("ema", "generator"):
+        raise DIDRError(f"--weights {weights!r}: expected ema or generator")
+    from didr_core.evaluate.scoreboard import read_scores
+    from didr_core.export.folder import export_run
+    from didr_core.export.sample import trained_generator
+    from didr_core.train.run_folder import RunFolder
+
+    found = RunFolder.find(run)
+    config = found.config()
+    backbone, network, step = trained_generator(config, found, weights)
+    scores = found.path / "scores.json"
+    folder = export_run(
+        config,
+        backbone,
+        network,
+        output or found.path / "export",
+        scores=read_scores(scores) if scores.is_file() and weights == "ema" else None,
+        run=found.info(),
+        pictures=found.path / "grid.png",
+        overwrite=overwrite,
+    )
+    typer.echo(f"{folder} (weights of step {step})")
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="plan memory and FLOPs of this recipe; needs no weights")
+    ] = None,
+    overrides: Overrides = None,
+    gpu_gb: Annotated[
+        float | None, typer.Option("--gpu-gb", min=1, help="GPU to plan for (default: the smallest here, else 80)")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="look at a Ray cluster too: auto, or HOST:PORT")] = None,
+) -> None:
+    """What is installed, GPUs, cluster; with a recipe: does it fit, and what to change. Exit code 1 where it does not."""
+    from pipelines.cli.doctor import doctor as examine
+
+    if not examine(recipe, overrides or (), gpu_gb, address):
+        raise typer.Exit(1)
+
+
+@config_app.command("show")
+def config_show(recipe: Recipe = "tiny", overrides: Overrides = None) -> None:
+    """The resolved configuration, the sizes that follow from it, and where each part comes from."""
+    from pipelines.cli.show import show
+
+    show(recipe, overrides or ())
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """Recipes and components."""
+    from pipelines.cli.show import show_known
+
+    show_known()
+
+
+def _export_folder(run: str | None, export: Path | None) -> Path:
+    from didr_core.types import DIDRError
+
+    if (run is None) == (export is None):
+        raise DIDRError("sample: give either --run RUN or --export DIR")
+    if export is not None:
+        return export
+    from didr_core.train.run_folder import RunFolder
+
+    assert run is not None
+    found = RunFolder.find(run)
+    folder = found.path / "export"
+    if not folder.is_dir():
+        raise DIDRError(
+            f"run {found.path}: not exported yet (status {found.info().get('status')!r}). Say `didr export --run {run}` first."
+        )
+    return folder
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "picture"
+
+
+def _command() -> str:
+    """What was typed, for run.json and the model card: without the machine's own folders."""
+    program = Path(sys.argv[0]).name
+    name = "didr" if program in ("didr", "cli.py") else f"python -m pipelines.{Path(program).stem}"
+    return shlex.join([name, *(_relative(a) for a in sys.argv[1:])])
+
+
+def _relative(argument: str) -> str:
+    path = Path(argument)
+    return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else argument
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "didr") -> None:
+    """The entry point: runs, and exits with 0, 1 (an error, its reason on the last line), 2 (wrong usage) or 130 (interrupted)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(given, prog_name=prog, standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    except Exception as error:
+        sys.exit(_explain(error, verbose="-v" in given or "--verbose" in given))
+    if code == INTERRUPTED:  # what typer makes of Ctrl-C
+        typer.echo(
+            "interrupted; `didr align --resume RUN` or `didr sweep --resume NAME` goes on from the last checkpoint",
+            err=True,
+        )
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Any, verbose: bool) -> int:
+    """A user's mistake is one clear block, a wrong option one line; anything else is a defect and keeps its traceback."""
+    from didr_core.types import DIDRError
+
+    if isinstance(error, DIDRError) and not verbose:
+        typer.echo(f"error: {error}", err=True)
+        return 1
+    if hasattr(error, "format_message"):
+        error.show()
+        return int(error.exit_code)
+    raise error
+
+
+if __name__ == "__main__":
+    main()

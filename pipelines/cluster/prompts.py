@@ -1,0 +1,162 @@
+"""Prompt shards as a Ray Data stream: read -> encoder actors -> reward-model actors -> the ranks of the training group.
+
+Ray Data keeps no iterator state, so the place in the stream is ours: one number, samples consumed by all ranks. From it follow
+
+- a schedule of sample indices ``[cursor, batch * steps)``, read a chunk at a time by cheap tasks (row groups, never whole shards);
+- blocks of exactly what a rank takes for a step, in order through every stage (`preserve_order`), dealt out in turn by
+  `streaming_split(equal=True)`: step k, rank r gets samples ``k * batch + r * share ...`` whatever the size of the actor pools.
+
+The training loop checks the index of every batch, so a change of that behaviour in Ray is an error, not a silent reshuffle.
+Nothing materialises on the driver, and back-pressure bounds what is made ahead of the trainers (:data:`AHEAD_BYTES`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.data import ActorPoolStrategy, Dataset, ExecutionOptions, ExecutionResources
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from didr_core.config import Config
+from didr_core.data.feed import Columns, PromptEncoder, RewardPreparer, columns, needs_reward, to_batch
+from didr_core.data.prompts import PromptIndex
+from didr_core.types import Batch
+from pipelines.cluster.resources import Need
+
+CHUNK = 2048
+"""Samples that a reading task takes at least; more where the run would need more than :data:`MOST_CHUNKS` tasks."""
+MOST_CHUNKS = 1000
+AHEAD_BYTES = 2**30
+"""Object-store memory that the stream may hold ahead of the trainers."""
+IN_FLIGHT = 2
+"""Blocks an actor has at hand: one at work, one waiting."""
+
+
+class SampleSchedule(Datasource):
+    """Sample indices ``[start, total)`` of the endless stream, read as ``{index, id, prompt}``."""
+
+    def __init__(self, index: PromptIndex, seed: int, start: int, total: int, batch: int) -> None:
+        super().__init__()
+        # Once in the object store: a corpus of many shards has an index of megabytes, and every reading task needs it.
+        self._index = ray.put(index)
+        self._seed, self._start, self._total = seed, start, total
+        whole = max(CHUNK, -(-(total - start) // MOST_CHUNKS))
+        self.chunk = -(-whole // batch) * batch
+
+    @property
+    def tasks(self) -> int:
+        """How many reading tasks there are."""
+        return -(-(self._total - self._start) // self.chunk)
+
+    def get_name(self) -> str:
+        """For Ray's dashboard."""
+        return "ReadPrompts"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """About a hundred bytes a prompt."""
+        return 100 * (self._total - self._start)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One task a chunk, in order."""
+        tasks = []
+        for first in range(self._start, self._total, self.chunk):
+            last = min(first + self.chunk, self._total)
+            metadata = BlockMetadata(
+                num_rows=last - first, size_bytes=100 * (last - first), input_files=None, exec_stats=None
+            )
+            tasks.append(ReadTask(_Reader(self._index, self._seed, first, last), metadata))
+        return tasks
+
+
+class _Reader:
+    """Reads one chunk; the row-group cache of the process that runs it serves the next one."""
+
+    __name__ = "read_prompts"
+
+    def __init__(self, index: Any, seed: int, first: int, last: int) -> None:
+        self.index, self.seed, self.first, self.last = index, seed, first, last
+
+    def __call__(self) -> Iterable[pa.Table]:
+        index: PromptIndex = ray.get(self.index)
+        batch = columns(index.read(np.arange(self.first, self.last), self.seed))
+        return [pa.table({k: v.tolist() if v.dtype == object else v for k, v in batch.items()})]
+
+
+class EncoderActor(PromptEncoder):
+    """:class:`didr_core.data.feed.PromptEncoder` as a Ray Data actor."""
+
+    def __init__(self, config: Config) -> None:
+        torch.set_num_threads(1)
+        super().__init__(config)
+
+
+class RewardActor(RewardPreparer):
+    """:class:`didr_core.data.feed.RewardPreparer` as a Ray Data actor."""
+
+    def __init__(self, config: Config) -> None:
+        torch.set_num_threads(1)
+        super().__init__(config)
+
+
+def prompt_stream(
+    config: Config,
+    index: PromptIndex,
+    cursor: int,
+    encoder: Need,
+    reward: Need,
+    stages: tuple[type[Any], type[Any]] = (EncoderActor, RewardActor),
+) -> Dataset:
+    """The run's remaining samples as a dataset of training columns, one block a rank and step.
+
+    Args:
+        cursor: samples that all ranks together have consumed; a multiple of ``train.batch``.
+        encoder: what an encoder actor reserves. reward: what a reward-model actor reserves.
+        stages: the two actor classes, called with the config (tests put cheap ones here).
+    """
+    total = config.sizes.total_prompts
+    source = SampleSchedule(index, config.seed, cursor, total, config.train.batch)
+    share = config.sizes.share
+    stream = ray.data.read_datasource(source, override_num_blocks=max(1, source.tasks))
+    stream = stream.repartition(target_num_rows_per_block=share)
+    stream = _actors(stream, stages[0], config, share, config.workers.encoders, encoder)
+    if needs_reward(config):
+        stream = _actors(stream, stages[1], config, share, config.workers.rewards, reward)
+    return stream
+
+
+def _actors(stream: Dataset, stage: type[Any], config: Config, share: int, size: int, need: Need) -> Dataset:
+    return stream.map_batches(
+        stage,
+        fn_constructor_args=(config,),
+        batch_size=share,
+        batch_format="numpy",
+        zero_copy_batch=False,
+        udf_modifying_row_count=False,
+        compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=IN_FLIGHT),
+        num_cpus=need.cpus,
+        num_gpus=need.gpus or None,
+        resources=dict(need.custom) or None,
+    )
+
+
+def execution_options() -> ExecutionOptions:
+    """Order kept, and a bound on what lies ahead of the trainers."""
+    options = ExecutionOptions()
+    options.preserve_order = True
+    options.resource_limits = ExecutionResources.for_limits(object_store_memory=AHEAD_BYTES)
+    return options
+
+
+def batches(shard: Any, share: int) -> Iterator[Batch]:
+    """Training batches of one rank from its dataset shard."""
+    rows: Iterable[Columns] = shard.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=1)
+    for row in rows:
+        yield to_batch(row)

@@ -1,0 +1,366 @@
+"""Does this plan fit this cluster? Pure arithmetic, no Ray: answered before anything starts, because Ray waits silently for ever when not.
+
+A plan is groups of equal processes (training workers, actor pools, Ray Data's listing task), each process with what it reserves. Every
+process must fit on one node as a whole, so totals are not enough: two GPUs with four CPUs each cannot hold one worker of 1 GPU + 8 CPUs.
+
+    fit = check(align_plan(config.workers, cluster), cluster)   # PlanDoesNotFit says what is short and which setting to change
+    console.print(fit.table())
+
+The role names below are the ones `cluster.yaml` gives its nodes. A process asks for a role only where the cluster knows it
+(:func:`role_resources`), so the same recipe runs on one machine without any. What a process reserves is computed once, here:
+`train_need(...).amounts()` is Ray Train's `resources_per_worker`, and a pool takes `num_cpus=need.cpus, resources=need.custom`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from rich.table import Table
+
+from didr_core.config import Config, Workers
+from didr_core.data.feed import is_black_box, needs_reward
+from didr_core.types import DIDRError
+
+TRAINER_RESOURCE = "trainer"
+"""Custom resource of nodes that hold training workers; a worker reserves 1."""
+REWARD_RESOURCE = "reward"
+"""Custom resource of nodes that hold encoder and reward-model actors; an actor reserves 1."""
+ROLE_LABEL = "didr-role"
+"""Node label that names the role to people (`ray list nodes`); its values are :data:`ROLES`."""
+ROLES = ("head", TRAINER_RESOURCE, REWARD_RESOURCE)
+
+CPU, GPU, MEMORY = "CPU", "GPU", "memory"
+_EPS = 1e-6  # Ray counts in 1/10000
+_GIB = 2**30
+_SEARCH_LIMIT = 20_000
+
+
+class PlanDoesNotFit(DIDRError):
+    """The plan needs more than the cluster has; the message says what, and which setting to change."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one process reserves. Memory is bytes and optional: 0 asks for nothing."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory: float = 0.0
+    custom: Mapping[str, float] = field(default_factory=dict)
+
+    def amounts(self) -> dict[str, float]:
+        """Resource name to amount, zeros left out."""
+        every = {CPU: self.cpus, GPU: self.gpus, MEMORY: self.memory, **self.custom}
+        return {name: float(amount) for name, amount in every.items() if amount > 0}
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` equal processes. `count_setting` and `need_setting` are the config keys an error tells the user to change."""
+
+    name: str
+    count: int
+    need: Need
+    count_setting: str = ""
+    need_setting: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that runs at the same time."""
+
+    groups: tuple[Group, ...]
+
+    def totals(self) -> dict[str, float]:
+        """Resource name to the sum over all processes."""
+        out: dict[str, float] = {}
+        for group in self.groups:
+            for name, amount in group.need.amounts().items():
+                out[name] = out.get(name, 0.0) + amount * group.count
+        return out
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine: a name for people, its total resources as Ray counts them, its labels."""
+
+    name: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def capacity(self) -> dict[str, float]:
+        """Its resources without the names Ray makes up for every node (`node:10.0.0.1`, `accelerator_type:...`)."""
+        return {k: float(v) for k, v in self.resources.items() if ":" not in k and k != "object_store_memory"}
+
+
+@dataclass(frozen=True)
+class ClusterView:
+    """The nodes that are up, and whether this process started them itself."""
+
+    nodes: tuple[Node, ...]
+    local: bool = True
+    address: str = ""
+
+    def totals(self) -> dict[str, float]:
+        """Resource name to the sum over all nodes."""
+        out: dict[str, float] = {}
+        for node in self.nodes:
+            for name, amount in node.capacity().items():
+                out[name] = out.get(name, 0.0) + amount
+        return out
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A plan that fits, one way to place it, and whether Ray could place it so badly that it would wait for ever."""
+
+    plan: Plan
+    cluster: ClusterView
+    placement: tuple[tuple[int, ...], ...]
+    """`placement[node][group]` = processes of that group on that node."""
+    tight: bool
+
+    def table(self) -> Table:
+        """What each node has and what runs on it; the last row is the whole plan against the whole cluster."""
+        table = Table(title="plan and cluster", title_justify="left", title_style="bold", caption_justify="left")
+        for heading in ("node", "has", "runs", "reserving"):
+            table.add_column(heading)
+        for node, row in zip(self.cluster.nodes, self.placement, strict=True):
+            here = [(g, n) for g, n in zip(self.plan.groups, row, strict=True) if n]
+            reserved = Plan(tuple(Group(g.name, n, g.need) for g, n in here)).totals()
+            name = f"{node.labels[ROLE_LABEL]} {node.name}" if ROLE_LABEL in node.labels else node.name
+            runs = ", ".join(f"{n} x {g.name}" for g, n in here) or "-"
+            table.add_row(name, _amounts(node.capacity()), runs, _amounts(reserved) if here else "-")
+        table.add_section()
+        table.add_row("in all", _amounts(self.cluster.totals()), "", _amounts(self.plan.totals()))
+        if self.tight:
+            table.caption = "It only just fits: another job here, or an unlucky placement, would make it wait."
+        return table
+
+
+def role_resources(cluster: ClusterView, role: str) -> dict[str, float]:
+    """The custom resources a process of `role` reserves: `{role: 1}` where some node offers the role, else nothing."""
+    offered = any(node.resources.get(role, 0) > 0 for node in cluster.nodes)
+    return {role: 1.0} if offered else {}
+
+
+def train_need(workers: Workers, cluster: ClusterView) -> Need:
+    """What one training worker reserves."""
+    custom = role_resources(cluster, TRAINER_RESOURCE) | workers.train_resources
+    return Need(workers.train_cpus, workers.train_gpus, custom=custom)
+
+
+def encoder_need(workers: Workers, cluster: ClusterView) -> Need:
+    """What one prompt-encoder actor reserves."""
+    custom = role_resources(cluster, REWARD_RESOURCE) | workers.actor_resources
+    return Need(workers.encoder_cpus, workers.encoder_gpus, custom=custom)
+
+
+def reward_need(workers: Workers, cluster: ClusterView) -> Need:
+    """What one reward-model actor reserves."""
+    custom = role_resources(cluster, REWARD_RESOURCE) | workers.actor_resources
+    return Need(workers.reward_cpus, workers.reward_gpus, custom=custom)
+
+
+def align_plan(workers: Workers, cluster: ClusterView, with_rewards: bool = True, with_scorers: bool = False) -> Plan:
+    """All that `didr align` runs at once.
+
+    Args:
+        with_rewards: False for an algorithm without a reward, which has no reward actors.
+        with_scorers: True for a reward without a gradient, which actors of its own score during training.
+    """
+    reward = reward_need(workers, cluster)
+    rewards = ("workers.rewards", "workers.reward_cpus or .reward_gpus")
+    groups = [
+        Group(
+            "training worker",
+            workers.train,
+            train_need(workers, cluster),
+            "workers.train",
+            "workers.train_cpus or .train_gpus",
+        ),
+        Group(
+            "encoder actor",
+            workers.encoders,
+            encoder_need(workers, cluster),
+            "workers.encoders",
+            "workers.encoder_cpus or .encoder_gpus",
+        ),
+        *([Group("reward actor", workers.rewards, reward, *rewards)] if with_rewards else []),
+        *([Group("scoring actor", workers.rewards, reward, *rewards)] if with_scorers else []),
+        Group("listing of the shards", 1, Need(cpus=1)),
+    ]
+    return Plan(tuple(groups))
+
+
+def run_plan(config: Config, cluster: ClusterView) -> Plan:
+    """:func:`align_plan` of what this config's algorithm and reward ask for."""
+    return align_plan(config.workers, cluster, with_rewards=needs_reward(config), with_scorers=is_black_box(config))
+
+
+def check(plan: Plan, cluster: ClusterView) -> Fit:
+    """Find room for every process of `plan`.
+
+    Raises:
+        PlanDoesNotFit: naming the first thing that is short, how much there is, and the setting to change.
+    """
+    for group in plan.groups:
+        if group.count < 0:
+            raise PlanDoesNotFit(
+                f"{group.name}: {group.count} processes. Set {group.count_setting or 'its size'} to 0 or more."
+            )
+    _each_fits_somewhere(plan, cluster)
+    _totals_suffice(plan, cluster)
+    free = [node.capacity() for node in cluster.nodes]
+    needs = [group.need.amounts() for group in plan.groups]
+    counts = tuple(group.count for group in plan.groups)
+    placement = _first_fit(needs, counts, free, biggest_first=True) or _search(needs, counts, free)
+    if placement is None:
+        raise PlanDoesNotFit(
+            "the cluster is large enough in sum, but no way of placing the processes on single nodes was found.\n"
+            + _listing(plan, cluster)
+            + f"\nLower {_settings(plan.groups)}, or use fewer and larger nodes."
+        )
+    return Fit(plan, cluster, placement, tight=_first_fit(needs, counts, free, biggest_first=False) is None)
+
+
+def _each_fits_somewhere(plan: Plan, cluster: ClusterView) -> None:
+    for group in plan.groups:
+        need = group.need.amounts()
+        if group.count == 0 or any(_fits(need, node.capacity()) for node in cluster.nodes):
+            continue
+        best = {name: max((node.capacity().get(name, 0.0) for node in cluster.nodes), default=0.0) for name in need}
+        short = [name for name, amount in need.items() if amount > best[name] + _EPS] or list(need)
+        setting = group.need_setting or "what it reserves"
+        raise PlanDoesNotFit(
+            f"no node can hold one process of {group.name}: it needs {_amounts(need)} on one node;"
+            f" the most any node has is {_amounts(best)}"
+            f" (short of {', '.join(short)}). Lower {setting}, or add a node with that much." + _hint(cluster, short)
+        )
+
+
+def _totals_suffice(plan: Plan, cluster: ClusterView) -> None:
+    there = cluster.totals()
+    for name, amount in plan.totals().items():
+        if amount <= there.get(name, 0.0) + _EPS:
+            continue
+        users = [g for g in plan.groups if g.count and name in g.need.amounts()]
+        parts = " + ".join(f"{g.count} x {_one(name, g.need.amounts()[name])} {g.name}" for g in users)
+        raise PlanDoesNotFit(
+            f"the plan needs {_one(name, amount)} {name} and the cluster has {_one(name, there.get(name, 0.0))}: {parts}."
+            f" Lower {_settings(users)}, or add {name}." + _hint(cluster, [name])
+        )
+
+
+def _hint(cluster: ClusterView, short: Iterable[str]) -> str:
+    """What else may be the matter, by the kind of cluster."""
+    if cluster.local and CPU in short:
+        return (
+            " On one machine these CPUs are slots that Ray hands out, not cores: `--set workers.local_cpus=N` gives it more."
+            " One is for Ray Data's listing of the shards."
+        )
+    if not cluster.local:
+        return " Nodes that are still starting do not count yet: `ray status` shows them."
+    return ""
+
+
+def _settings(groups: Iterable[Group]) -> str:
+    keys = [g.count_setting for g in groups if g.count_setting and g.count > 0]
+    return " or ".join(dict.fromkeys(keys)) or "the number of processes"
+
+
+def _listing(plan: Plan, cluster: ClusterView) -> str:
+    needs = [f"  {g.count} x {g.name}, each {_amounts(g.need.amounts())}" for g in plan.groups if g.count]
+    nodes = [f"  {node.name}: {_amounts(node.capacity())}" for node in cluster.nodes]
+    return "\n".join(["needed:", *needs, "there is:", *nodes])
+
+
+def _one(name: str, amount: float) -> str:
+    return f"{amount / _GIB:.1f} GiB" if name == MEMORY else f"{amount:g}"
+
+
+def _amounts(amounts: Mapping[str, float], only: tuple[str, ...] = ()) -> str:
+    shown = {k: v for k, v in amounts.items() if not only or k in only}
+    return ", ".join(f"{_one(name, amount)} {name}" for name, amount in shown.items()) or "nothing"
+
+
+def _fits(need: Mapping[str, float], free: Mapping[str, float]) -> bool:
+    return all(amount <= free.get(name, 0.0) + _EPS for name, amount in need.items())
+
+
+def _take(need: Mapping[str, float], free: Mapping[str, float], times: int) -> dict[str, float]:
+    return {**free, **{name: free.get(name, 0.0) - amount * times for name, amount in need.items()}}
+
+
+def _how_many(need: Mapping[str, float], free: Mapping[str, float], limit: int) -> int:
+    """The most processes of `need` that fit into `free`, at most `limit`."""
+    most = [int((free.get(name, 0.0) + _EPS) / amount) for name, amount in need.items()]
+    return max(0, min([limit, *most]))
+
+
+def _first_fit(
+    needs: list[dict[str, float]], counts: tuple[int, ...], free: list[dict[str, float]], biggest_first: bool
+) -> tuple[tuple[int, ...], ...] | None:
+    """Greedy placement, whole groups at a time, or None.
+
+    `biggest_first` is the friendly order: GPUs, then many CPUs, each on the node with the fewest GPUs that can hold it. The other order is
+    Ray on a bad day: small processes first, on the nodes with the most room, where they take the CPUs a GPU worker would need.
+    """
+    left = [dict(f) for f in free]
+    rows = [[0] * len(needs) for _ in free]
+    size = {g: (needs[g].get(GPU, 0.0), len(needs[g]), needs[g].get(CPU, 0.0)) for g in range(len(needs))}
+    for g in sorted(size, key=lambda i: size[i], reverse=biggest_first):
+        todo = counts[g]
+        while todo > 0:
+            able = [n for n in range(len(left)) if _fits(needs[g], left[n])]
+            if not able:
+                return None
+            room = {n: (left[n].get(GPU, 0.0), len(left[n]), left[n].get(CPU, 0.0)) for n in able}
+            best = min(able, key=lambda n: room[n]) if biggest_first else max(able, key=lambda n: room[n])
+            placed = _how_many(needs[g], left[best], todo) if biggest_first else 1
+            left[best] = _take(needs[g], left[best], placed)
+            rows[best][g] += placed
+            todo -= placed
+    return tuple(tuple(row) for row in rows)
+
+
+def _search(
+    needs: list[dict[str, float]], counts: tuple[int, ...], free: list[dict[str, float]]
+) -> tuple[tuple[int, ...], ...] | None:
+    """Exact: fill node after node in every way that leaves no further room there. Few groups and like nodes keep this small."""
+    dead: set[tuple[int, tuple[int, ...]]] = set()
+    steps = 0
+
+    def fill(node: int, todo: tuple[int, ...]) -> list[tuple[int, ...]] | None:
+        nonlocal steps
+        steps += 1
+        if not any(todo):
+            return [(0,) * len(todo)] * (len(free) - node)
+        if node == len(free) or (node, todo) in dead or steps > _SEARCH_LIMIT:
+            return None
+        for row in _full_rows(needs, todo, free[node]):
+            rest = fill(node + 1, tuple(t - r for t, r in zip(todo, row, strict=True)))
+            if rest is not None:
+                return [row, *rest]
+        dead.add((node, todo))
+        return None
+
+    found = fill(0, counts)
+    return None if found is None else tuple(found)
+
+
+def _full_rows(
+    needs: list[dict[str, float]], todo: tuple[int, ...], free: dict[str, float]
+) -> Iterator[tuple[int, ...]]:
+    """Every choice of processes for one node to which nothing can be added."""
+
+    def extend(g: int, row: tuple[int, ...], left: dict[str, float]) -> Iterator[tuple[int, ...]]:
+        if g == len(needs):
+            if not any(row[i] < todo[i] and _fits(needs[i], left) for i in range(len(needs))):
+                yield row
+            return
+        for count in range(_how_many(needs[g], left, todo[g]), -1, -1):
+            yield from extend(g + 1, (*row, count), _take(needs[g], left, count))
+
+    yield from extend(0, (), free)

@@ -1,0 +1,233 @@
+"""Start Ray, or attach to it, quietly: one context manager for a laptop, a cluster and a job.
+
+    with ray_session(config.address, config.num_cpus, verbose) as cluster:
+        fit = await_room(plan_for, wait_s=config.wait_s)
+
+Three cases, told apart by :func:`where_to_run`:
+
+- **Here** (no address): a Ray of our own, `ray.init("local", num_cpus=...)`. Without "local" Ray would join whatever runs on this host.
+- **In a job** (`ray job submit`): attach to the job's cluster. Workers import this package from the job's working directory.
+- **Attached** (an address, from the head node): `pipelines`, `didr_core` and `tune_spaces` travel to the workers as `py_modules`, so that
+  every node runs the code of this checkout, not of whatever is installed there.
+
+Ray 2.60 protects a cluster of our own with a token in `~/.ray/auth_token` by itself. An attached cluster that uses tokens needs
+`RAY_AUTH_MODE=token` and the same token here; see docs/cluster.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from didr_core.types import DIDRError
+from pipelines.cluster.resources import ClusterView, Fit, Node, Plan, PlanDoesNotFit, check
+
+LOCAL_CPUS = 4
+"""Least CPUs of a local Ray. They are slots, not cores: fewer than the plan needs would hang, each further one costs 128 MiB."""
+
+ALWAYS_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() drains at this poll; Ray's 2 s would make every report cost 2 s
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # or relative paths of the recipe would mean something else on a trainer than in the preflight
+}
+QUIET_ENV = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # one run wrote 7,000 lines without
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+STARTUP_TIMEOUT = "timed out during startup"  # what Ray says when a helper was too slow
+PACKAGES = ("didr_core", "pipelines", "tune_spaces")
+_JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's job supervisor sets it for the entrypoint of a submitted job, nobody else does
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where Ray is: `here` starts one, `job` and `attached` join the one at `address`."""
+
+    kind: Literal["here", "job", "attached"]
+    address: str = ""
+
+
+def inside_ray_job() -> bool:
+    """Is this process the entrypoint of `ray job submit`?"""
+    return bool(os.environ.get(_JOB_ENV))
+
+
+def where_to_run(address: str | None) -> Place:
+    """Decide between a Ray of our own and the one at `address` (or RAY_ADDRESS); `"local"` insists on our own.
+
+    Raises:
+        DIDRError: an address Ray Train cannot work with (a Ray Client or dashboard URL).
+    """
+    if inside_ray_job():
+        return Place("job", os.environ.get("RAY_ADDRESS", "auto"))
+    if address == "local":
+        return Place("here")
+    source = "address" if address else "RAY_ADDRESS"
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        return Place("here")
+    if address.startswith(("ray://", "http://", "https://")):
+        raise DIDRError(
+            f"{source}={address}: this is the URL of a dashboard or a Ray Client server; training needs the cluster itself."
+            " From outside say `ray job submit --working-dir . -- python -m pipelines.align ...`; on the head node use `auto` or"
+            f" HOST:6379; to run on this machine alone {'leave it out' if source == 'address' else 'unset it'}."
+        )
+    return Place("attached", address)
+
+
+def prepare_environment(verbose: bool = False) -> None:
+    """Set what Ray reads from the environment, keeping what the user has set. Call before the first `import ray`."""
+    for key, value in (ALWAYS_ENV if verbose else ALWAYS_ENV | QUIET_ENV).items():
+        os.environ.setdefault(key, value)
+
+
+@contextmanager
+def ray_session(
+    address: str | None = None, num_cpus: int | None = None, verbose: bool = False
+) -> Iterator[ClusterView]:
+    """Ray for the length of the block; yields its nodes. Inside a session (a Tune trial, say) it uses the one that is there.
+
+    Args:
+        address: None (RAY_ADDRESS, or a Ray of our own), "local", "auto", or HOST:PORT of a cluster's head.
+        num_cpus: CPU slots of a Ray of our own; ignored when attaching, whose nodes say themselves what they have.
+        verbose: show Ray's own log, progress bars and workers' output.
+
+    Raises:
+        DIDRError: no cluster at the address, or it refused this process.
+    """
+    prepare_environment(verbose)
+    import ray
+
+    if ray.is_initialized():
+        yield cluster_view()
+        return
+    place = where_to_run(address)
+    level = "INFO" if verbose else "ERROR"
+    with warnings.catch_warnings():
+        if not verbose:
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.")
+        if place.kind == "here":
+            _start(num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1), verbose, level)
+        else:
+            _attach(place, verbose, level)
+    try:
+        yield cluster_view(place)
+    finally:
+        ray.shutdown()
+
+
+def cluster_view(place: Place | None = None) -> ClusterView:
+    """The nodes that are up now, with their total resources and labels."""
+    import ray
+
+    nodes = [
+        Node(
+            str(n.get("NodeManagerHostname") or n["NodeManagerAddress"]),
+            dict(n["Resources"]),
+            dict(n.get("Labels") or {}),
+        )
+        for n in ray.nodes()
+        if n["Alive"]
+    ]
+    kind = place.kind if place else "attached"
+    return ClusterView(
+        tuple(sorted(nodes, key=lambda n: n.name)), local=kind == "here", address=place.address if place else ""
+    )
+
+
+def await_room(plan_for: Callable[[ClusterView], Plan], cluster: ClusterView, wait_s: float = 0.0) -> Fit:
+    """Check the plan against the cluster; on a cluster whose nodes may still be starting, look again for up to `wait_s` seconds.
+
+    Raises:
+        PlanDoesNotFit: at once on a Ray of our own, after `wait_s` elsewhere.
+    """
+    deadline = time.monotonic() + (0.0 if cluster.local else wait_s)
+    while True:
+        try:
+            return check(plan_for(cluster), cluster)
+        except PlanDoesNotFit:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
+        cluster = cluster_view(Place("attached", cluster.address))
+
+
+def _start(slots: int, verbose: bool, level: str) -> None:
+    """A Ray of our own. On a busy machine Ray's helpers may miss its fixed 15 s: once more, then they come from a warm disk cache."""
+    import ray
+
+    for last in (False, True):
+        try:
+            ray.init("local", num_cpus=slots, log_to_driver=verbose, logging_level=level)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if STARTUP_TIMEOUT not in str(error):
+                raise
+            if last:
+                raise DIDRError(
+                    "Ray did not start here within its time, twice. The machine is very busy (see `uptime`), or short of memory or of"
+                    " space in the temporary folder; `--local` trains without Ray."
+                ) from error
+
+
+def _attach(place: Place, verbose: bool, level: str) -> None:
+    import ray
+
+    _is_anyone_there(place.address)
+    environment: dict[str, Any] = {"env_vars": _worker_env(verbose)}
+    if place.kind == "attached":
+        environment["py_modules"] = [str(p) for p in _package_folders()]
+    try:
+        # No num_cpus: the cluster says what it has. In a job Ray merges this with the job's own runtime_env.
+        ray.init(place.address, runtime_env=environment, log_to_driver=verbose, logging_level=level)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+        raise DIDRError(
+            f"could not join the Ray cluster at {place.address}: {error}\nIs it up (`ray status`), of this Ray version ({ray.__version__}),"
+            f" and, if it uses tokens, is RAY_AUTH_MODE=token set with the same token here? (RAY_AUTH_MODE is"
+            f" {os.environ.get('RAY_AUTH_MODE', 'unset')}; see docs/cluster.md)"
+        ) from error
+
+
+def _is_anyone_there(address: str) -> None:
+    """Ray tries for half a minute to reach a head that is not there; a socket knows at once."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise DIDRError(
+            f"no Ray cluster answers at {address} ({error}). Start one (`ray start --head`), or leave the address out to run here."
+        ) from error
+
+
+def _worker_env(verbose: bool) -> dict[str, str]:
+    """Our environment for workers on other machines, without what the job has set itself (Ray refuses a variable set twice)."""
+    wanted = ALWAYS_ENV if verbose else ALWAYS_ENV | QUIET_ENV
+    job = json.loads(os.environ.get(_JOB_ENV) or "{}")
+    taken = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
+    return {key: os.environ.get(key, value) for key, value in wanted.items() if key not in taken}
+
+
+def _package_folders() -> list[Path]:
+    """The folders of this checkout's packages; a package that is missing (a partial install) is left out."""
+    folders = []
+    for name in PACKAGES:
+        try:
+            file = importlib.import_module(name).__file__
+        except ModuleNotFoundError:
+            continue
+        if file:
+            folders.append(Path(file).parent)
+    return folders

@@ -1,0 +1,116 @@
+"""What each Ray Train worker runs: the loop of :mod:`didr_core.train.loop` on its share of the stream. Rank 0 writes the run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from didr_core import config as configs
+from didr_core.config import Config
+from didr_core.evaluate.finish import Gallery, Say, finish
+from didr_core.train import distributed as parallel
+from didr_core.train.learner import Learner
+from didr_core.train.loop import Journal, Observer, loop
+from didr_core.train.run_folder import RunFolder
+from didr_core.types import Batch, DIDRError, Parallel, StepReport
+from pipelines.cluster.prompts import batches
+from pipelines.cluster.scoring import ActorReward
+from pipelines.report.figures import save_grid
+
+SAY_EVERY_S = 0.5
+
+
+class Reporter(Observer):
+    """`ray.train.report` at checkpoints only: it is a barrier, so all ranks call it equally often."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
+    def step(self, report: StepReport) -> None:
+        """Keep the newest metrics for the next report."""
+        self.metrics = dict(report.metrics)
+
+    def checkpoint(self, step: int) -> None:
+        """Tell Ray Train; the checkpoint itself is the run folder's affair."""
+        ray.train.report({"step": step, **self.metrics})
+
+
+class Stage:
+    """Says what rank 0 is doing, for the driver's progress line; not more often than it is looked at."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run, self.next, self.last = run, 0.0, ""
+
+    def __call__(self, text: str, done: int = 0, total: int = 0) -> None:
+        if text != self.last or time.monotonic() >= self.next:
+            self.run.stage(text, done, total)
+            self.last, self.next = text, time.monotonic() + SAY_EVERY_S
+
+
+def train_worker(settings: Mapping[str, Any]) -> None:
+    """`train_loop_per_worker`. ``settings``: the resolved config as a tree, the run folder, the corpus's fingerprint, scoring actors."""
+    config = configs.validate(settings["config"])
+    run = RunFolder(Path(settings["run"]))
+    ranks = parallel.current()
+    try:
+        _train(config, run, ranks, settings["corpus"], settings["scorers"])
+    except Exception as error:
+        mistake = users_mistake(error)
+        if mistake:  # in a file: what Ray hands to the driver is a traceback
+            (run.path / f"failure-{ranks.rank:04d}.txt").write_text(str(mistake))
+        raise
+
+
+def _train(config: Config, run: RunFolder, ranks: Parallel, corpus: str, scorers: Sequence[Any]) -> None:
+    torch.set_num_threads(config.train.threads)
+    first = ranks.rank == 0
+    stage: Say = Stage(run) if first else lambda *_: None
+    todo = run.last_step() < config.train.steps
+    stream: Iterable[Batch] = ()
+    if todo:  # the actors start when the first batch is asked for: let them load their models while we load ours
+        stream = _started(batches(ray.train.get_dataset_shard("train"), config.sizes.share))
+    stage("loading networks", 0, 0)
+    reward = ActorReward(scorers) if scorers else None
+    learner = Learner(config, device=ray.train.torch.get_device(), parallel=ranks, reward=reward)
+    journal = Journal(run, config, learner, corpus)
+    journal.restore()
+    gallery = Gallery(learner, config, run, save_grid) if first and config.evaluation.every else None
+    stage("waiting for the first prompts", 0, 0)
+    loop(learner, stream, journal, Reporter(), writes=first, gallery=gallery)
+    learner.gather()
+    if first:
+        finish(learner, config, run, stage, save_grid)
+
+
+def _started(stream: Iterator[Batch]) -> Iterator[Batch]:
+    """``stream``, whose first batch is being made from now on."""
+    pool = ThreadPoolExecutor(1)
+    first = pool.submit(next, stream, None)
+    pool.shutdown(wait=False)
+
+    def items() -> Iterator[Batch]:
+        batch = first.result()
+        if batch is not None:
+            yield batch
+            yield from stream
+
+    return items()
+
+
+def users_mistake(error: BaseException | None) -> DIDRError | None:
+    """The DIDRError at the root of ``error``, which may have crossed process borders of Ray Data on its way here."""
+    seen: list[BaseException] = []
+    found: DIDRError | None = None
+    while error is not None and error not in seen:
+        seen.append(error)
+        if isinstance(error, DIDRError):
+            found = error
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return found

@@ -1,0 +1,162 @@
+"""The prompt stream: a permutation every epoch, the same for a seed, read in parts; and the batches that are made of it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import toy_recipe
+
+from didr_core import config as configs
+from didr_core.config import Config
+from didr_core.data import prompts as data
+from didr_core.data.feed import LocalFeed, PromptEncoder, RewardPreparer, columns
+from didr_core.data.prompts import PromptIndex
+from didr_core.types import DIDRError
+
+
+def write(folder: Path, sizes: list[int], group: int = 8192, **more: object) -> Path:
+    """Shards of the given sizes; the prompt says shard and row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for s, rows in enumerate(sizes):
+        table = {"prompt": [f"prompt {s}:{r}" for r in range(rows)], "tags": list(range(rows)), **more}
+        pq.write_table(pa.table(table), folder / f"{s:03d}.parquet", row_group_size=group)
+    return folder
+
+
+def texts(index: PromptIndex, first: int, last: int, seed: int = 0) -> list[str]:
+    return [p.prompt for p in index.read(np.arange(first, last), seed)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.integers(0, 9), min_size=1, max_size=7).filter(any),
+    seed=st.integers(0, 2**31),
+    window=st.integers(1, 30),
+)
+def test_every_epoch_is_a_permutation_of_all_rows(rows: list[int], seed: int, window: int) -> None:
+    units = np.array(rows, np.int64)
+    at = np.arange(len(units))
+    index = PromptIndex("x", tuple(map(str, at)), "prompt", None, at, at * 0, at * 0, units)
+    everything = [(u, r) for u in range(len(units)) for r in range(rows[u])]
+    before, data.WINDOW = data.WINDOW, window
+    data._epoch_plan.cache_clear()
+    try:
+        for epoch in (0, 1, 5):
+            unit, row = index.locate(np.arange(epoch * len(index), (epoch + 1) * len(index)), seed)
+            assert sorted(zip(unit.tolist(), row.tolist(), strict=True)) == everything
+    finally:
+        data.WINDOW = before
+        data._epoch_plan.cache_clear()
+
+
+def test_the_stream_is_a_function_of_seed_and_index(tmp_path: Path) -> None:
+    index = PromptIndex.open(str(write(tmp_path / "p", [30, 50, 20], group=8)))
+    whole = texts(index, 0, 300)
+    assert len(index) == 100 and sorted(whole[:100]) == sorted(whole[100:200])
+    assert whole[:100] != whole[100:200]  # another epoch, another order
+    assert whole[:100] != texts(index, 0, 100, seed=1)
+    assert texts(index, 137, 260) == whole[137:260]  # in parts, across an epoch's end, from anywhere
+    assert len({t.split(":")[0] for t in whole[:12]}) == 3  # a small corpus is shuffled across its shards
+    assert [p.id for p in index.read([5], 0)] == [
+        f"{int(whole[5].split()[1].split(':')[0]):03d}.parquet:{whole[5].split(':')[1]}"
+    ]
+
+
+def test_file_folder_and_glob_are_the_same_corpus(tmp_path: Path) -> None:
+    folder = write(tmp_path / "p", [3, 4])
+    assert PromptIndex.open(f"{folder}/*.parquet").fingerprint == PromptIndex.open(str(folder)).fingerprint
+    assert len(PromptIndex.open(f"{folder}/001.parquet")) == 4
+    assert texts(PromptIndex.open(folder.as_uri()), 0, 7) == texts(PromptIndex.open(str(folder)), 0, 7)
+
+
+def test_a_million_prompts_open_and_read_like_a_thousand(tmp_path: Path) -> None:
+    large = write(tmp_path / "large", [100_000] * 10)
+    pool = pa.default_memory_pool()
+    taken = pool.bytes_allocated()
+    began = time.perf_counter()
+    index = PromptIndex.open(str(large))
+    opened = pool.bytes_allocated() - taken
+    read = index.read(np.arange(1000), 0)
+    seconds = time.perf_counter() - began
+    assert len(index) == 1_000_000 and len(read) == 1000
+    assert opened < 2**20  # footers only
+    assert pool.bytes_allocated() - taken < 40 * 2**20  # two windows of rows at most, not the 30 MB x 10 of the corpus
+    index.read(np.arange(500_000, 500_500), 0)
+    assert sum(t.num_rows for t in data._CACHE._tables.values()) <= 2 * data.WINDOW + 8192
+    assert seconds < 10  # about 0.2 s on an idle core
+
+
+@pytest.mark.parametrize("value", ["", "  \n", None])
+def test_blank_prompts_are_named_by_shard_and_row(tmp_path: Path, value: str | None) -> None:
+    prompts = [f"p{r}" for r in range(25)]
+    pq.write_table(
+        pa.table({"prompt": [*prompts[:17], value, *prompts[18:]]}), tmp_path / "a.parquet", row_group_size=10
+    )
+    index = PromptIndex.open(str(tmp_path))
+    with pytest.raises(DIDRError, match=r"a\.parquet:17 .*non-empty text"):
+        index.scan()
+    with pytest.raises(DIDRError, match=r"a\.parquet:17 "):
+        index.read(np.arange(25), 0)
+    assert index.scan(rows=10) == 10  # a large corpus is looked at in part; the rest is checked when read
+
+
+def test_other_string_types_are_text_too(tmp_path: Path) -> None:
+    for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        table = pa.table({"prompt": pa.array(["a cat", "a dog"], pa.string()).cast(kind)})
+        pq.write_table(table, tmp_path / "a.parquet")
+        index = PromptIndex.open(str(tmp_path))
+        assert sorted(texts(index, 0, 2)) == ["a cat", "a dog"] and index.scan() == 2
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return configs.load(str(toy_recipe(tmp_path_factory.mktemp("toy"))))
+
+
+def test_what_a_sample_gets_does_not_depend_on_its_batch(config: Config) -> None:
+    index = PromptIndex.open(config.data.prompts)
+    encode, prepare = PromptEncoder(config), RewardPreparer(config)
+
+    def made(rows: list[int]) -> dict[str, np.ndarray]:
+        return prepare(encode(columns(index.read(rows, config.seed))))
+
+    together, alone = made([3, 9, 4, 100]), made([4])
+    assert list(together) == [
+        "index",
+        "id",
+        "prompt",
+        "condition/prompt_embeds",
+        "condition/pooled",
+        "reward/text",
+        "baseline",
+        "spread",
+    ]
+    for name in ("condition/prompt_embeds", "reward/text", "baseline", "spread"):
+        np.testing.assert_allclose(together[name][2], alone[name][0], rtol=1e-4, atol=1e-5)
+    assert together["prompt"][2] == alone["prompt"][0]
+    assert (together["spread"] > 0).all()  # the pictures of a prompt differ
+    # Row 4 and row 84 are the same corpus of 80 one epoch apart, but other samples: other noise.
+    assert made([4])["baseline"] == alone["baseline"]
+
+
+def test_the_local_feed_resumes_and_splits(config: Config) -> None:
+    whole = list(LocalFeed(config))
+    assert [b.index.tolist() for b in whole] == [list(range(k, k + 8)) for k in range(0, 48, 8)]
+    later = list(LocalFeed(config, 24))
+    assert len(later) == 3
+    for a, b in zip(whole[3:], later, strict=True):
+        assert a.prompts == b.prompts and a.ids == b.ids
+        assert torch.equal(a.baseline, b.baseline) and torch.equal(
+            a.condition.tensors["pooled"], b.condition.tensors["pooled"]
+        )
+    halves = [next(iter(LocalFeed(config, 40, rank=r, world=2))) for r in range(2)]
+    assert [i for h in halves for i in h.index.tolist()] == whole[5].index.tolist()
+    torch.testing.assert_close(torch.cat([h.spread for h in halves]), whole[5].spread, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,211 @@
+"""The export: stock diffusers loads it without this package, pictures are ours, folders are whole or absent, the card tells the truth."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from random_models import clip_folder, sdxl_folder
+from torch import nn
+
+from didr_core import config as configs
+from didr_core.config import Config, build
+from didr_core.diffusion import sampling
+from didr_core.evaluate.scores import one_step_contestant, score_models
+from didr_core.export.folder import export_run, licences, model_card, save_single_file
+from didr_core.types import DIDRError
+
+PROMPTS = ["a red circle", "two blue rings"]
+
+# Runs in a process of its own that cannot import this package.
+STOCK = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("didr_core", "pipelines", "tune_spaces"):
+            raise ImportError("blocked: " + name)
+
+sys.meta_path.insert(0, Refuse())
+import numpy as np, torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+folder, single, noise, prompts, out = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4].split("|"), sys.argv[5]
+pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+pipe.set_progress_bar_config(disable=True)
+assert type(pipe).__name__ == "StableDiffusionXLPipeline" and type(pipe.scheduler).__name__ == "LCMScheduler"
+z = torch.from_numpy(np.load(noise))
+images = pipe(prompts, latents=z, num_inference_steps=1, guidance_scale=0, timesteps=[399], output_type="np").images
+unet = UNet2DConditionModel.from_config(folder, subfolder="unet").to(torch.float16)
+unet.load_state_dict(load_file(single), strict=True)
+folder_state = pipe.unet.state_dict()
+assert all(v.dtype == torch.float16 for v in unet.state_dict().values())
+assert all(torch.equal(v.float(), folder_state[k]) for k, v in unet.state_dict().items())
+np.save(out, images)
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return sdxl_folder(root / "pipeline"), clip_folder(root / "clip")
+
+
+def configuration(folders: tuple[Path, Path], **changes: Any) -> Config:
+    tree = {
+        "name": "try it",
+        "backbone": {"name": "sdxl", "pipeline": str(folders[0])},
+        "algorithm": "didr",
+        "reward": {"name": "pickscore", "path": str(folders[1])},
+        "generator": {"lr": 1e-4},
+        "assistant": {"lr": 2e-4},
+        "train": {"steps": 10, "batch": 4},
+        "data": {"prompts": "zoo://prompts/train"},
+    }
+    return configs.validate(tree | changes)
+
+
+class Writes:
+    """A backbone that exports one small file, or fails at it."""
+
+    def __init__(self, error: Exception | None = None, text: str = "new") -> None:
+        self.error, self.text = error, text
+
+    def export(self, generator: nn.Module, folder: str) -> None:
+        Path(folder, "model_index.json").write_text(self.text)
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.timeout(300)  # starts an interpreter and imports diffusers in it: slow on a crowded machine
+def test_stock_diffusers_makes_our_pictures(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    config = configuration(folders)
+    backbone = build("backbones", config.backbone)
+    backbone.load_text()
+    backbone.load_decoder()
+    generator = backbone.load_network("generator")
+    with torch.no_grad():  # a trained generator is not the reference, and half precision must not decide the test
+        for i, weight in enumerate(generator.parameters()):
+            weight.add_(0.15 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
+            weight.copy_(weight.half().float())
+    out = export_run(config, backbone, generator, tmp_path / "export", run={"command": "didr align", "commit": "abc"})
+    single = out / "didr_try_it_1step_unet_fp16.safetensors"
+    assert single.is_file() and (out / "README.md").is_file() and (out / "config.yaml").is_file()
+    assert configs.validate(yaml.safe_load((out / "config.yaml").read_text())) == config
+
+    z = sampling.noise(7, range(len(PROMPTS)), backbone.latent_shape)
+    np.save(tmp_path / "z.npy", z.numpy())
+    arguments = [str(out), str(single), str(tmp_path / "z.npy"), "|".join(PROMPTS), str(tmp_path / "images.npy")]
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = torch.from_numpy(np.load(tmp_path / "images.npy")).permute(0, 3, 1, 2)
+    ours = sampling.pictures(backbone, sampling.one_step(backbone, generator), PROMPTS, seed=7)
+    reference = sampling.pictures(
+        backbone, sampling.one_step(backbone, backbone.load_network("reference")), PROMPTS, seed=7
+    )
+    assert ours.shape == theirs.shape
+    # Text towers and VAE are exported in half precision, which these random ones were not trained for: hence not 1e-6.
+    assert (ours - theirs).abs().max() < 1e-3
+    assert (reference - theirs).abs().max() > 0.03, "the test would see another generator's pictures"
+
+
+def test_single_file_keeps_names_shapes_and_integers(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    module[0].weight.data = torch.randn(3, 2).t()  # not contiguous
+    save_single_file(module, tmp_path / "x.safetensors")
+    state = load_file(tmp_path / "x.safetensors")
+    assert set(state) == set(module.state_dict())
+    assert state["0.weight"].dtype == torch.float16 and state["1.num_batches_tracked"].dtype == torch.int64
+    assert torch.equal(state["0.weight"], module[0].weight.half())
+
+
+def test_a_failed_export_leaves_nothing_and_keeps_the_old_one(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    config, module, target = configuration(folders), nn.Linear(1, 1), tmp_path / "export"
+    full = OSError(28, "No space left on device")
+    with pytest.raises(DIDRError, match="No space left on device"):
+        export_run(config, Writes(full), module, target)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+    export_run(config, Writes(text="old"), module, target)  # type: ignore[arg-type]
+    with pytest.raises(DIDRError, match="No space left"):
+        export_run(config, Writes(full), module, target, overwrite=True)  # type: ignore[arg-type]
+    assert (target / "model_index.json").read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_only_our_own_export_is_overwritten_and_only_when_asked(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    config, module, target = configuration(folders), nn.Linear(1, 1), tmp_path / "export"
+    target.mkdir()
+    export_run(config, Writes(text="one"), module, target)  # type: ignore[arg-type]
+    with pytest.raises(DIDRError, match="not empty"):
+        export_run(config, Writes(text="two"), module, target)  # type: ignore[arg-type]
+    (target / "stale.bin").write_text("")
+    export_run(config, Writes(text="two"), module, target, overwrite=True)  # type: ignore[arg-type]
+    assert (target / "model_index.json").read_text() == "two" and not (target / "stale.bin").exists()
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter.txt").write_text("years of work")
+    with pytest.raises(DIDRError, match="not an export of ours"):
+        export_run(config, Writes(), module, foreign, overwrite=True)  # type: ignore[arg-type]
+    assert (foreign / "chapter.txt").read_text() == "years of work"
+
+
+def test_the_card_holds_scores_settings_and_terms_but_no_machine_paths(folders: tuple[Path, Path]) -> None:
+    config = configuration(folders)
+    backbone = build("backbones", config.backbone)
+    backbone.load_text()
+    backbone.load_decoder()
+    network = backbone.load_network("generator")
+    models = [one_step_contestant(name, backbone, network) for name in ("start", "aligned")]
+    scores = score_models(backbone, models, PROMPTS, facts={"commands": ["didr evaluate x"]}).tree
+    card = model_card(
+        config,
+        scores=scores,
+        run={"command": "didr align --recipe tiny", "commit": "0123abc"},
+        files=("didr_x_1step_unet_fp16.safetensors", "grid.png"),
+    )
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "diffusers" and "one-step" in front["tags"] and front["license"]
+    for text in (
+        "timesteps=[399]",
+        "guidance_scale=0",
+        "0123abc",
+        "didr align --recipe tiny",
+        "didr evaluate x",
+        "grid.png",
+    ):
+        assert text in card, text
+    std = scores["models"]["aligned"]["measures"]["latent_std"]["mean"]
+    assert "| aligned | 1 |" in card and json.dumps(std)
+    assert "| beta | 1 " in card and "generator 0.0001, assistant 0.0002" in card
+    assert str(folders[0]) not in card and str(folders[0].parent) not in card
+    control = configuration(folders, algorithm="diff_instruct", reward=None)
+    assert "beta" not in model_card(control) and "Not scored." in model_card(control)
+
+
+def test_terms_come_from_the_weights_own_card(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    assert dict(licences(configuration(folders))) == {
+        "backbone pipeline `pipeline`": "not stated beside the weights; look it up before publishing",
+        "reward path `clip`": "not stated beside the weights; look it up before publishing",
+    }
+    card = folders[0] / "README.md"
+    card.write_text("---\nlicense: openrail++\n---\n# Base\n")
+    try:
+        assert "openrail++" in dict(licences(configuration(folders)))["backbone pipeline `pipeline`"]
+    finally:
+        card.unlink()

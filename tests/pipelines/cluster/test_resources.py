@@ -1,0 +1,244 @@
+"""Does a plan fit a cluster: exact cases, messages, and properties against brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from didr_core.config import Workers
+from pipelines.cluster.resources import (
+    REWARD_RESOURCE,
+    TRAINER_RESOURCE,
+    ClusterView,
+    Fit,
+    Group,
+    Need,
+    Node,
+    Plan,
+    PlanDoesNotFit,
+    align_plan,
+    check,
+    role_resources,
+)
+
+
+def cluster(*nodes: dict[str, float], local: bool = False) -> ClusterView:
+    return ClusterView(tuple(Node(f"n{i}", resources) for i, resources in enumerate(nodes)), local=local)
+
+
+def tiny_plan(workers: int = 2, actors: int = 1) -> Plan:
+    return Plan(
+        (
+            Group("training worker", workers, Need(cpus=1), "train.workers", "train.cpus_per_worker"),
+            Group("encoder actor", actors, Need(cpus=1), "data.encoders"),
+            Group("Ray Data listing task", 1, Need(cpus=1)),
+        )
+    )
+
+
+def test_tiny_plan_fits_four_cpus_and_not_three() -> None:
+    assert check(tiny_plan(), cluster({"CPU": 4})).placement == ((2, 1, 1),)
+    with pytest.raises(PlanDoesNotFit) as error:
+        check(tiny_plan(), cluster({"CPU": 3}, local=True))
+    message = str(error.value)
+    for part in (
+        "needs 4 CPU",
+        "has 3",
+        "2 x 1 training worker",
+        "train.workers",
+        "data.encoders",
+        "workers.local_cpus",
+    ):
+        assert part in message
+
+
+def test_the_hang_of_two_workers_on_two_cpus_is_refused() -> None:
+    with pytest.raises(PlanDoesNotFit, match="needs 3 CPU and the cluster has 2"):
+        check(tiny_plan(actors=0), cluster({"CPU": 2}))
+
+
+def test_a_worker_needs_its_gpu_and_its_cpus_on_one_node() -> None:
+    plan = Plan((Group("training worker", 1, Need(cpus=8, gpus=1), "train.workers", "train.cpus_per_worker"),))
+    with pytest.raises(
+        PlanDoesNotFit, match=r"no node can hold one process of training worker.*train\.cpus_per_worker"
+    ):
+        check(plan, cluster({"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1}))
+    with pytest.raises(PlanDoesNotFit, match="no node can hold one"):  # each amount exists, but not together
+        check(plan, cluster({"CPU": 8}, {"CPU": 4, "GPU": 1}))
+    assert check(plan, cluster({"CPU": 4, "GPU": 1}, {"CPU": 8, "GPU": 1})).placement == ((0,), (1,))
+
+
+def test_fragments_do_not_add_up() -> None:
+    plan = Plan((Group("training worker", 3, Need(cpus=4), "train.workers"),))
+    with pytest.raises(PlanDoesNotFit, match="large enough in sum"):
+        check(plan, cluster({"CPU": 6}, {"CPU": 6}))
+
+
+def test_search_finds_what_greedy_misses() -> None:
+    """Two nodes of 6: 3+3 and 2+2+2. Biggest first on the fullest node puts 3+2 on one and is stuck."""
+    plan = Plan((Group("a", 2, Need(cpus=3)), Group("b", 3, Need(cpus=2))))
+    fit = check(plan, cluster({"CPU": 6}, {"CPU": 6}))
+    assert sorted(fit.placement) == [(0, 3), (2, 0)]
+    assert fit.tight
+
+
+def test_small_actors_that_could_take_a_gpu_workers_cpus_are_told_of() -> None:
+    plan = Plan((Group("training worker", 1, Need(cpus=4, gpus=1)), Group("actor", 2, Need(cpus=1))))
+    assert check(plan, cluster({"CPU": 4, "GPU": 1}, {"CPU": 4})).tight
+    roles = Plan(
+        (
+            Group("training worker", 1, Need(cpus=4, gpus=1, custom={TRAINER_RESOURCE: 1})),
+            Group("actor", 2, Need(cpus=1, custom={REWARD_RESOURCE: 1})),
+        )
+    )
+    fit = check(roles, cluster({"CPU": 4, "GPU": 1, TRAINER_RESOURCE: 1}, {"CPU": 4, REWARD_RESOURCE: 4}))
+    assert not fit.tight
+    assert fit.placement == ((1, 0), (0, 2))
+
+
+def test_roles_are_asked_for_only_where_offered() -> None:
+    assert role_resources(cluster({"CPU": 4}), TRAINER_RESOURCE) == {}
+    assert role_resources(cluster({"CPU": 0}, {"CPU": 4, TRAINER_RESOURCE: 4}), TRAINER_RESOURCE) == {
+        TRAINER_RESOURCE: 1.0
+    }
+
+
+def test_align_plan_of_the_default_workers_fits_the_default_local_ray() -> None:
+    workers = Workers(train=2)
+    here = cluster({"CPU": float(workers.local_cpus)}, local=True)
+    fit = check(align_plan(workers, here), here)
+    assert fit.plan.totals() == {"CPU": 4.0}
+    with pytest.raises(PlanDoesNotFit, match=r"needs 5 CPU and the cluster has 4.*workers\.train.*workers\.local_cpus"):
+        check(align_plan(Workers(train=3), here), here)
+    assert "reward actor" not in {g.name for g in align_plan(workers, here, with_rewards=False).groups}
+
+
+def test_align_plan_sends_processes_to_the_nodes_of_their_role() -> None:
+    view = cluster({"CPU": 0}, {"CPU": 16, "GPU": 2, TRAINER_RESOURCE: 2}, {"CPU": 16, "GPU": 1, REWARD_RESOURCE: 16})
+    workers = Workers(train=2, train_cpus=4, train_gpus=1, encoders=4, rewards=2, actor_resources={"big_memory": 1})
+    plan = align_plan(workers, view)
+    train, encoder, reward, listing = plan.groups
+    assert train.need.amounts() == {"CPU": 4.0, "GPU": 1.0, TRAINER_RESOURCE: 1.0}
+    assert encoder.need.custom == reward.need.custom == {REWARD_RESOURCE: 1.0, "big_memory": 1}
+    assert listing.need.amounts() == {"CPU": 1.0}
+    placement = check(align_plan(workers.model_copy(update={"actor_resources": {}}), view), view).placement
+    assert placement[0] == (0, 0, 0, 0)
+    assert placement[1][:3] == (2, 0, 0)
+    assert placement[2][:3] == (0, 4, 2)
+
+
+def test_missing_role_and_memory_are_named() -> None:
+    plan = Plan((Group("actor", 1, Need(custom={"reward": 1}), need_setting="cluster.roles"),))
+    with pytest.raises(PlanDoesNotFit, match=r"short of reward.*cluster\.roles.*ray status"):
+        check(plan, cluster({"CPU": 4}))
+    plan = Plan((Group("training worker", 2, Need(memory=3 * 2**30), "train.workers"),))
+    with pytest.raises(PlanDoesNotFit, match="needs 6.0 GiB memory and the cluster has 4.0 GiB"):
+        check(plan, cluster({"CPU": 4, "memory": 4 * 2**30}))
+
+
+def test_names_ray_makes_up_are_no_capacity() -> None:
+    node = Node(
+        "n", {"CPU": 4.0, "node:10.0.0.1": 1.0, "node:__internal_head__": 1.0, "object_store_memory": 1e9, "GPU": 1.0}
+    )
+    assert node.capacity() == {"CPU": 4.0, "GPU": 1.0}
+
+
+def test_negative_count_and_no_node() -> None:
+    with pytest.raises(PlanDoesNotFit, match=r"train\.workers to 0 or more"):
+        check(Plan((Group("training worker", -1, Need(), "train.workers"),)), cluster({"CPU": 4}))
+    with pytest.raises(PlanDoesNotFit, match="no node can hold"):
+        check(tiny_plan(), cluster())
+    assert check(Plan(()), cluster()).placement == ()
+
+
+def test_table_shows_every_node_and_the_sum() -> None:
+    fit = check(tiny_plan(), cluster({"CPU": 3}, {"CPU": 2}))
+    console = Console(width=160, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(fit.table())
+    text = console.export_text()
+    assert "n0" in text and "n1" in text and "in all" in text and "training worker" in text and "4 CPU" in text
+
+
+def test_large_cluster_is_quick() -> None:
+    """64 nodes of 8 GPUs, as many workers as fit, actors beside them: no explosion."""
+    nodes = [{"CPU": 96.0, "GPU": 8.0}] * 64 + [{"CPU": 64.0}] * 16
+    plan = Plan(
+        (
+            Group("training worker", 512, Need(cpus=8, gpus=1)),
+            Group("encoder actor", 128, Need(cpus=4)),
+            Group("reward actor", 128, Need(cpus=4)),
+            Group("listing", 1, Need(cpus=1)),
+        )
+    )
+    assert sum(map(sum, check(plan, cluster(*nodes)).placement)) == 769
+
+
+amounts = st.integers(0, 3)
+nodes_st = st.lists(
+    st.fixed_dictionaries({"CPU": st.integers(0, 6), "GPU": amounts, "reward": amounts}), min_size=0, max_size=3
+)
+needs_st = st.builds(
+    lambda c, g, r: Need(cpus=c, gpus=g, custom={"reward": r}), st.integers(0, 3), st.integers(0, 2), st.integers(0, 1)
+)
+plans_st = st.lists(
+    st.builds(lambda i, n, need: Group(f"g{i}", n, need), st.integers(0, 9), st.integers(0, 3), needs_st), max_size=3
+).map(lambda groups: Plan(tuple(groups)))
+
+
+def by_hand(plan: Plan, view: ClusterView) -> bool:
+    """Every assignment of every process to a node."""
+    processes = [g.need.amounts() for g in plan.groups for _ in range(g.count)]
+    for choice in itertools.product(range(len(view.nodes)), repeat=len(processes)):
+        left = [dict(n.capacity()) for n in view.nodes]
+        for node, need in zip(choice, processes, strict=True):
+            for name, amount in need.items():
+                left[node][name] = left[node].get(name, 0) - amount
+        if all(v >= 0 for free in left for v in free.values()):
+            return True
+    return False
+
+
+def fits(plan: Plan, view: ClusterView) -> Fit | None:
+    try:
+        return check(plan, view)
+    except PlanDoesNotFit:
+        return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(plans_st, nodes_st)
+def test_answer_equals_brute_force(plan: Plan, nodes: list[dict[str, float]]) -> None:
+    if sum(g.count for g in plan.groups) > 6:
+        plan = Plan(plan.groups[:2])
+    view = cluster(*nodes)
+    assert (fits(plan, view) is not None) == by_hand(plan, view)
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans_st, nodes_st)
+def test_a_placement_holds_every_process_and_overloads_no_node(plan: Plan, nodes: list[dict[str, float]]) -> None:
+    view = cluster(*nodes)
+    fit = fits(plan, view)
+    if fit is None:
+        return
+    for g, group in enumerate(plan.groups):
+        assert sum(row[g] for row in fit.placement) == group.count
+    for node, row in zip(view.nodes, fit.placement, strict=True):
+        used = Plan(tuple(Group(g.name, n, g.need) for g, n in zip(plan.groups, row, strict=True))).totals()
+        assert all(amount <= node.capacity().get(name, 0) + 1e-6 for name, amount in used.items())
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans_st, nodes_st, st.integers(0, 2))
+def test_more_nodes_and_fewer_processes_never_hurt(plan: Plan, nodes: list[dict[str, float]], which: int) -> None:
+    if fits(plan, cluster(*nodes)) is None:
+        return
+    assert fits(plan, cluster(*nodes, {"CPU": 1.0})) is not None
+    if which < len(plan.groups) and plan.groups[which].count:
+        g = plan.groups[which]
+        smaller = (*plan.groups[:which], Group(g.name, g.count - 1, g.need), *plan.groups[which + 1 :])
+        assert fits(Plan(smaller), cluster(*nodes)) is not None

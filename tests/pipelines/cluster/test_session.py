@@ -1,0 +1,140 @@
+"""Where Ray runs and what it is told; a real start and attach are in test_job_submit.py and the end-to-end runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from didr_core.types import DIDRError
+from pipelines.cluster import session
+from pipelines.cluster.resources import ClusterView, Group, Need, Node, Plan, PlanDoesNotFit
+from pipelines.cluster.session import Place, await_room, inside_ray_job, prepare_environment, where_to_run
+
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+@pytest.fixture(autouse=True)
+def no_ray_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("RAY_ADDRESS", JOB, *session.ALWAYS_ENV, *session.QUIET_ENV):
+        monkeypatch.delenv(key, raising=False)
+
+
+def test_without_an_address_ray_is_our_own() -> None:
+    assert where_to_run(None) == Place("here")
+    assert not inside_ray_job()
+
+
+def test_an_address_attaches_and_local_insists(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert where_to_run("10.0.0.1:6379") == Place("attached", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
+    assert where_to_run(None) == Place("attached", "10.0.0.2:6379")
+    assert where_to_run("local") == Place("here")
+
+
+def test_a_job_uses_its_cluster_whatever_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {}}))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.3:6379")
+    assert inside_ray_job()
+    assert where_to_run(None) == where_to_run("local") == Place("job", "10.0.0.3:6379")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8265", "https://x", "ray://head:10001"])
+def test_a_dashboard_url_is_no_cluster(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DIDRError, match="ray job submit.*leave it out"):
+        where_to_run(url)
+    monkeypatch.setenv("RAY_ADDRESS", url)
+    with pytest.raises(DIDRError, match="RAY_ADDRESS=.*unset it"):
+        where_to_run(None)
+
+
+def test_nobody_there_is_said_at_once() -> None:
+    with pytest.raises(DIDRError, match="no Ray cluster answers at 127.0.0.1:1 "):
+        session._is_anyone_there("127.0.0.1:1")
+
+
+def test_environment_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.5")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    prepare_environment(verbose=True)
+    assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "1.5"
+    assert "RAY_DATA_DISABLE_PROGRESS_BARS" not in os.environ
+    prepare_environment()
+    assert os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] == "1"
+
+
+def test_workers_get_our_environment_but_not_what_the_job_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "1"}}}))
+    sent = session._worker_env(verbose=False)
+    assert sent["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.2"
+    assert "RAY_TRAIN_ENABLE_PRINT_PATCH" not in sent
+
+
+def test_all_packages_travel_when_attached() -> None:
+    assert [p.name for p in session._package_folders()] == list(session.PACKAGES)
+
+
+PLAN = Plan((Group("training worker", 2, Need(), "workers.train"),))
+
+
+def small(n: int, local: bool) -> ClusterView:
+    return ClusterView((Node("n", {"CPU": n}),), local=local)
+
+
+def test_room_is_awaited_on_a_cluster_and_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def grown(place: Place) -> ClusterView:
+        looks.append(1)
+        return small(2 if len(looks) > 1 else 1, local=False)
+
+    monkeypatch.setattr(session, "cluster_view", grown)
+    monkeypatch.setattr(session.time, "sleep", lambda s: None)
+    assert await_room(lambda view: PLAN, small(1, local=False), wait_s=60).placement == ((2,),)
+    assert len(looks) == 2
+    with pytest.raises(PlanDoesNotFit, match="workers.train"):
+        await_room(lambda view: PLAN, small(1, local=True), wait_s=60)
+    assert len(looks) == 2
+
+
+def starting(failures: list[Exception]) -> Callable[..., None]:
+    def init(*args: Any, **kwargs: Any) -> None:
+        if failures:
+            raise failures.pop(0)
+
+    return init
+
+
+def test_a_slow_start_is_tried_again_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    slow = Exception("The current node timed out during startup. This could happen because ...")
+    monkeypatch.setattr(ray, "init", starting([slow]))
+    session._start(4, verbose=False, level="ERROR")
+    monkeypatch.setattr(ray, "init", starting([slow, slow]))
+    with pytest.raises(DIDRError, match="--local"):
+        session._start(4, verbose=False, level="ERROR")
+    monkeypatch.setattr(ray, "init", starting([ValueError("something else")]))
+    with pytest.raises(ValueError, match="something else"):
+        session._start(4, verbose=False, level="ERROR")
+
+
+def test_a_refused_token_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(ray, "init", starting([ray.exceptions.AuthenticationError("InvalidAuthToken")]))
+    with pytest.raises(DIDRError, match=r"InvalidAuthToken[\s\S]*RAY_AUTH_MODE=token[\s\S]*is unset"):
+        session._attach(Place("attached", "auto"), verbose=False, level="ERROR")
+
+
+def test_trainers_stay_where_the_driver_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train moves its workers elsewhere unless told not to: relative paths then passed preflight and failed on them."""
+    monkeypatch.delenv("RAY_CHDIR_TO_TRIAL_DIR", raising=False)
+    prepare_environment()
+    from ray._private.ray_constants import env_bool
+    from ray.train.constants import RAY_CHDIR_TO_TRIAL_DIR
+
+    assert env_bool(RAY_CHDIR_TO_TRIAL_DIR, True) is False

@@ -1,0 +1,135 @@
+"""Grid, curves and page: what is shown is what was measured, and the page stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from didr_core.evaluate.paired import Bootstrap
+from didr_core.evaluate.scoreboard import Scores
+from pipelines.report import figures
+from pipelines.report.figures import running_mean, save_curves, save_grid
+from pipelines.report.page import read_history, write_report
+
+CAPTIONS = ["a red circle", "two blue rings on a white background that goes on and on and on", "x" * 90]
+
+
+def pictures(value: float, size: int = 32) -> torch.Tensor:
+    return torch.full((3, 3, size, size), value)
+
+
+def run_folder(folder: Path) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    aligned, start = rng.normal(1.0, 1.0, (1, 2, 40)), rng.normal(0.0, 1.0, (1, 2, 40))
+    arrays = {"start": {"judge": start, "strict": start > 0}, "aligned": {"judge": aligned, "strict": aligned > 0}}
+    models = {name: {"steps": 1} for name in arrays}
+    scores = Scores.build(models, arrays, [str(i) for i in range(40)], [0, 1], facts={"commands": ["didr evaluate r"]})
+    scores.write(folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "<b>run</b>", "seed": 3, "backbone": {"name": "sdxl"}}))
+    (folder / "run.json").write_text(json.dumps({"command": "didr align --set a=<script>", "commit": "0123abcd"}))
+    rows = [
+        {"step": s, "time": 1.0, "reward/gain": s / 10, "loss/assistant": 0.2, "time/step": 2.0} for s in range(1, 31)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "alarms.jsonl").write_text(json.dumps({"step": 7, "alarm": "drs-silent"}) + "\n")
+    save_grid({"start": pictures(0.2), "aligned": pictures(0.8)}, CAPTIONS, folder / "grid.png")
+    (folder / "export").mkdir()
+    (folder / "export" / "model_index.json").write_text("{}")
+    return folder
+
+
+def test_grid_shows_every_picture_in_its_place(tmp_path: Path) -> None:
+    path = save_grid(
+        {"start": pictures(0.2), "aligned": pictures(0.8), "teacher": pictures(0.5)},
+        CAPTIONS,
+        tmp_path / "g.png",
+        title="now",
+        notes={"start": ["a", "b", "c"]},
+    )
+    shown = np.asarray(Image.open(path).convert("L"))
+    for value in (51, 204, 128):
+        area = (np.abs(shown.astype(int) - value) <= 1).sum()
+        assert area == pytest.approx(3 * 160 * 160, rel=0.06), f"three pictures of grey {value}, five times enlarged"
+    columns = [np.flatnonzero((shown == v).any(0)).min() for v in (51, 204)]
+    assert columns[0] < columns[1], "before stands left of after"
+
+
+def test_small_pictures_are_enlarged_without_blur_and_large_ones_shrunk(tmp_path: Path) -> None:
+    checker = torch.zeros(1, 3, 32, 32)
+    checker[..., ::2, ::2] = 1
+    tile = np.asarray(figures._tile(checker[0]))
+    assert tile.shape == (160, 160, 3) and set(np.unique(tile)) == {0, 255}
+    assert figures._tile(torch.rand(3, 1024, 768)).size == (240, 320)
+
+
+def test_grid_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
+    for rows, captions in (
+        ({}, CAPTIONS),
+        ({"start": pictures(0.1)}, CAPTIONS[:2]),
+        ({"start": pictures(0.1)[:0]}, []),
+    ):
+        with pytest.raises(ValueError, match="save_grid"):
+            save_grid(rows, captions, tmp_path / "g.png")
+
+
+def test_curves_are_drawn_from_what_there_is(tmp_path: Path) -> None:
+    history = [{"step": s, "loss/assistant": 0.3, "grad/generator": None} for s in range(1, 4)]
+    one = Image.open(save_curves(history, tmp_path / "one.png"))
+    rows = [
+        {"step": s, "reward/gain": s, "reward/raw": s, "loss/assistant": 1.0, "drs/ratio": 0.1} for s in range(1, 90)
+    ]
+    four = Image.open(save_curves(rows, tmp_path / "four.png", [{"step": 3, "alarm": "x"}]))
+    assert four.width > 2 * one.width and four.height > 1.8 * one.height
+    with pytest.raises(ValueError, match="no known metric"):
+        save_curves([{"step": 1, "time": 3.0}], tmp_path / "none.png")
+
+
+def test_running_mean_keeps_level_and_length() -> None:
+    assert np.allclose(running_mean(np.full(20, 3.0), 4), 3.0)
+    assert running_mean(np.array([1.0]), 5).tolist() == [1.0]
+    values = np.arange(10.0)
+    assert running_mean(values, 1)[5] == 5.0 and running_mean(values, 1)[0] == 0.5
+
+
+def test_page_stands_alone_and_says_what_was_measured(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "r")
+    page = write_report(run).read_text()
+    assert not re.search(r"""(src|href)=(?!["']?data:)""", page) and "http" not in page and "@import" not in page
+    assert page.count("data:image/png;base64,") == 2, "grid and curves"
+    judge = next(p for p in json.loads((run / "scores.json").read_text())["pairs"])["measures"]["judge"]["wins"]
+    assert f"<b>{100 * judge['mean']:.0f} %</b>" in page and f"{100 * judge['mean']:.1f} %" in page
+    for part in ("0123abcd", "didr evaluate r", "drs-silent", "timesteps=[399]", "r/export", "+2.95 sd", "30</b>"):
+        assert part in page, part
+    assert str(tmp_path) not in page, "no paths of this machine"
+
+
+def test_page_escapes_what_users_wrote(tmp_path: Path) -> None:
+    page = write_report(run_folder(tmp_path / "r")).read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "<b>run</b>" not in page and "&lt;b&gt;run&lt;/b&gt;" in page
+
+
+def test_a_run_without_results_still_has_a_page(tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    page = write_report(folder).read_text()
+    for part in ("No grid was made", "Not scored", "No step has been logged", "Not exported yet"):
+        assert part in page, part
+    (folder / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "loss/assistant": 0.5}\n{"step": 2, "ti')
+    assert [row["step"] for row in read_history(folder)] == [1], "a line cut by a kill is left out"
+    assert "training curves" in write_report(folder).read_text()
+
+
+def test_table_numbers_are_the_bootstrap_of_the_values(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "r")
+    scores = Scores.read(run)
+    expected = Bootstrap(40).mean(scores.arrays["aligned"]["judge"])
+    assert f"{expected.mean:.3f}" in write_report(run).read_text()

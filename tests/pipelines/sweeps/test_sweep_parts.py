@@ -1,0 +1,343 @@
+"""The parts of a sweep without Ray: shared batches, a trial in legs and after a kill, front and recommendation, figures, arithmetic."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from random_models import clip_folder
+from toy import toy_recipe
+
+from didr_core import config as configs
+from didr_core.data import cache as feed_cache
+from didr_core.data.cache import CachedFeed
+from didr_core.data.feed import LocalFeed
+from didr_core.data.prompts import PromptIndex
+from didr_core.train.loop import train
+from didr_core.train.run_folder import RunFolder, read_lines
+from didr_core.types import DIDRError, NonFiniteError
+from pipelines.cli.main import main
+from pipelines.cluster.resources import ClusterView, Node, PlanDoesNotFit
+from pipelines.sweeps import bench, figures, plan, results, search, space, work
+from pipelines.sweeps.folder import Sweep, SweepFolder
+
+pytestmark = pytest.mark.slow
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy recipe whose judge is another model than its reward."""
+    folder = tmp_path_factory.mktemp("toy")
+    judge = {"name": "pickscore", "path": str(clip_folder(folder / "judge", seed=7))}
+    train_ = {"steps": STEPS, "batch": 4, "checkpoint_every": 2}
+    return toy_recipe(folder, train=train_, judge=judge, evaluation={"grid": 2, "prompts": 6, "teacher_steps": 2})
+
+
+def new(toy: Path, tree: dict[str, Any], output: Path, **changes: Any) -> SweepFolder:
+    found = space.read("mine", tree, "for a test")
+    points = space.draw(found, "grid", None, 0)
+    config = space.check(found, points, str(toy), [f"output={output}"])
+    facts = {"search": "grid", "scheduler": "none", "trials": len(points), "concurrent": 1, "workers": 1, "seed": 0}
+    whole = {"recipe": str(toy), "overrides": [], "patience": 1.0, **facts, **changes}
+    return SweepFolder.create(Sweep("s", space="mine", about="", tree=found.tree(), **whole), config, points)
+
+
+def do(folder: SweepFolder, number: int) -> dict[str, Any]:
+    job = work.TrialWork(folder, number)
+    job.begin()
+    job.advance(STEPS)
+    result = job.finish()
+    job.close("finished")
+    return result
+
+
+def state(run: RunFolder) -> dict[str, Any]:
+    return torch.load(run.checkpoint(STEPS) / "state.pt", weights_only=True)["learner"]
+
+
+@pytest.fixture(scope="module")
+def swept(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepFolder:
+    """Two trials of two, done in this process."""
+    tree = {"drp.beta": {"grid": [0.2, 0.9]}, "drp.steps": 1}
+    folder = new(toy, tree, tmp_path_factory.mktemp("out"))
+    assert work.prepare(str(folder.path)) > 0
+    for number in folder.points():
+        do(folder, number)
+    return folder
+
+
+def test_cached_batches_are_the_feeds_own_and_are_made_once(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configs.load(str(toy), ["workers.train=1"])
+    wanted = list(LocalFeed(config))
+    first = list(CachedFeed(config, tmp_path))
+    monkeypatch.setattr(feed_cache, "LocalFeed", lambda *_: pytest.fail("a batch was made again"))
+    other = configs.load(str(toy), ["workers.train=1", "drp.beta=0.01", "generator.lr=1"])
+    for made in (first, list(CachedFeed(other, tmp_path))):
+        for a, b in zip(wanted, made, strict=True):
+            assert (a.ids, a.prompts, a.index.tolist()) == (b.ids, b.prompts, b.index.tolist())
+            assert torch.equal(a.baseline, b.baseline) and torch.equal(a.spread, b.spread)
+            assert all(torch.equal(v, b.condition.tensors[k]) for k, v in a.condition.tensors.items())
+            assert all(torch.equal(v, b.reward_inputs[k]) for k, v in a.reward_inputs.items())
+    assert [b.index[0].item() for b in CachedFeed(config, tmp_path, start=8)] == [8, 12]
+    keys = {
+        feed_cache.feed_key(configs.load(str(toy), [s]))
+        for s in ("seed=0", "seed=1", "train.batch=8", "baseline.samples=3")
+    }
+    assert len(keys) == 4
+
+
+def test_a_trial_killed_between_checkpoints_ends_as_an_undisturbed_training_bit_for_bit(
+    swept: SweepFolder, toy: Path, tmp_path: Path
+) -> None:
+    folder = new(toy, {"drp.beta": {"grid": [0.2, 0.9]}, "drp.steps": 1}, tmp_path)
+    number = next(n for n, p in folder.points().items() if p["drp.beta"] == 0.2)
+    killed = work.TrialWork(folder, number)
+    killed.begin()
+    killed.advance(3)
+    killed.close()
+    assert folder.trial(number).checkpoints() == [2]
+    assert do(folder, number)["step"] == STEPS
+    config = configs.load(str(toy), ["drp.beta=0.2", "workers.train=1", "evaluation.prompts=0"])
+    alone = RunFolder.create(config, str(tmp_path / "alone"))
+    train(config, alone, PromptIndex.open(config.data.prompts))
+    wanted, got = state(alone), state(folder.trial(number))
+    for name in ("generator", "assistant", "ema"):
+        assert [k for k, v in wanted[name].items() if not torch.equal(v, got[name][k])] == [], name
+    assert [row["step"] for row in read_lines(folder.trial(number).metrics_path)] == [1, 2, 3, 4]
+
+
+def test_a_half_made_folder_is_made_again(toy: Path, tmp_path: Path) -> None:
+    folder = new(toy, {"drp.beta": {"grid": [0.2, 0.9]}}, tmp_path)
+    (folder.trial(0).path / "checkpoints").mkdir(parents=True)
+    (folder.trial(0).path / "config.yaml").write_text("cut sho")
+    work.open_folder(folder.trial(0), folder.config_of(0), "")
+    assert folder.trial(0).info()["status"] == "running"
+
+
+def test_results_say_what_a_trial_is_worth(swept: SweepFolder) -> None:
+    for result in swept.results():
+        assert result["status"] == "finished" and result["start_distance"] > 0
+        added = result["distance"] - result["start_distance"]
+        assert result["score"] == pytest.approx(result["gain"] - added, abs=1e-5)
+        assert result["gain_low"] <= result["gain"] <= result["gain_high"]
+        assert result["distance_low"] <= result["distance"] <= result["distance_high"]
+        logged = sum(row["time/step"] for row in read_lines(swept.trial(result["number"]).metrics_path))
+        assert result["train_seconds"] == pytest.approx(logged, abs=0.01)
+    scores = json.loads((swept.trial(0).path / "scores.json").read_text())
+    assert list(scores["models"]) == ["start", "aligned", "teacher"]
+
+
+def test_gain_is_the_paired_difference_in_the_starts_deviations(swept: SweepFolder) -> None:
+    judge = work.bench_of(swept)
+    start = judge.start["judge"]
+    worth, measured = judge.judge(judge.judges.backbone.load_network("generator"), swept.path / "again", "key")
+    assert np.array_equal(measured["judge"], start)  # the same network, captions and noise
+    assert (
+        worth.gain["mean"] == 0
+        and worth.distance["mean"] == pytest.approx(judge.own, abs=1e-4)
+        and abs(worth.score) < 1e-4
+    )
+    moved = {**measured, "judge": measured["judge"] + 2 * start.std()}
+    assert judge._worth(moved, judge.start, judge.reference, judge._draws["full"]).gain["mean"] == pytest.approx(
+        2, abs=1e-3
+    )
+
+
+def test_distance_is_in_standard_deviations_of_the_references_features(swept: SweepFolder) -> None:
+    judge = work.bench_of(swept)
+    features = judge.reference["features"]
+    spread = np.sqrt(features.reshape(-1, features.shape[-1]).var(0).sum())
+    shift = np.zeros(features.shape[-1], features.dtype)
+    shift[0] = 0.5 * spread  # the same law, moved by half its spread
+    moved = {**judge.start, "features": features + shift}
+    worth = judge._worth(moved, judge.start, judge.reference, judge._draws["full"])
+    assert worth.distance["mean"] == pytest.approx(0.5, abs=1e-3)
+    assert worth.score == pytest.approx(judge.own - 0.5, abs=1e-3)
+
+
+def trial(number: int, gain: float, distance: float, **more: Any) -> dict[str, Any]:
+    score = round(gain - (distance - 1), 6)
+    return {
+        "number": number,
+        "status": "finished",
+        "set": {},
+        "gain": gain,
+        "distance": distance,
+        "start_distance": 1.0,
+        "score": score,
+        "alarms": [],
+        **more,
+    }
+
+
+def test_front_and_recommendation_by_hand() -> None:
+    failed = {"number": 9, "status": "failed", "reason": "NaN", "set": {}}
+    rows = [trial(0, 0.1, 0.9), trial(1, 0.5, 1.2), trial(2, 0.4, 1.3), trial(3, 2.0, 6.0), failed]
+    assert results.front_of(rows) == [3, 1, 0]  # 2 is beaten by 1
+    chosen, why = results.recommend(rows)
+    assert chosen == 1 and "+0.300" in why  # not the one with the most reward
+    rows[1]["alarms"] = ["reward-hacking"]
+    chosen, why = results.recommend(rows)
+    assert chosen == 0 and "trial 2 scored higher and ended with the alarm" in why.replace("(", "")
+    assert results.recommend([failed]) == (None, "no trial ran to its end")
+    assert "not above 0" in results.recommend([trial(0, 0.1, 1.5)])[1]
+
+
+def test_what_a_sweep_leaves(swept: SweepFolder, tmp_path: Path) -> None:
+    found = [*swept.results(), {"number": 7, "set": {"drp.beta": 9.0}, "status": "failed", "reason": "NaN", "step": 1}]
+    chosen, why = results.recommend(found)
+    results.write_table(swept, found, chosen)
+    rows = pq.read_table(swept.path / "trials.parquet").to_pylist()
+    assert [r["number"] for r in rows] == [0, 1, 7] and sum(r["recommended"] for r in rows) == 1
+    assert rows[2]["reason"] == "NaN" and rows[2]["gain"] is None and rows[0]["measure.judge"] is not None
+    tree = results.front_tree(swept, found, chosen, why)
+    results.write_front(swept, tree)
+    tree = json.loads((swept.path / "front.json").read_text())
+    assert tree["trials"] == {"planned": 2, "failed": 1, "finished": 2}
+    assert tree["recommended"]["number"] == chosen and "held-out judge" in tree["objectives"]["gain"]
+    assert "2-step guided reference" in tree["objectives"]["distance"]
+    words = tree["align_longer"].split()
+    pairs = [w for flag, w in pairwise(words) if flag == "--set"]
+    again = configs.load(words[words.index("--recipe") + 1], pairs)  # the command is one that works
+    assert (again.drp.beta, again.train.steps) == (swept.points()[chosen]["drp.beta"], 3 * STEPS)
+    header, lines = results.table(swept, found, chosen)
+    assert header[:2] == ["trial", "drp.beta"] and "recommended" in lines[0][-1] and "failed" in lines[-1][-1]
+
+
+@pytest.mark.parametrize("keys", [("drp.beta", "drp.steps"), ("drp.beta", "drp.estimator"), ("guidance.reference",)])
+def test_figures_of_any_space(keys: tuple[str, ...], tmp_path: Path) -> None:
+    values = {
+        "drp.beta": [0.05, 0.1, 0.3, 0.9, 0.2, 0.5, 0.7],
+        "drp.steps": [1, 2, 4, 8] * 2,
+        "guidance.reference": range(1, 8),
+    }
+    values["drp.estimator"] = ["ode", "truncated"] * 4
+    rows = [trial(i, 0.1 * i, 1 + 0.02 * i * i, set={k: values[k][i] for k in keys}) for i in range(7)]
+    drawn = figures.save_front(rows, 2, tmp_path / "front.png", gain="gain (sd)", distance="distance")
+    assert drawn.stat().st_size > 10_000
+    heat = figures.save_heat(rows, tmp_path / "heat.png")
+    assert (heat is not None) == (len(keys) == 2)
+    with pytest.raises(ValueError, match="no judged trial"):
+        figures.save_front([], None, tmp_path / "x.png", gain="", distance="")
+
+
+def test_arithmetic_of_trials_at_once(toy: Path) -> None:
+    config = configs.load(str(toy), ["workers.train_gpus=0.5"])
+    cluster = ClusterView((Node("a", {"CPU": 8, "GPU": 2}),), local=False)
+    assert plan.fit(config, cluster, 1, 12, None)[0] == 4  # half a GPU each
+    whole = configs.load(str(toy), ["workers.train_gpus=1"])
+    assert plan.fit(whole, cluster, 1, 12, None)[0] == 2
+    assert plan.fit(whole, cluster, 1, 1, None)[0] == 1
+    with pytest.raises(PlanDoesNotFit, match="--concurrent"):
+        plan.fit(whole, cluster, 1, 12, 3)
+    # two workers each: 2 CPUs, two half-CPU actors and the listing beside them
+    many = ClusterView((Node("a", {"CPU": 9}),), local=False)
+    at_once, found = plan.fit(configs.load(str(toy)), many, 2, 12, None)
+    assert at_once == 2 and found.plan.totals()["CPU"] == pytest.approx(2 * (0.1 + 2 + 0.5 + 0.5 + 1))
+
+
+def test_wrong_sweeps_are_refused_at_once(toy: Path, swept: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DIDRError, match="reward is configured"):
+        bench.check(configs.load(str(toy), ["judge=null", "reward=null", "algorithm=diff_instruct"]))
+    with pytest.raises(DIDRError, match="evaluation.prompts=0"):
+        bench.check(configs.load(str(toy), ["evaluation.prompts=0"]))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DIDRError, match="optuna is not installed"):
+        search.need_optuna()
+    with pytest.raises(DIDRError, match="that sweep exists"):
+        SweepFolder.create(swept.plan(), swept.config(), [])
+    with pytest.raises(DIDRError, match="Sweeps in .*: s"):
+        SweepFolder.find("absent", str(swept.path.parent))
+
+
+def test_a_diverged_trial_says_why(toy: Path, tmp_path: Path) -> None:
+    folder = new(toy, {"generator.lr": {"grid": [1e30, 1e29]}}, tmp_path)
+    job = work.TrialWork(folder, 0)
+    job.begin()
+    with pytest.raises(NonFiniteError, match="non-finite"):
+        job.advance(STEPS)
+    job.close("failed")
+
+
+def test_points_go_on_where_a_snapshot_was_taken(swept: SweepFolder, tmp_path: Path) -> None:
+    points = search.Points(str(swept.path), [0, 1], {"CPU": 1.0})
+    assert points.suggest("a")["number"] == 0
+    points.save(str(tmp_path / "state"))
+    assert points.suggest("b")["number"] == 1 and points.suggest("c") == search.Searcher.FINISHED
+    again = search.Points(str(swept.path), [0, 1], {"CPU": 1.0})
+    again.restore(str(tmp_path / "state"))
+    assert again.suggest("d")["number"] == 1
+
+
+def test_optuna_learns_from_what_has_ended_and_asks_the_same_after_a_resume(toy: Path, tmp_path: Path) -> None:
+    tree = {"drp.beta": {"loguniform": [0.05, 1.0]}, "drp.steps": {"choice": [1, 2, 4, 8]}, "drp.estimator": "ode"}
+    folder = new(toy, tree, tmp_path, search="optuna", trials=40)
+    (folder.path / "points.jsonl").unlink()
+    points = search.Points(str(folder.path), list(range(40)), {"CPU": 1.0})
+    for number in range(40):
+        assert search.ask(folder, number) == search.ask(folder, number)
+        assert points.suggest(str(number))["number"] == number
+        beta, steps = (folder.points()[number][k] for k in ("drp.beta", "drp.steps"))
+        assert 0.05 <= beta <= 1.0 and steps in (1, 2, 4, 8)
+        if number == 3:
+            folder.end(number, status="failed", reason="NaN", step=1)
+        else:  # best by both measures at beta 0.6 and 4 steps
+            far = abs(np.log(beta / 0.6)) + 0.5 * (steps != 4)
+            folder.end(number, status="finished", gain=-far, distance=far, score=-2 * far, step=4)
+    found = folder.points()
+    near = [abs(np.log(p["drp.beta"] / 0.6)) + 0.5 * (p["drp.steps"] != 4) for p in found.values()]
+    assert np.mean(near[-10:]) < 0.5 * np.mean(near[:10])
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.sweep.sweep", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", "--space", "smoke"])
+    assert stopped.value.code == 130
+    assert "`didr sweep --resume NAME` goes on" in capsys.readouterr().err
+
+
+def test_a_trials_plan_counts_the_actors_that_score_a_black_box() -> None:
+    view = ClusterView((Node("one", {"CPU": 64.0}),))
+    names = [g.name for g in plan.sweep_plan(configs.load("tiny_blackbox"), view, 2, 3).groups]
+    assert "scoring actor of a trial" in names
+    assert "scoring actor of a trial" not in [g.name for g in plan.sweep_plan(configs.load("tiny"), view, 2, 3).groups]
+
+
+def test_a_trial_that_an_earlier_driver_followed_gets_its_whole_curve(swept: SweepFolder, tmp_path: Path) -> None:
+    """That driver was killed with the last steps in its hands; and one that followed nothing at all."""
+    from pipelines.sweeps.board import Board
+    from pipelines.tracking import mlflow_tracker as mlflow_tracking
+
+    folder = SweepFolder(Path(shutil.copytree(swept.path, tmp_path / "s")))
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with Board(folder, uri) as board:  # steps 1 and 2 of trial 0 arrive, then it dies
+        with board.guard:
+            tracker = board.tracker(0)
+        for row in read_lines(folder.trial(0).metrics_path)[:2]:
+            tracker.metrics(row["step"], {"time/step": row["time/step"]})
+        tracker.flush()  # type: ignore[attr-defined]
+    for _ in range(2):  # the second has nothing to do
+        with Board(folder, uri) as board:
+            for number in folder.points():
+                board.settle(number)
+    client = mlflow_tracking.client(uri)
+    for number, run in folder.info()["mlflow"]["trials"].items():
+        points = client.get_metric_history(run, "time/step")
+        assert [p.step for p in points] == list(range(1, STEPS + 1)), number
+        rows = read_lines(folder.trial(int(number)).metrics_path)
+        assert [p.value for p in points] == [row["time/step"] for row in rows]

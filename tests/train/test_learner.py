@@ -1,0 +1,163 @@
+"""The update itself, on random SDXL-class models: invariances, exact resume, refusal of non-finite values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_models import clip_folder, sdxl_folder
+
+from didr_core import config
+from didr_core.algorithms import losses
+from didr_core.train import checkpoint as state
+from didr_core.train.learner import Learner
+from didr_core.types import Batch, DIDRError, NonFiniteError
+
+PROMPTS = ["red", "a green circle", "blue above", "two squares"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return sdxl_folder(root / "pipeline"), clip_folder(root / "clip")
+
+
+def learner(folders: tuple[Path, Path], **changes: Any) -> Learner:
+    tree = {
+        "name": "test",
+        "seed": 3,
+        "backbone": {"name": "sdxl", "pipeline": str(folders[0])},
+        "algorithm": "didr",
+        "reward": {"name": "pickscore", "path": str(folders[1])},
+        "generator": {"lr": 1e-3},
+        "assistant": {"lr": 1e-3},
+        "train": {"steps": 6, "batch": 4},
+        "data": {"prompts": "unused"},
+    }
+    for key, value in changes.items():
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value  # type: ignore[dict-item]
+    return Learner(config.validate(tree))
+
+
+def batch(of: Learner, spread: float = 0.25) -> Batch:
+    if of.backbone._text is None:  # type: ignore[attr-defined]
+        of.backbone.load_text()
+    inputs = of.reward.prepare(PROMPTS) if of.reward else {}
+    n = len(PROMPTS)
+    return Batch(
+        torch.arange(n), PROMPTS, PROMPTS, of.backbone.encode(PROMPTS), inputs, torch.zeros(n), torch.full((n,), spread)
+    )
+
+
+def weights(of: Learner) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in of.generator_net.parameters()])
+
+
+@pytest.mark.parametrize("estimator", ["tweedie", "stochastic", "importance", "hybrid"])
+def test_micro_batches_do_not_change_the_update(folders: tuple[Path, Path], estimator: str) -> None:
+    drp = {
+        "estimator": estimator,
+        "steps": 1 if estimator == "tweedie" else 3,
+        "particles": 2,
+        "snr_gate": True,
+        "clip": 0.5,
+    }
+    rates = {"generator": {"lr": 0.1}, "assistant": {"lr": 0.1}}
+    whole, parts = learner(folders, drp=drp, **rates), learner(folders, drp=drp, train={"micro_batch": 1}, **rates)
+    # SGD in place of Adam, whose first update is the gradient's sign and so blows up rounding
+    for each in (whole, parts):
+        each.generator_opt = torch.optim.SGD(each.generator_net.parameters())
+        each.assistant_opt = torch.optim.SGD(each.assistant_net.parameters())
+    start = weights(whole)
+    a, b = whole.step(batch(whole)), parts.step(batch(parts))
+    moved = (weights(whole) - start).abs().max()
+    assert moved > 1e-4
+    assert (weights(whole) - weights(parts)).abs().max() < 1e-3 * moved
+    assert a.metrics["loss/generator"] == pytest.approx(b.metrics["loss/generator"], rel=1e-4)
+
+
+def test_resume_is_bit_for_bit(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    straight, first = learner(folders), learner(folders)
+    data = batch(straight)
+    for _ in range(4):
+        straight.step(data)
+    for _ in range(2):
+        first.step(data)
+    state.save(tmp_path / "ckpt", first, {"cursor": 8})
+    second = learner(folders)
+    assert state.load(tmp_path / "ckpt", second) == {"cursor": 8}
+    for _ in range(2):
+        second.step(data)
+    assert second.step_count == straight.step_count == 4
+    assert torch.equal(weights(second), weights(straight))
+    for a, b in zip(second.ema_net.parameters(), straight.ema_net.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("where", ["reward", "baseline"])
+def test_a_nan_names_the_prompt_and_changes_no_generator_weight(folders: tuple[Path, Path], where: str) -> None:
+    subject = learner(folders)
+    data = batch(subject)
+    broken = data.reward_inputs["text"].clone() if where == "reward" else None
+    if broken is not None:
+        broken[2] = float("nan")
+        object.__setattr__(data, "reward_inputs", {"text": broken})
+    else:
+        assert data.baseline is not None
+        data.baseline[2] = float("nan")
+    before = weights(subject)
+    with pytest.raises(NonFiniteError, match="blue above") as error:
+        subject.step(data)
+    assert "red" not in str(error.value)
+    assert torch.equal(weights(subject), before)
+
+
+def test_beta_scales_the_drs_and_the_reward_scale_cancels_units(folders: tuple[Path, Path]) -> None:
+    base = learner(folders, drp={"estimator": "tweedie", "beta": 1.0})
+    hot = learner(folders, drp={"estimator": "tweedie", "beta": 0.5})
+    wide = learner(folders, drp={"estimator": "tweedie", "beta": 1.0})
+    one, two = base.step(batch(base)).metrics, hot.step(batch(hot)).metrics
+    three = wide.step(batch(wide, spread=1.0)).metrics
+    assert two["drs/rms"] == pytest.approx(2 * one["drs/rms"], rel=1e-3)
+    assert three["drs/rms"] == pytest.approx(one["drs/rms"] * 0.5, rel=1e-3)
+
+
+def test_diff_instruct_is_still_where_assistant_and_reference_agree(folders: tuple[Path, Path]) -> None:
+    subject = learner(folders, algorithm="diff_instruct", guidance={"reference": 1.0}, assistant={"lr": 1e-12})
+    metrics = subject.step(batch(subject)).metrics
+    assert metrics["matching/rms"] < 1e-4
+    assert "drs/rms" not in metrics and "reward/raw" not in metrics
+
+
+def test_matching_loss_has_the_stated_gradient() -> None:
+    torch.manual_seed(0)
+    x0, direction = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    losses.matching(x0, direction).sum().backward()
+    assert x0.grad is not None
+    assert torch.allclose(x0.grad, direction / 48)
+
+
+def test_clip_caps_only_what_is_above_the_limit() -> None:
+    x = torch.ones(2, 1, 2, 2) * torch.tensor([3.0, 0.5]).view(2, 1, 1, 1)
+    clipped, share = losses.clip_rms(x, torch.tensor([1.0, 1.0]))
+    assert torch.allclose(losses.rms(clipped), torch.tensor([1.0, 0.5]))
+    assert share.tolist() == [1.0, 0.0]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = learner(folders)
+    state.save(tmp_path, subject, {"n": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(DIDRError, match=r"disk is full: about [\d,]+ bytes needed"):
+        state.save(tmp_path, subject, {"n": 2})
+    monkeypatch.undo()
+    assert state.load(tmp_path, subject) == {"n": 1}
+    assert not list(tmp_path.glob("*.part"))
