@@ -52,7 +52,7 @@ def recipe(
         "rank": 32,
         "dtype": "bfloat16",
         "update": "stochastic",
-        "checkpointing": True,
+        "gradient_checkpointing": True,
     }
     roles |= {"rank": 4} if size == "tiny" else {}
     tree = {
@@ -74,7 +74,7 @@ def recipe(
             "batch": batch,
             "micro_batch": micro,
             "assistant_updates": updates,
-            "ema": 0.0 if exact else 0.98,
+            "ema_decay": 0.0 if exact else 0.98,
         },
         "roles": {} if exact else roles,
         "data": {"prompts": "none"},

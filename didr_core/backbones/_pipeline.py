@@ -46,7 +46,7 @@ class PipelineConfig(Component):
         None, description="VAE folder that pictures of a run are decoded with, e.g. a TAESD; exports keep the true VAE"
     )
     decode_dtype: Dtype = Field("float32", description="what the decoder computes in")
-    decode_checkpointing: bool = Field(
+    decode_gradient_checkpointing: bool = Field(
         True,
         description="recompute the decoder's activations in backward (AutoencoderKL only): less memory, one decoding more",
     )
@@ -229,7 +229,7 @@ class PipelineBackbone:
         quiet()
         dtype = getattr(torch, self._options.decode_dtype)
         vae = self._pretrained(self.vae_config["_class_name"], self._decoder_folder, dtype)
-        if self._options.decode_checkpointing and isinstance(vae, self._diffusers.AutoencoderKL):
+        if self._options.decode_gradient_checkpointing and isinstance(vae, self._diffusers.AutoencoderKL):
             vae.enable_gradient_checkpointing()
         self._vae = vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 

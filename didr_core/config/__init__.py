@@ -1,6 +1,6 @@
 """The run's configuration: what it may say (`schema`), how it is read (`load`), and how components are found by name (`registry`)."""
 
-from didr_core.config.load import RECIPES, dump, flatten, load, validate
+from didr_core.config.load import RECIPES, dump, flatten, load, recorded, validate
 from didr_core.config.registry import WORLD, Component, Strict, build, component, locate
 from didr_core.config.schema import (
     DRP,
@@ -52,5 +52,6 @@ __all__ = [
     "flatten",
     "load",
     "locate",
+    "recorded",
     "validate",
 ]

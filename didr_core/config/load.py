@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,24 @@ from didr_core.config.registry import Component
 from didr_core.config.schema import Config
 from didr_core.types import DIDRError
 
-RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
+
+def _recipes() -> Path:
+    """Named recipes belong to the package `pipelines`, wherever it is installed; it is found, not imported."""
+    package = importlib.util.find_spec("pipelines")
+    return Path(next(iter((package and package.submodule_search_locations) or ["pipelines"]))) / "recipes"
+
+
+RECIPES = _recipes()
+RENAMED = {
+    "backbone.decode_checkpointing": "backbone.decode_gradient_checkpointing",
+    "roles.checkpointing": "roles.gradient_checkpointing",
+    "roles.shard": "roles.fsdp",
+    "drp.checkpointing": "drp.gradient_checkpointing",
+    "generator.clip": "generator.max_grad_norm",
+    "assistant.clip": "assistant.max_grad_norm",
+    "train.ema": "train.ema_decay",
+}
+"""Keys by the names they had before 0.2, and by today's."""
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -23,17 +41,24 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         DIDRError: unknown recipe or key (names the nearest), or a value out of its range.
     """
-    tree = _read(recipe)
-    for item in overrides:
-        key, sep, text = item.partition("=")
-        if not sep or not key:
-            raise DIDRError(f"--set {item!r}: expected KEY=VALUE, e.g. --set drp.beta=0.5")
-        _assign(tree, key.strip(), yaml.safe_load(text))
-    return validate(tree, where=f"recipe {recipe!r}")
+    return _validate_with(_read(recipe), overrides, f"recipe {recipe!r}")
+
+
+def recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a run or an export wrote down, whatever version wrote it: renamed keys are read by their old names, too."""
+    tree = _read(str(path))
+    for old, new in RENAMED.items():
+        section, _, key = old.partition(".")
+        if isinstance(below := tree.get(section), dict) and key in below:
+            below[new.partition(".")[2]] = below.pop(key)
+    return _validate_with(tree, overrides, str(path))
 
 
 def validate(tree: Mapping[str, Any], where: str = "config") -> Config:
     """A plain tree to a Config, with errors in words."""
+    given = flatten(tree)
+    if old := next((key for key in RENAMED if key in given), None):
+        raise DIDRError(f"{where}: {old!r} (value {given[old]!r}) is now called {RENAMED[old]!r}.")
     try:
         return Config(**tree)
     except ValidationError as error:
@@ -73,6 +98,15 @@ def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         raise DIDRError(f"recipe {recipe!r}: expected a mapping at the top, got {type(tree).__name__}")
     base = tree.pop("base", None)
     return _merge(_read(base, (*seen, recipe)), tree) if base else tree
+
+
+def _validate_with(tree: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep or not key:
+            raise DIDRError(f"--set {item!r}: expected KEY=VALUE, e.g. --set drp.beta=0.5")
+        _assign(tree, key.strip(), yaml.safe_load(text))
+    return validate(tree, where)
 
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

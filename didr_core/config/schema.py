@@ -51,7 +51,7 @@ class Optim(Strict):
     betas: tuple[float, float] = (0.0, 0.99)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(10.0, gt=0, description="gradient norm")
+    max_grad_norm: float = Field(10.0, gt=0, description="gradients are clipped to this norm")
     warmup: int = Field(0, ge=0, description="updates of linear warm-up")
     decay: float = Field(
         0.0, ge=0, le=1, description="share of the run, at its end, over which the rate falls linearly to zero"
@@ -76,7 +76,7 @@ class Train(Strict):
     )
     assistant_updates: int = Field(2, ge=1, description="TA updates a generator update")
     assistant_warmup: int = Field(0, ge=0, description="first iterations that train the TA alone")
-    ema: float = Field(0.98, ge=0, lt=1)
+    ema_decay: float = Field(0.98, ge=0, lt=1)
     checkpoint_every: int = Field(100, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     anchor: Anchor | None = None
@@ -110,8 +110,10 @@ class Roles(Strict):
         "master",
         description="how bfloat16 weights move: a float32 master copy, or stochastic rounding (full networks only; less memory)",
     )
-    checkpointing: bool = Field(False, description="recompute activations in backward: less memory, one forward more")
-    shard: bool = Field(
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in backward: less memory, one forward more"
+    )
+    fsdp: bool = Field(
         False,
         description="split fully trained networks over the workers (FSDP2): weights, gradients, moments, masters and average",
     )
@@ -123,11 +125,11 @@ class Roles(Strict):
 
     @model_validator(mode="after")
     def _can_be_split(self) -> Roles:
-        if self.shard and "full" not in (self.generator, self.assistant):
-            raise ValueError("shard=true: generator and assistant are adapters, which are not split. Use shard=false.")
-        if self.shard and self.update == "stochastic":
+        if self.fsdp and "full" not in (self.generator, self.assistant):
+            raise ValueError("fsdp=true: generator and assistant are adapters, which are not split. Use fsdp=false.")
+        if self.fsdp and self.update == "stochastic":
             raise ValueError(
-                "shard=true with update=stochastic: split weights are not rounded stochastically. Use update=master, "
+                "fsdp=true with update=stochastic: split weights are not rounded stochastically. Use update=master, "
                 "whose copy is split, too."
             )
         return self
@@ -164,7 +166,9 @@ class DRP(Strict):
         gt=0,
         description="cap of the rms of s_r per sample, as a multiple of the rms of the reference's own score",
     )
-    checkpointing: bool = Field(False, description="ode: recompute each step in backward; memory of one step for any K")
+    gradient_checkpointing: bool = Field(
+        False, description="ode: recompute each step in backward; memory of one step for any K"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor, nn
 
@@ -34,7 +33,7 @@ class OneStep:
                 raise DIDRError(
                     f"export {str(folder)!r}: {file} is missing. Expected a folder that `didr align` or `didr export` wrote."
                 )
-        config = configs.validate(yaml.safe_load((folder / "config.yaml").read_text()), f"{folder}/config.yaml")
+        config = configs.recorded(folder / "config.yaml")
         self.device = torch.device(device)
         self.backbone: Backbone = build("backbones", config.backbone.exported(folder))
         self.network: nn.Module = self.backbone.load_network("generator").to(self.device)

@@ -1,6 +1,6 @@
 """Fully trained networks split over workers (FSDP2), and checkpoints that every worker writes its part of while training goes on.
 
-With ``roles.shard`` each of N workers holds 1/N of the weights, gradients, moments, masters and average of every network that trains in
+With ``roles.fsdp`` each of N workers holds 1/N of the weights, gradients, moments, masters and average of every network that trains in
 full, and gathers one block at a time for a call. Frozen networks stay whole: they are called most, and need not be called equally often
 on every worker, which collective calls do not forgive. Adapters stay whole, too: they are small.
 
@@ -61,7 +61,7 @@ def split(network: nn.Module, device: torch.device) -> nn.Module:
         p.data = p.data.contiguous()  # parts are rows; channels_last is lost
     names = [name for name, _ in network.named_parameters(remove_duplicate=False)]
     if len(names) != len(list(network.parameters())):
-        raise DIDRError(f"roles.shard=true: layers of {type(network).__name__} share weights. Use roles.shard=false.")
+        raise DIDRError(f"roles.fsdp=true: layers of {type(network).__name__} share weights. Use roles.fsdp=false.")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for unit in units(network):

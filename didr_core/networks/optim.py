@@ -38,10 +38,10 @@ def check(config: Config) -> None:
                 f"{key}.optimizer='adamw8bit': does not round stochastically. Use roles.update=master, or {key}.optimizer=adamw "
                 "(with betas[0]=0 it keeps one moment only)."
             )
-        if config.roles.shard and getattr(config.roles, key) == "full":
+        if config.roles.fsdp and getattr(config.roles, key) == "full":
             raise DIDRError(
                 f"{key}.optimizer='adamw8bit': bitsandbytes cannot update weights that are split over workers. Use {key}.optimizer=adamw, "
-                "or roles.shard=false."
+                "or roles.fsdp=false."
             )
 
 

@@ -167,9 +167,11 @@ def networks(
         DIDRError: no layer matches ``roles.targets``, or the family cannot do what is asked.
     """
     load = functools.partial(_load, backbone, device)
-    shard = roles.shard and workers > 1
-    of_trained = functools.partial(_load, backbone, torch.device("cpu") if shard else device)  # then a part of it there
-    place = functools.partial(_split, device=device) if shard else lambda network: network
+    sharded = roles.fsdp and workers > 1
+    of_trained = functools.partial(
+        _load, backbone, torch.device("cpu") if sharded else device
+    )  # then a part of it there
+    place = functools.partial(_split, device=device) if sharded else lambda network: network
     shared = roles.generator == "lora" and starts_as_reference(config)
     generator: nn.Module
     assistant: nn.Module
@@ -191,7 +193,7 @@ def networks(
     reference = LoRA(base, None) if shared or roles.assistant == "lora" else base
     for network in {id(n): n for n in (_root(generator), _root(assistant), _root(reference), _root(average))}.values():
         cast_inputs(network)
-        if roles.checkpointing:
+        if roles.gradient_checkpointing:
             _checkpoint(network)
     return Networks(generator, assistant, reference, average)
 
@@ -245,7 +247,8 @@ def _checkpoint(network: nn.Module) -> None:
     enable = getattr(network, "enable_gradient_checkpointing", None)
     if enable is None:
         raise DIDRError(
-            f"roles.checkpointing=true: {type(network).__name__} has no activation checkpointing. Use roles.checkpointing=false."
+            f"roles.gradient_checkpointing=true: {type(network).__name__} has no activation checkpointing. "
+            "Use roles.gradient_checkpointing=false."
         )
     enable(gradient_checkpointing_func=Mode.of(network).checkpoint)
 

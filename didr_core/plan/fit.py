@@ -9,14 +9,14 @@ from didr_core.plan import memory
 from didr_core.types import DIDRError
 
 CHANGES = (
-    "roles.checkpointing=true",
+    "roles.gradient_checkpointing=true",
     "train.micro_batch=1",
-    "roles.shard=true",  # of several workers
+    "roles.fsdp=true",  # of several workers
     "roles.dtype=bfloat16",
     "roles.assistant=lora",
-    "drp.checkpointing=true",
+    "drp.gradient_checkpointing=true",
     "roles.update=stochastic",
-    "train.ema=0",
+    "train.ema_decay=0",
     "drp.steps=1",
     "roles.generator=lora",
 )

@@ -147,7 +147,7 @@ class _Costs:
         backbone = registry.find("backbones", config.backbone.name)
         targets = roles.targets or getattr(backbone, "lora_targets", None)
         self.adapter = adapter_parameters(self.network, targets, roles.rank)
-        check = roles.checkpointing
+        check = roles.gradient_checkpointing
         self.generator = shapes.network_cost(of, self.dtypes["generator"], True, check)
         self.assistant = shapes.network_cost(of, self.dtypes["assistant"], True, check)
         self.reference = shapes.network_cost(of, self.dtypes["reference"], False, check)
@@ -213,7 +213,11 @@ def _trained(role: str, config: Config, costs: _Costs) -> list[Line]:
         *([("master weights", *_times(count, "float32"))] if mastered else []),
         ("gradients", *_times(count, "float32" if mastered else dtype)),
         ("Adam moments", f"{count / 1e6:,.0f}M x {size} B ({how})", count * size),
-        *([("running average", *_times(count, "float32"))] if role == "generator" and config.train.ema > 0 else []),
+        *(
+            [("running average", *_times(count, "float32"))]
+            if role == "generator" and config.train.ema_decay > 0
+            else []
+        ),
     ]
     parts = config.workers.train if kind == "full" and _split(config) else 1
     split = f" / {parts} workers" if parts > 1 else ""
@@ -221,7 +225,7 @@ def _trained(role: str, config: Config, costs: _Costs) -> list[Line]:
 
 
 def _split(config: Config) -> bool:
-    return config.roles.shard and config.workers.train > 1
+    return config.roles.fsdp and config.workers.train > 1
 
 
 def _gathered(config: Config, costs: _Costs) -> list[Line]:
@@ -275,7 +279,7 @@ def _phases(config: Config, costs: _Costs) -> list[Line]:
     pictures = 1
     if costs.drs:
         graphs, rollouts, pictures = _evaluations(config)
-        kept_steps = 1 if config.drp.checkpointing and graphs else graphs
+        kept_steps = 1 if config.drp.gradient_checkpointing and graphs else graphs
         samples = b * _factor(inner)
         chain = float(kept_steps * samples * costs.reference.kept)
         walk = samples * (config.drp.particles if rollouts else 1) * costs.plain["reference"].peak
@@ -331,7 +335,7 @@ def _flops(config: Config, costs: _Costs) -> list[tuple[str, str, float]]:
     if costs.drs:
         graphs, rollouts, pictures = _evaluations(config)
         inner = g.reference if config.drp.guidance is None else config.drp.guidance
-        again = costs.reference.forward if config.drp.checkpointing else 0.0
+        again = costs.reference.forward if config.drp.gradient_checkpointing else 0.0
         proxy = graphs * (costs.reference.forward + costs.reference.backward + again) + rollouts * plain
         text = f"{_factor(inner)} x ({graphs} with backward + {rollouts} without)"
         rows.append((f"proxy ({config.drp.estimator})", text, _factor(inner) * proxy))

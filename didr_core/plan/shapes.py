@@ -35,7 +35,7 @@ class Family:
     folder: str  # of the pipeline; "" = the published sizes
     decoder: str  # VAE folder; "" = the published one; "tiny" = the published AutoencoderTiny
     decode_dtype: str
-    decode_checkpointing: bool
+    decode_gradient_checkpointing: bool
     side: int  # latent pixels
     tokens: int  # of the longest prompt
 
@@ -61,7 +61,7 @@ def family(config: Component) -> Family | None:
         folder=local,
         decoder=decoder,
         decode_dtype=getattr(config, "decode_dtype", "float32"),
-        decode_checkpointing=getattr(config, "decode_checkpointing", False),
+        decode_gradient_checkpointing=getattr(config, "decode_gradient_checkpointing", False),
         side=pixels // factor,
         tokens=getattr(config, "max_tokens", 77),
     )
@@ -143,7 +143,7 @@ def decoder_cost(of: Family, gradient: bool) -> Cost:
     vae = _vae(of.name, of.decoder).to(dtype)
     latent = torch.empty(1, vae.config["latent_channels"], of.side, of.side, device="meta", dtype=dtype)
     mode = False if gradient else None
-    return measure(_Decode(vae), (latent,), {}, weights=mode, checkpointing=of.decode_checkpointing)
+    return measure(_Decode(vae), (latent,), {}, weights=mode, checkpointing=of.decode_gradient_checkpointing)
 
 
 def decoder_parameters(of: Family) -> int:

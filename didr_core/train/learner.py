@@ -55,10 +55,10 @@ class Learner:
             config.roles,
             device=self.device,
             seed=config.seed,
-            ema=config.train.ema > 0,
+            ema=config.train.ema_decay > 0,
             workers=self.parallel.world,
         )
-        self.split = config.roles.shard and self.parallel.world > 1
+        self.split = config.roles.fsdp and self.parallel.world > 1
         self.generator_net, self.assistant_net = nets.generator, nets.assistant
         self.reference_net, self.ema_net = nets.reference, nets.ema
         self.generator_weights = self._weights(nets.generator, config.roles.generator)
@@ -152,7 +152,7 @@ class Learner:
             if f"{part}/rms" in metrics:
                 metrics[f"{part}/ratio"] = metrics[f"{part}/rms"] / max(metrics["matching/rms"], 1e-12)
         if self.ema_net is not self.generator_net:
-            decay = min(self.config.train.ema, (1 + self.step_count) / (10 + self.step_count))
+            decay = min(self.config.train.ema_decay, (1 + self.step_count) / (10 + self.step_count))
             with torch.no_grad():
                 for mean, value in zip(self.ema_net.parameters(), self.generator_weights.values.values(), strict=True):
                     mean.lerp_(value.to(mean.dtype), 1 - decay)
@@ -206,7 +206,7 @@ class Learner:
                 f"step {self.step_count + 1}: non-finite {name} loss or reward at {where}. The update was not applied and the last good "
                 f"checkpoint is kept. Look at these prompts and the reward; lower {name}.lr (now {settings.lr:g}) or set drp.clip."
             )
-        torch.nn.utils.clip_grads_with_norm_(weights, settings.clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(weights, settings.max_grad_norm, norm)
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _rate(settings, self.step_count, self.config.train.steps)
         optimizer.step()
@@ -312,7 +312,7 @@ class _Pass:
         inner = config.guidance.reference if config.drp.guidance is None else config.drp.guidance
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            if config.drp.checkpointing and torch.is_grad_enabled():
+            if config.drp.gradient_checkpointing and torch.is_grad_enabled():
                 return checkpoint(self._evaluate, self.learner.reference_net, x, t, inner, use_reentrant=False)  # type: ignore[no-any-return]
             return self._evaluate(self.learner.reference_net, x, t, inner)
 

@@ -127,7 +127,7 @@ class RunFolder:
                     f"--set {item!r}: a resumed run must go on as it began; only {', '.join(FREE_TO_CHANGE)} may change. "
                     "Start a new run for anything else."
                 )
-        return configs.load(str(self.path / "config.yaml"), overrides)
+        return configs.recorded(self.path / "config.yaml", overrides)
 
     def write_config(self, config: Config) -> None:
         """Write ``config.yaml``."""

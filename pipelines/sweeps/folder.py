@@ -133,7 +133,7 @@ class SweepFolder:
 
     def config(self) -> Config:
         """What trials share (and the first trial's own point)."""
-        return configs.load(str(self.path / "config.yaml"))
+        return configs.recorded(self.path / "config.yaml")
 
     def set_config(self, config: Config) -> None:
         """Write config.yaml."""
@@ -147,7 +147,7 @@ class SweepFolder:
             "evaluation.every=0",
             *([] if workers == 1 else ["evaluation.prompts=0"]),  # the group's rank 0 does not judge: the sweep does
         ]
-        return configs.load(str(self.path / "config.yaml"), [*settings(self.points()[number]), *own])
+        return configs.recorded(self.path / "config.yaml", [*settings(self.points()[number]), *own])
 
     def points(self) -> dict[int, Point]:
         """Number to settings of the trials that are known so far."""

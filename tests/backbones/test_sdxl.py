@@ -242,7 +242,7 @@ def test_checkpointed_decoding_keeps_less_and_gives_the_same_gradient(true: Path
     latent = torch.randn(1, *backbone(true).latent_shape)
 
     def measure(checkpointing: bool) -> tuple[torch.Tensor, int]:
-        ours = backbone(true, decode_checkpointing=checkpointing)
+        ours = backbone(true, decode_gradient_checkpointing=checkpointing)
         ours.load_decoder()
         kept = 0
 

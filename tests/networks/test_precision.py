@@ -103,7 +103,7 @@ def test_bfloat16_networks_train_and_resume_bit_for_bit(folder: Path, tmp_path: 
             "assistant": "lora",
             "dtype": "bfloat16",
             "update": update,
-            "checkpointing": True,
+            "gradient_checkpointing": True,
         },
         "generator": {"lr": 1e-5},
     }
@@ -144,8 +144,8 @@ def test_the_ode_proxy_recomputed_is_the_same(folder: Path, checkpointing: bool)
         folder,
         algorithm={"name": "didr"},
         reward={"name": "toy:Treacherous", "bad": ""},
-        drp={"estimator": "ode", "steps": 3, "checkpointing": checkpointing},
-        roles={"checkpointing": True},
+        drp={"estimator": "ode", "steps": 3, "gradient_checkpointing": checkpointing},
+        roles={"gradient_checkpointing": True},
     )
     subject.backbone.load_text()
     metrics = subject.step(batch(subject)).metrics

@@ -38,7 +38,7 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_shared_base_gives_the_gradients_of_separate_copies(folder: Path, checkpointing: bool) -> None:
     """Generator through a TA that is differentiated in x (as DI* does) and a differentiated reference, then the TA's own loss."""
-    shared = learner(folder, roles={"checkpointing": checkpointing})
+    shared = learner(folder, roles={"gradient_checkpointing": checkpointing})
     for seed, network in enumerate((shared.generator_net, shared.assistant_net)):
         randomise(network, seed)
     apart = {name: copy.deepcopy(getattr(shared, f"{name}_net")) for name in ("generator", "assistant", "reference")}
@@ -80,7 +80,7 @@ def test_checkpointed_full_networks_keep_a_frozen_assistant_frozen(folder: Path)
             folder,
             algorithm={"name": "diff_instruct_star"},
             reward={"name": "toy:Treacherous", "bad": ""},
-            roles={"generator": "full", "assistant": "full", "checkpointing": checkpointing},
+            roles={"generator": "full", "assistant": "full", "gradient_checkpointing": checkpointing},
         )
         assert full.generator_net.is_gradient_checkpointing is checkpointing  # type: ignore[comparison-overlap]
         full.step(batch(full))
@@ -109,7 +109,7 @@ def test_memory_is_one_base_and_its_adapters(folder: Path) -> None:
     two = learner(folder, backbone={"generator": str(folder / "unet")})  # its own start: a base of its own
     held = storages(two.generator_net, two.assistant_net, two.reference_net, two.ema_net)
     assert held == 2 * base + 3 * adapter
-    without = learner(folder, train={"ema": 0})
+    without = learner(folder, train={"ema_decay": 0})
     assert without.ema_net is without.generator_net
 
 
@@ -139,7 +139,7 @@ def test_roles_start_as_their_base_and_do_not_leak_into_it(folder: Path) -> None
 def test_resume_is_exact_and_checkpoints_hold_what_is_trained(
     folder: Path, tmp_path: Path, kinds: tuple[str, str]
 ) -> None:
-    options = {"roles": {"generator": kinds[0], "assistant": kinds[1], "checkpointing": True}}
+    options = {"roles": {"generator": kinds[0], "assistant": kinds[1], "gradient_checkpointing": True}}
     straight, first = learner(folder, **options), learner(folder, **options)
     data = batch(straight)
     for _ in range(4):
@@ -252,4 +252,4 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DIDRError, match="no linear or convolution layer"):
         Learner(exact)
     with pytest.raises(DIDRError, match="has no activation checkpointing"):
-        Learner(config.load("exact_2d", ["roles.checkpointing=true"]))
+        Learner(config.load("exact_2d", ["roles.gradient_checkpointing=true"]))

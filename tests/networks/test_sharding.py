@@ -24,18 +24,18 @@ from didr_core.train import distributed as parallel
 from didr_core.train.learner import Learner
 from didr_core.types import DIDRError
 
-FULL = {"generator": "full", "assistant": "full", "shard": True}
+FULL = {"generator": "full", "assistant": "full", "fsdp": True}
 CASES: dict[str, dict[str, Any]] = {
     "full": {"roles": FULL},
     "through_a_frozen_assistant": {  # differentiated in x, with activation checkpointing and micro-batches
-        "roles": FULL | {"checkpointing": True},
+        "roles": FULL | {"gradient_checkpointing": True},
         "algorithm": {"name": "diff_instruct_star"},
         "reward": {"name": "toy:Treacherous", "bad": ""},
         "train": {"micro_batch": 1},
     },
     "generator_alone": {"roles": FULL | {"assistant": "lora", "rank": 4}},
     "head_start": {"roles": FULL, "train": {"assistant_warmup": 2}},
-    "masters": {"roles": FULL | {"dtype": "bfloat16"}, "train": {"ema": 0.0}},
+    "masters": {"roles": FULL | {"dtype": "bfloat16"}, "train": {"ema_decay": 0.0}},
 }
 STEPS, LR = 3, 0.05  # of plain gradient descent: far enough that rounding the weights is nothing
 
@@ -250,7 +250,7 @@ def test_blocks_are_gathered_one_by_one(folder: Path) -> None:
 
 def test_what_cannot_be_split_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DIDRError, match="generator and assistant are adapters, which are not split"):
-        learner(folder, roles={"shard": True})
+        learner(folder, roles={"fsdp": True})
     with pytest.raises(DIDRError, match="not rounded stochastically"):
         learner(folder, roles=FULL | {"update": "stochastic"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
@@ -258,6 +258,6 @@ def test_what_cannot_be_split_is_refused(folder: Path, monkeypatch: pytest.Monke
     tied[1].weight = tied[0].weight
     with pytest.raises(DIDRError, match="layers of Sequential share weights"):
         sharding.split(tied, torch.device("cpu"))
-    recipe = config.load("exact_2d", ["roles.shard=true", "generator.optimizer=adamw8bit"])
+    recipe = config.load("exact_2d", ["roles.fsdp=true", "generator.optimizer=adamw8bit"])
     with pytest.raises(DIDRError, match="cannot update weights that are split"):
         precision.check(recipe)

@@ -31,10 +31,10 @@ from pipelines.report.figures import save_grid
 pytestmark = pytest.mark.slow
 FAMILIES = ("sdxl", "zimage")
 ROLES: dict[str, dict[str, Any]] = {
-    "lora": {"generator": "lora", "assistant": "lora", "rank": 4, "dtype": "bfloat16", "checkpointing": True},
-    "full": {"checkpointing": True},
-    "split": {"shard": True, "checkpointing": True},
-    "split_generator": {"shard": True, "assistant": "lora", "rank": 4, "dtype": "bfloat16"},
+    "lora": {"generator": "lora", "assistant": "lora", "rank": 4, "dtype": "bfloat16", "gradient_checkpointing": True},
+    "full": {"gradient_checkpointing": True},
+    "split": {"fsdp": True, "gradient_checkpointing": True},
+    "split_generator": {"fsdp": True, "assistant": "lora", "rank": 4, "dtype": "bfloat16"},
 }
 
 
@@ -55,7 +55,7 @@ def recipe_of(folder: Path, family: str, roles: str, workers: int) -> tuple[Path
         folder,
         backbone=backbone,
         roles=ROLES[roles],
-        drp={"estimator": "ode", "steps": 2, "checkpointing": True, "beta": 0.5},
+        drp={"estimator": "ode", "steps": 2, "gradient_checkpointing": True, "beta": 0.5},
         train={"steps": 2, "batch": 4, "micro_batch": 1, "checkpoint_every": 2, "assistant_updates": 1},
         workers={"train": workers},
         evaluation={"grid": 2, "prompts": 2, "every": 2},

@@ -133,7 +133,7 @@ def test_tiny_zimage_trains_with_two_workers_as_with_one(tmp_path: Path) -> None
     pipeline = random_models.zimage(tmp_path / "zimage")
     settings = [f"backbone.pipeline={pipeline}", "train.steps=2", "train.checkpoint_every=2", "evaluation.grid=2"]
     settings += ["evaluation.prompts=0", "tracking.uri=none"]
-    two = align("tiny_zimage", [*settings, "roles.shard=true", "evaluation.every=2"], output=str(tmp_path / "two"))
+    two = align("tiny_zimage", [*settings, "roles.fsdp=true", "evaluation.every=2"], output=str(tmp_path / "two"))
     one = RunFolder.create(config := configs.load("tiny_zimage", [*settings, "workers.train=1"]), str(tmp_path / "one"))
     with outcome(one):
         train(config, one, preflight(config))
