@@ -5,8 +5,9 @@ python -m benchmarks.exact_world        # writes didr_core/world/files/exact_2d/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from didr_core import config as configs
 from didr_core.config import WORLD, Config
 from didr_core.diffusion.noise import Noise
+from didr_core.drs import Estimate, Estimator, Problem
 from didr_core.train.learner import Learner
 from didr_core.types import Batch, Condition
 
@@ -32,6 +34,16 @@ class BatchNoise(Noise):
     def uniform(self, index: Tensor | Sequence[int], tag: str, low: float = 0.0, high: float = 1.0) -> Tensor:
         """``[B]`` uniform."""
         return low + (high - low) * torch.rand(len(index), generator=self._generator(int(index[0]), tag))
+
+
+class Exact(Estimator):
+    """`drp.estimator` of a training that is told the answer."""
+
+    answer: ClassVar[Callable[[Problem], Estimate]]
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """The closed form."""
+        return type(self).answer(problem)
 
 
 def batches(size: int, count: int) -> Iterator[Batch]:

@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.exact_world import BatchNoise, batches, distill
+from benchmarks.exact_world import BatchNoise, Exact, batches, distill
 from didr_core import config as configs
+from didr_core import drs
 from didr_core.backbones.gaussian_mixture import GaussianMixture
 from didr_core.config import DRP, Config, build
 from didr_core.diffusion.mixtures import Mixture, Quadratic, diffused_reward_score
 from didr_core.diffusion.schedule import coeffs_like
-from didr_core.drs import estimators as drp
 from didr_core.train.learner import Learner
 
 TIMES = (0.15, 0.3, 0.5, 0.7, 0.9)
@@ -99,12 +99,12 @@ class World:
         alpha, sigma = coeffs_like(build("backbones", self.config().backbone).schedule, t, x)
         return diffused_reward_score(self.reference, self.optimum, x, alpha, sigma)
 
-    def exact(self, config: DRP, problem: drp.Problem) -> drp.Estimate:
+    def exact(self, problem: drs.Problem) -> drs.Estimate:
         """The exact answer as an estimator."""
         alpha, sigma = coeffs_like(problem.schedule, problem.t, problem.x)
         score = diffused_reward_score(self.reference, self.optimum, problem.x, alpha, sigma)
         first = self.reference.denoise(problem.x, alpha, sigma)
-        return drp.Estimate(score, first, problem.reward(first).detach())
+        return drs.Estimate(score, first, problem.reward(first).detach())
 
 
 def settings(name: str, beta: float) -> DRP:
@@ -117,7 +117,7 @@ def settings(name: str, beta: float) -> DRP:
     if key == "default":
         return DRP.model_validate({"beta": beta})
     if key in ("exact", "none"):
-        return DRP(estimator="tweedie", beta=beta).model_copy(update={"estimator": key})
+        return DRP(estimator="benchmarks.exact_world:Exact" if key == "exact" else "tweedie", beta=beta)  # type: ignore[call-arg]
     if key not in ESTIMATORS:
         raise SystemExit(
             f"--estimator {name!r}: unknown; known: {', '.join((*ESTIMATORS, 'none'))}, each also as NAME:K:M"
@@ -147,8 +147,8 @@ def pointwise(world: World, name: str, points: int = 64, draws: int = 64) -> lis
         x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
         exact = world.drs(x, torch.full((points,), at))
         t = torch.full((points * draws,), at)
-        problem = drp.Problem(x.repeat(draws, 1), t, schedule, denoise, world.reward, noise, world.beta)
-        got = drp.ESTIMATORS[config.estimator](config, problem).score.view(draws, points, -1)
+        problem = drs.Problem(x.repeat(draws, 1), t, schedule, denoise, world.reward, noise, world.beta)
+        got = drs.estimate(config, problem).score.view(draws, points, -1)
         mean, size = got.mean(0), exact.square().sum().sqrt()
         rows.append(
             {
@@ -180,7 +180,7 @@ def train(world: World, name: str, seed: int, updates: int) -> dict[str, Any]:
     """One generator trained from the start, as a row of the table."""
     config = world.config([f"backbone.generator={start(world)}", f"seed={seed}", f"train.steps={max(updates, 1)}"])
     config = config.model_copy(update={"drp": settings(name, world.beta)})
-    drp.ESTIMATORS["exact"] = world.exact
+    Exact.answer = world.exact
     learner, calls = Learner(config, noise=BatchNoise(seed)), [0]
     learner.reference_net.register_forward_hook(lambda _m, args, _out: calls.__setitem__(0, calls[0] + len(args[0])))
     began = time.perf_counter()

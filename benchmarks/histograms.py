@@ -32,8 +32,7 @@ from numpy.typing import NDArray
 from benchmarks.tiny_world import markdown
 from benchmarks.trainings import train
 from didr_core import config as configs
-from didr_core.config import Config, build
-from didr_core.config.schema import STEPS_AND_PARTICLES
+from didr_core.config import Config, build, registry
 from didr_core.evaluate.finish import exported, heldout
 from didr_core.evaluate.fronts import Array
 from didr_core.evaluate.picture_cache import fingerprint
@@ -92,7 +91,8 @@ def overrides(estimator: str) -> list[str]:
     """`key=value` of NAME or NAME:K:M, ungated: what is asked is where the estimator itself leads."""
     name, *numbers = estimator.split(":")
     key = configs.DRP.model_validate({}).estimator if name == "default" else name
-    steps, particles = map(int, numbers) if numbers else STEPS_AND_PARTICLES[key]
+    method = registry.find("drs", key)
+    steps, particles = map(int, numbers) if numbers else (method.steps, method.particles)
     return [f"drp.estimator={key}", f"drp.steps={steps}", f"drp.particles={particles}", "drp.snr_gate=false"]
 
 

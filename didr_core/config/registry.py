@@ -22,8 +22,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from didr_core.types import DIDRError
 
-KINDS = ("algorithms", "backbones", "rewards")
-PLAIN = {"full_size"}  # public modules beside the components, which are none
+KINDS = {"algorithms": "Config", "backbones": "Config", "rewards": "Config", "drs": "estimate"}
+"""Each kind is a package of `didr_core`; its components are the classes that have this attribute."""
+PLAIN = {"losses", "images", "problem"}  # public modules beside the components, which are none
 
 
 def names(kind: str) -> list[str]:
@@ -40,27 +41,28 @@ def find(kind: str, name: str) -> type[Any]:
     Raises:
         DIDRError: unknown key (names the nearest), or a module without a component class.
     """
+    key = "drp.estimator" if kind == "drs" else kind
     if ":" in name:
         module_name, _, attribute = name.rpartition(":")
         try:
             found = getattr(_module(module_name), attribute)
         except (ImportError, AttributeError, SyntaxError, OSError) as error:
             raise DIDRError(
-                f"{kind}: cannot import {name!r} ({error}). Expected 'package.module:Class' on PYTHONPATH, or 'path/to/file.py:Class'."
+                f"{key}: cannot import {name!r} ({error}). Expected 'package.module:Class' on PYTHONPATH, or 'path/to/file.py:Class'."
             ) from error
-        if not hasattr(found, "Config"):
-            raise DIDRError(f"{kind}: {name!r} has no nested Config class. See the README of didr_core/{kind}.")
+        if not hasattr(found, KINDS[kind]):
+            raise DIDRError(f"{key}: {name!r} has no {KINDS[kind]}. See the README of didr_core/{kind}.")
         return found  # type: ignore[no-any-return]
     known = names(kind)
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DIDRError(f"{kind}: unknown name {name!r}; known: {', '.join(known)}.{hint}")
+        raise DIDRError(f"{key}: unknown name {name!r}; known: {', '.join(known)}.{hint}")
     module = importlib.import_module(f"didr_core.{kind}.{name}")
     for value in vars(module).values():
-        if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "Config"):
+        if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, KINDS[kind]):
             return value
-    raise DIDRError(f"{kind}: didr_core/{kind}/{name}.py defines no class with a nested Config.")
+    raise DIDRError(f"{key}: didr_core/{kind}/{name}.py defines no class with {KINDS[kind]}.")
 
 
 def _module(name: str) -> ModuleType:

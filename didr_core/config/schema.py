@@ -135,21 +135,10 @@ class Roles(Strict):
         return self
 
 
-# K and M where a config names none: at most 64 denoiser calls a sample
-STEPS_AND_PARTICLES = {
-    "tweedie": (1, 1),
-    "ode": (4, 1),
-    "truncated": (4, 1),
-    "stochastic": (8, 8),
-    "importance": (8, 8),
-    "hybrid": (6, 7),
-}
-
-
 class DRP(Strict):
     """The diffused reward proxy: how s_r is estimated (docs/method.md)."""
 
-    estimator: Literal["tweedie", "ode", "truncated", "stochastic", "importance", "hybrid"] = "hybrid"
+    estimator: str = Field("hybrid", description="a file of didr_core/drs, package.module:Class or file.py:Class")
     beta: float = Field(
         1.0, gt=0, description="reward-tilt temperature, in standard deviations of the starting generator's reward"
     )
@@ -173,21 +162,12 @@ class DRP(Strict):
     @model_validator(mode="before")
     @classmethod
     def _by_estimator(cls, given: dict[str, Any]) -> dict[str, Any]:
-        steps, particles = STEPS_AND_PARTICLES.get(given.get("estimator", "hybrid"), (1, 1))
-        return {"steps": steps, "particles": particles} | given
+        method = registry.find("drs", given.get("estimator", cls.model_fields["estimator"].default))
+        return {"steps": method.steps, "particles": method.particles} | given
 
     @model_validator(mode="after")
     def _consistent(self) -> DRP:
-        if self.estimator == "tweedie" and self.steps != 1:
-            raise ValueError(
-                f"drp.steps={self.steps}: tweedie is one step; use ode or truncated for K > 1, or drp.steps=1"
-            )
-        if self.estimator == "importance" and self.particles < 2:
-            raise ValueError(f"drp.particles={self.particles}: importance compares particles, so it needs at least 2")
-        if self.estimator == "importance" and self.steps < 2:
-            raise ValueError(
-                f"drp.steps={self.steps}: with one step all particles of importance are equal; use drp.steps >= 2"
-            )
+        registry.find("drs", self.estimator).check(self.steps, self.particles)
         return self
 
 
@@ -281,7 +261,7 @@ class Config(Strict):
                     f"reward.name={self.reward.name!r}: has no gradient, which algorithm {self.algorithm.name!r} needs; name a"
                     " differentiable reward, or say algorithm=didr and drp.estimator=importance"
                 )
-            if getattr(method, "uses_drs", False) and self.drp.estimator != "importance":
+            if getattr(method, "uses_drs", False) and registry.find("drs", self.drp.estimator).needs_reward_gradient:
                 raise ValueError(
                     f"reward.name={self.reward.name!r}: has no gradient, which drp.estimator={self.drp.estimator!r} needs; name a"
                     " differentiable reward, or say drp.estimator=importance"

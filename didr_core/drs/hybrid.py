@@ -23,62 +23,74 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from didr_core.config import DRP
 from didr_core.diffusion.schedule import coeffs_like, expand, step
-from didr_core.drs.problem import Estimate, Problem, repeat, reward_gradient, weights_like
+from didr_core.drs.problem import Calls, Estimate, Estimator, Problem, repeat, reward_gradient, weights_like
 
 
-@torch.no_grad()
-def hybrid(config: DRP, problem: Problem) -> Estimate:
-    """See the module's docstring; ``steps`` K from t to ``split``, ``particles`` M, ``reach`` bounds the shift in units of sigma_t."""
-    x_t, m, schedule = problem.x, config.particles, problem.schedule
-    level = problem.t.clamp(max=config.split)
-    alpha_t, sigma_t = coeffs_like(schedule, problem.t, x_t)
-    alpha_s, sigma_s = coeffs_like(schedule, level, x_t)
-    first = problem.denoise(x_t, problem.t)
-    _, gradient = reward_gradient(problem, first)
-    gradient = gradient / problem.beta
-    norm = expand(gradient.flatten(1).norm(dim=1), x_t) * sigma_t / alpha_t  # of the shift, in noise deviations
-    gradient = gradient * (config.reach / norm.clamp_min(1e-12)).clamp_max(1)
-    shares = (torch.arange(m, device=x_t.device, dtype=x_t.dtype) + 0.5) / m  # l_m
-    shifts = weights_like(shares.view(m, 1), x_t) * (sigma_t**2 / alpha_t * gradient)  # [M, B, ...]
+class Hybrid(Estimator):
+    """``steps`` K from t to ``split``, ``particles`` M; ``reach`` bounds the shift in units of sigma_t."""
 
-    start = repeat(x_t, m) + shifts.flatten(0, 1)
-    tilted_first = problem.denoise(start, repeat(problem.t, m))
-    log_z = _log_normalisers(gradient, first, tilted_first.view(m, *x_t.shape), shares)
-    end = _chain(problem, start, tilted_first, level, config.steps, m)
-    back = (alpha_t * sigma_s**2) / (alpha_s * sigma_t**2)  # of the bridge q(x_s | x0, x_t): the part that hangs on x_t
-    x_s = end - (back * shifts).flatten(0, 1)
+    steps, particles = 6, 7
 
-    s_m = repeat(level, m)
-    alpha, sigma = coeffs_like(schedule, s_m, x_s)
-    x0 = problem.denoise(x_s, s_m)
-    reward, local = reward_gradient(problem, x0)
-    local = local / problem.beta
-    moved = problem.denoise(x_s + sigma**2 / alpha * local, s_m) - x0  # E*[x0 | x_s] - E[x0 | x_s] by fact 1
-    log_h = reward / problem.beta + 0.5 * _dot(local, moved)  # log E[exp(r / beta) | x_s], to second order
-    width = _dot(local, moved) / _dot(local, local).clamp_min(1e-12)  # posterior variance along the gradient at x_s
-    linear = _dot(repeat(gradient, m), x0).view(m, -1)
-    square = (_dot(repeat(gradient, m), repeat(gradient, m)) * width).view(m, -1)
-    share = shares.view(m, 1, 1)
-    log_q = (share * linear + 0.5 * share**2 * square - log_z[:, None]).logsumexp(
-        0
-    )  # mixture of proposals over the plain posterior
-    weights = weights_like(torch.softmax(log_h.view(m, -1) - log_q, 0), x_t)
+    @classmethod
+    def calls(cls, steps: int, particles: int) -> Calls:
+        """The cost of one sample: chains, and two more calls at their ends."""
+        return Calls(differentiated=0, plain=1 + particles * (steps + 2), rewarded=1 + particles)
 
-    particles = x_s.view(m, *x_t.shape)
-    scores = ((alpha * x0 - x_s) / sigma**2).view(m, *x_t.shape)
-    pulls = (alpha / sigma**2 * moved).view(m, *x_t.shape)  # s_r(x_s)
-    u = torch.maximum(_mode_variance(particles, scores), sigma_s**2)
-    a = alpha_t / alpha_s
-    b2 = (sigma_t**2 - a**2 * sigma_s**2).clamp_min(0)
-    plain = back * x_t + alpha_s * b2 / sigma_t**2 * first + u * a * (alpha_t * first - x_t) / sigma_t**2
-    choice = (weights * (particles + u * scores)).sum(0) - plain
-    below = expand(
-        (problem.t > level).to(x_t.dtype), x_t
-    )  # at or under the split level all particles are x_t: fact 1 alone
-    drs = a / (b2 + a**2 * u) * (below * choice + u * (weights * pulls).sum(0))
-    return Estimate(drs, first, reward.view(m, -1).mean(0))
+    @torch.no_grad()
+    def estimate(self, problem: Problem) -> Estimate:
+        """See the module's docstring."""
+        config = self.config
+        x_t, m, schedule = problem.x, config.particles, problem.schedule
+        level = problem.t.clamp(max=config.split)
+        alpha_t, sigma_t = coeffs_like(schedule, problem.t, x_t)
+        alpha_s, sigma_s = coeffs_like(schedule, level, x_t)
+        first = problem.denoise(x_t, problem.t)
+        _, gradient = reward_gradient(problem, first)
+        gradient = gradient / problem.beta
+        norm = expand(gradient.flatten(1).norm(dim=1), x_t) * sigma_t / alpha_t  # of the shift, in noise deviations
+        gradient = gradient * (config.reach / norm.clamp_min(1e-12)).clamp_max(1)
+        shares = (torch.arange(m, device=x_t.device, dtype=x_t.dtype) + 0.5) / m  # l_m
+        shifts = weights_like(shares.view(m, 1), x_t) * (sigma_t**2 / alpha_t * gradient)  # [M, B, ...]
+
+        start = repeat(x_t, m) + shifts.flatten(0, 1)
+        tilted_first = problem.denoise(start, repeat(problem.t, m))
+        log_z = _log_normalisers(gradient, first, tilted_first.view(m, *x_t.shape), shares)
+        end = _chain(problem, start, tilted_first, level, config.steps, m)
+        back = (alpha_t * sigma_s**2) / (
+            alpha_s * sigma_t**2
+        )  # of the bridge q(x_s | x0, x_t): the part that hangs on x_t
+        x_s = end - (back * shifts).flatten(0, 1)
+
+        s_m = repeat(level, m)
+        alpha, sigma = coeffs_like(schedule, s_m, x_s)
+        x0 = problem.denoise(x_s, s_m)
+        reward, local = reward_gradient(problem, x0)
+        local = local / problem.beta
+        moved = problem.denoise(x_s + sigma**2 / alpha * local, s_m) - x0  # E*[x0 | x_s] - E[x0 | x_s] by fact 1
+        log_h = reward / problem.beta + 0.5 * _dot(local, moved)  # log E[exp(r / beta) | x_s], to second order
+        width = _dot(local, moved) / _dot(local, local).clamp_min(1e-12)  # posterior variance along the gradient at x_s
+        linear = _dot(repeat(gradient, m), x0).view(m, -1)
+        square = (_dot(repeat(gradient, m), repeat(gradient, m)) * width).view(m, -1)
+        share = shares.view(m, 1, 1)
+        log_q = (share * linear + 0.5 * share**2 * square - log_z[:, None]).logsumexp(
+            0
+        )  # mixture of proposals over the plain posterior
+        weights = weights_like(torch.softmax(log_h.view(m, -1) - log_q, 0), x_t)
+
+        particles = x_s.view(m, *x_t.shape)
+        scores = ((alpha * x0 - x_s) / sigma**2).view(m, *x_t.shape)
+        pulls = (alpha / sigma**2 * moved).view(m, *x_t.shape)  # s_r(x_s)
+        u = torch.maximum(_mode_variance(particles, scores), sigma_s**2)
+        a = alpha_t / alpha_s
+        b2 = (sigma_t**2 - a**2 * sigma_s**2).clamp_min(0)
+        plain = back * x_t + alpha_s * b2 / sigma_t**2 * first + u * a * (alpha_t * first - x_t) / sigma_t**2
+        choice = (weights * (particles + u * scores)).sum(0) - plain
+        below = expand(
+            (problem.t > level).to(x_t.dtype), x_t
+        )  # at or under the split level all particles are x_t: fact 1 alone
+        drs = a / (b2 + a**2 * u) * (below * choice + u * (weights * pulls).sum(0))
+        return Estimate(drs, first, reward.view(m, -1).mean(0))
 
 
 def _chain(problem: Problem, x: Tensor, x0: Tensor, level: Tensor, steps: int, particles: int) -> Tensor:

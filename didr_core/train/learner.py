@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from didr_core import drs
 from didr_core.algorithms import losses
 from didr_core.config import Config, Kind, Optim, build
 from didr_core.data.anchor import AnchorPairs
 from didr_core.diffusion.noise import Noise
 from didr_core.diffusion.sampling import guided_x0
 from didr_core.diffusion.schedule import coeffs_like, diffuse
-from didr_core.drs import estimators as drp
 from didr_core.networks import fsdp as sharding
 from didr_core.networks import optim as precision
 from didr_core.networks import roles
@@ -316,7 +316,7 @@ class _Pass:
                 return checkpoint(self._evaluate, self.learner.reference_net, x, t, inner, use_reentrant=False)  # type: ignore[no-any-return]
             return self._evaluate(self.learner.reference_net, x, t, inner)
 
-        problem = drp.Problem(
+        problem = drs.Problem(
             x=self.x_t.detach(),
             t=self.t,
             schedule=self.learner.backbone.schedule,
@@ -325,19 +325,19 @@ class _Pass:
             noise=self._particles,
             beta=config.drp.beta,
         )
-        estimate = drp.estimate(config.drp, problem)
+        estimate = drs.estimate(config.drp, problem)
         if inner == config.guidance.reference:
             self._reference = estimate.x0
-        drs = estimate.score
+        score = estimate.score
         if config.drp.snr_gate:
-            drs = drs * self.alpha.square()
+            score = score * self.alpha.square()
         if config.drp.clip is not None:
             limit = config.drp.clip * losses.rms(
                 (self.alpha * self.reference() - self.x_t.detach()) / self.sigma.square()
             )
-            drs, self.metrics["drs/clipped"] = losses.clip_rms(drs, limit)
+            score, self.metrics["drs/clipped"] = losses.clip_rms(score, limit)
         self.metrics["reward/proxy"] = estimate.reward
-        return drs
+        return score
 
     def reward(self, latent: Tensor) -> Tensor:
         """Standardised reward of clean latents ``[M * B]``: 0 is the starting generator's mean, 1 its standard deviation."""

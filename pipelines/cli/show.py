@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from didr_core import config as configs
-from didr_core.config import DRP, RECIPES, WORLD, Config, locate, registry
+from didr_core.config import RECIPES, WORLD, Config, locate, registry
 from didr_core.data.feed import needs_reward
 from didr_core.data.prompts import PromptIndex
 from didr_core.types import DIDRError
@@ -40,8 +40,8 @@ def show_known() -> None:
     out.print(table)
     table = _table("components", "kind", "names", "also")
     for kind in registry.KINDS:
-        table.add_row(kind, ", ".join(registry.names(kind)), "package.module:Class")
-    table.add_row("drp.estimator", ", ".join(get_args(DRP.model_fields["estimator"].annotation)), "")
+        key = "drp.estimator" if kind == "drs" else kind
+        table.add_row(key, ", ".join(registry.names(kind)), "package.module:Class, file.py:Class")
     out.print(table)
 
 
@@ -106,16 +106,14 @@ def _components(config: Config) -> Table:
         if component is None:
             table.add_row(part, "none", "", "")
             continue
-        code = Path(inspect.getfile(registry.find(kind, component.name)))
-        root = WORLD.parents[2]
-        table.add_row(
-            part,
-            component.name,
-            str(code.relative_to(root) if code.is_relative_to(root) else code),
-            _weights(component),
-        )
-    table.add_row("drp", config.drp.estimator, "didr_core/drs/estimators.py", "")
+        table.add_row(part, component.name, _code(kind, component.name), _weights(component))
+    table.add_row("drp", config.drp.estimator, _code("drs", config.drp.estimator), "")
     return table
+
+
+def _code(kind: str, name: str) -> str:
+    code, root = Path(inspect.getfile(registry.find(kind, name))), WORLD.parents[2]
+    return str(code.relative_to(root) if code.is_relative_to(root) else code)
 
 
 def _weights(component: Any) -> str:

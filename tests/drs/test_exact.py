@@ -14,11 +14,11 @@ from benchmarks import exactness
 from benchmarks.exact_world import BatchNoise, batches
 from benchmarks.exactness import World
 from didr_core import config as configs
+from didr_core import drs
 from didr_core.backbones.gaussian_mixture import GaussianMixture
 from didr_core.config import DRP, build
 from didr_core.diffusion.mixtures import Mixture, Quadratic, diffused_reward_score
 from didr_core.diffusion.schedule import Cosine, coeffs_like
-from didr_core.drs import estimators as drp
 from didr_core.export.sample import OneStep
 from didr_core.train import loop as training
 
@@ -85,9 +85,9 @@ def test_posterior_draws_have_the_denoiser_as_their_mean() -> None:
     assert torch.allclose(tilted, want, atol=0.05)
 
 
-def problem(law: Mixture, value: Quadratic, beta: float, t: float, x: Tensor, draws: int = 1) -> drp.Problem:
+def problem(law: Mixture, value: Quadratic, beta: float, t: float, x: Tensor, draws: int = 1) -> drs.Problem:
     generator, x = torch.Generator().manual_seed(3), x.repeat(draws, 1)
-    return drp.Problem(
+    return drs.Problem(
         x=x,
         t=torch.full((len(x),), t, dtype=x.dtype),
         schedule=SCHEDULE,
@@ -111,7 +111,7 @@ def test_one_gaussian_and_a_linear_reward_are_exact(estimator: str, t: float) ->
     value = Quadratic(torch.tensor([1.0, -2.0]).double(), torch.zeros(2).double())
     x = points(2)
     config = DRP(estimator=estimator, steps=1 if estimator == "tweedie" else 4, particles=5)  # type: ignore[arg-type]
-    got = drp.estimate(config, problem(law, value, 0.8, t, x))
+    got = drs.estimate(config, problem(law, value, 0.8, t, x))
     assert torch.allclose(got.score, exact_at(law, value, 0.8, t, x), rtol=1e-6)
     assert torch.allclose(got.x0, law.denoise(x, *coeffs_like(SCHEDULE, torch.full((6,), t).double(), x)))
 
@@ -121,9 +121,9 @@ def test_below_the_split_many_modes_and_a_linear_reward_are_exact() -> None:
     law, x = uneven(), points()
     value = reward(curvature=0.0)
     config = DRP(estimator="hybrid", steps=2, particles=2, split=0.6, reach=1e9)
-    got = drp.estimate(config, problem(law, value, 0.5, 0.6, x)).score
+    got = drs.estimate(config, problem(law, value, 0.5, 0.6, x)).score
     assert torch.allclose(got, exact_at(law, value, 0.5, 0.6, x), rtol=1e-6)
-    tweedie = drp.estimate(DRP(estimator="tweedie"), problem(law, value, 0.5, 0.6, x)).score
+    tweedie = drs.estimate(DRP(estimator="tweedie"), problem(law, value, 0.5, 0.6, x)).score
     assert (tweedie - got).norm() > 0.05 * got.norm()
 
 
@@ -133,7 +133,7 @@ def bias(config: DRP, t: float, beta: float = 1.0, draws: int = 200) -> float:
     alpha, sigma = coeffs_like(SCHEDULE, torch.full((12,), t), x0)
     x = alpha * x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
     mean = (
-        drp.estimate(config, problem(world.reference, world.reward, beta, t, x, draws))
+        drs.estimate(config, problem(world.reference, world.reward, beta, t, x, draws))
         .score.view(draws, *x.shape)
         .mean(0)
     )
@@ -162,7 +162,7 @@ def test_hybrid_costs_what_the_table_says_and_differentiates_the_reward_alone() 
         calls[0] += len(x)
         return p.denoise(x, t)
 
-    drp.estimate(DRP(estimator="hybrid", steps=steps, particles=particles), replace(p, denoise=denoise))
+    drs.estimate(DRP(estimator="hybrid", steps=steps, particles=particles), replace(p, denoise=denoise))
     assert calls[0] / 3 == 1 + particles * (steps + 2)
 
 
