@@ -1,11 +1,10 @@
-"""The house rules of the README of each folder, read from the imports: who may import whom, and how long a file may be.
-
-tune_spaces, pipelines -> didr_core's learner, export, metrics, ... -> algorithms | backbones | rewards -> drp, losses, ... -> contracts
-"""
+"""The house rules, read from the tree: who may import whom, how long files and packages may be, and that each README's map is true."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,25 +14,34 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("didr_core", "pipelines", "tune_spaces")
-SIBLINGS = ("algorithms", "backbones", "rewards", "zoo")
-MAX_LINES = 400
+AROUND = ("tests", "benchmarks", "examples")
 
-# The bottom of didr_core: what a module here may import from didr_core. Modules that are not listed are above the components and may
-# import anything of didr_core; `registry` finds components by name, at run time, and so belongs to the bottom.
-FOUNDATION = {
-    "contracts",
-    "registry",
-    "components",
-    "config",
-    "schedule",
-    "drp",
-    "hybrid",
-    "proxy",
-    "losses",
-    "roles",
-    "sharding",
+# From the ground up. A package imports from its own and from lower lines, never from its own line's others and never upwards.
+# `__main__` modules put the parts together: they may import anything, and nothing imports them.
+ORDER = (
+    ("didr_core.types",),
+    ("didr_core.config",),
+    ("didr_core.diffusion",),
+    ("didr_core.drs", "didr_core.networks"),
+    ("didr_core.algorithms", "didr_core.backbones", "didr_core.rewards", "didr_core.world"),
+    ("didr_core.data",),
+    ("didr_core.train",),
+    ("didr_core.export",),
+    ("didr_core.evaluate",),
+    ("didr_core.plan",),
+    ("pipelines.report", "pipelines.tracking"),
+    ("pipelines.cluster",),
+    ("pipelines.sweeps",),
+    ("pipelines.align", "pipelines.sweep"),
+    ("pipelines.cli",),
+)
+FLOOR = {name: floor for floor, names in enumerate(ORDER) for name in names}
+FORBIDDEN = {  # beside the order
+    "didr_core": {"ray", "mlflow", "pipelines", "tune_spaces", "benchmarks", "examples"},
+    "pipelines": {"tune_spaces", "benchmarks", "examples"},  # spaces are found by name
+    "tune_spaces": {"didr_core", "pipelines"},  # spaces are plain data
 }
-DIST = {"ray", "mlflow"}
+MAX_LINES, MAX_MODULES, MAX_PRODUCT, MAX_EXAMPLES = 400, 14, 16_000, 2_000
 
 
 def sources(package: str) -> list[Path]:
@@ -45,48 +53,56 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, absolute module) of every import in the file, also inside functions and under TYPE_CHECKING."""
+    """(line, module) of every import of the file, also inside functions and under TYPE_CHECKING, but not of its entry block."""
     module = module_of(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    tree = ast.parse(path.read_text(), str(path))
+    tree.body = [node for node in tree.body if not _is_entry(node)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            yield node.lineno, base
-            for alias in node.names:  # `from didr_core import learner` imports a module as well
-                yield node.lineno, f"{base}.{alias.name}"
+            for alias in node.names:  # `from didr_core.train import learner` imports a module
+                inner = f"{base}.{alias.name}"
+                yield node.lineno, inner if is_module(inner) else base
 
 
-def violations(path: Path, text: str | None = None) -> list[str]:
-    """Every import of `path` that goes the wrong way."""
-    module = module_of(path)
-    top, _, rest = module.partition(".")
-    part = rest.partition(".")[0]
-    out = []
+def _is_entry(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+
+
+def room(module: str) -> str:
+    """The entry of ORDER that a module belongs to; empty for what stands outside (a package's root)."""
+    return ".".join(module.split(".")[:2]) if ".".join(module.split(".")[:2]) in FLOOR else ""
+
+
+def violations(path: Path) -> list[str]:
+    """Every import of ``path`` that goes the wrong way."""
+    module, out = module_of(path), []
+    here, entry = room(module), path.name == "__main__.py"
     for line, name in imports(path):
-        into, _, inner = name.partition(".")
-        target = inner.partition(".")[0]
-        why = ""
-        if top == "didr_core" and into in DIST | {"pipelines", "tune_spaces"}:
-            why = "didr_core is pure PyTorch"
-        elif top == "pipelines" and into == "tune_spaces":
-            why = "spaces are found by name"
-        elif top == "didr_core" and into == "didr_core" and target:
-            exists = (ROOT / "didr_core" / target).is_dir() or (ROOT / "didr_core" / f"{target}.py").is_file()
-            if not exists:
-                continue
-            if part in SIBLINGS and target in SIBLINGS and part != target and part != "zoo":
-                why = "siblings never import each other"
-            elif part in SIBLINGS[:3] and target == "learner":
-                why = "components do not know who drives them"
-            elif part in FOUNDATION and target not in FOUNDATION:
-                why = "the foundation imports nothing above it"
-            elif part == "contracts":
-                why = "contracts import nothing of ours"
+        there, why = room(name), ""
+        if name.partition(".")[0] in FORBIDDEN.get(module.partition(".")[0], ()):
+            why = f"{module.partition('.')[0]} stands without it"
+        elif name.endswith(".__main__"):
+            why = "nothing imports an entry point"
+        elif entry or not there or there == here:
+            continue
+        elif not here:
+            why = "a package's root imports none of its rooms"
+        elif FLOOR[there] == FLOOR[here]:
+            why = "neighbours never import each other"
+        elif FLOOR[there] > FLOOR[here]:
+            why = "imports run downwards"
         if why:
             out.append(f"{path.relative_to(ROOT)}:{line}: imports {name}: {why}")
     return out
@@ -94,41 +110,104 @@ def violations(path: Path, text: str | None = None) -> list[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_run_one_way(package: str) -> None:
-    assert sources(package), f"no sources in {package}"
-    found = sorted({v for path in sources(package) for v in violations(path)})
+    paths = sources(package)
+    assert paths, f"no sources in {package}"
+    found = sorted({v for path in paths for v in violations(path)})
     assert not found, "\n".join(found)
 
 
+def test_every_room_has_its_floor() -> None:
+    """A new package or module at a root must be given its place in ORDER."""
+    rooms = {
+        f"{top}.{p.name.removesuffix('.py')}" for top in PACKAGES[:2] for p in (ROOT / top).iterdir() if _is_code(p)
+    }
+    assert rooms == set(FLOOR)
+
+
+def _is_code(path: Path) -> bool:
+    return path.name != "__init__.py" and (path.suffix == ".py" or (path / "__init__.py").is_file())
+
+
+def test_no_module_imports_itself_round_a_corner() -> None:
+    modules = {module_of(p): p for package in (*PACKAGES, "benchmarks", "examples") for p in sources(package)}
+    graph = {name: {to for _, to in imports(path) if to in modules and to != name} for name, path in modules.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
 @pytest.mark.parametrize(
-    ("file", "line"),
+    ("file", "line", "why"),
     [
-        ("didr_core/train/learner.py", "import ray"),
-        ("didr_core/train/learner.py", "from ray.data import Dataset"),
-        ("didr_core/export/folder.py", "def f():\n    import mlflow"),
-        ("didr_core/train/checkpoint.py", "from pipelines.cluster.session import ray_session"),
-        ("didr_core/algorithms/didr.py", "from didr_core.rewards import clip_score"),
-        ("didr_core/algorithms/didr.py", "from ..backbones import sdxl"),
-        ("didr_core/rewards/pickscore.py", "from didr_core import backbones"),
-        ("didr_core/algorithms/losses.py", "from didr_core import learner"),
-        ("didr_core/types.py", "from didr_core import config"),
+        ("didr_core/train/learner.py", "import ray", "stands without"),
+        ("didr_core/export/card.py", "def f():\n    import mlflow", "stands without"),
+        ("didr_core/train/loop.py", "from pipelines.cluster import session", "stands without"),
+        ("didr_core/algorithms/didr.py", "from didr_core.rewards import clip_score", "neighbours"),
+        ("didr_core/algorithms/didr.py", "from ..backbones import sdxl", "neighbours"),
+        ("didr_core/drs/hybrid.py", "from didr_core.train import learner", "downwards"),
+        ("didr_core/types.py", "from didr_core import config", "downwards"),
+        ("didr_core/train/learner.py", "if True:\n    from didr_core.evaluate import scores", "downwards"),
+        ("pipelines/cluster/session.py", "from pipelines import align", "downwards"),
+        ("didr_core/train/loop.py", "from didr_core.train import __main__", "entry point"),
+        ("didr_core/__init__.py", "from didr_core import config", "root"),
+        ("tune_spaces/grid.py", "from didr_core.config import load", "stands without"),
     ],
 )
-def test_the_rules_catch(file: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rules_catch(file: str, line: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader itself is tested on files that break each rule."""
-    for folder in SIBLINGS:
-        (tmp_path / "didr_core" / folder).mkdir(parents=True)
-    for name in ("learner", "config", "contracts"):
-        (tmp_path / "didr_core" / f"{name}.py").touch()
+    for name in FLOOR:
+        folder = tmp_path.joinpath(*name.split("."))
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    for name in ("didr_core/__init__.py", "didr_core/train/__main__.py", "didr_core/train/learner.py"):
+        (tmp_path / name).touch()
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
     path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
     path.write_text(line)
-    assert violations(path)
+    assert [v for v in violations(path) if why in v]
+    path.write_text("import torch\n\nif __name__ == '__main__':\n    import pipelines.cli\n")
+    assert not violations(path)
 
 
-def test_files_stay_readable() -> None:
-    paths = [p for folder in (*PACKAGES, "tests") for p in sources(folder)]
-    long = [f"{p.relative_to(ROOT)}: {n} lines" for p in paths if (n := len(p.read_text().splitlines())) > MAX_LINES]
+def test_files_and_packages_stay_readable() -> None:
+    lines = {p: len(p.read_text().splitlines()) for folder in (*PACKAGES, *AROUND) for p in sources(folder)}
+    long = [f"{p.relative_to(ROOT)}: {n} lines" for p, n in lines.items() if n > MAX_LINES]
     assert not long, f"over {MAX_LINES} lines:\n" + "\n".join(long)
+    packages = {p.parent for folder in PACKAGES for p in sources(folder)}
+    crowded = {str(d.relative_to(ROOT)): n for d in packages if (n := len(_modules(d))) > MAX_MODULES}
+    assert not crowded, f"over {MAX_MODULES} modules: {crowded}"
+    assert sum(n for p, n in lines.items() if p.relative_to(ROOT).parts[0] in PACKAGES) <= MAX_PRODUCT
+    assert sum(lines[p] for p in sources("examples") if "tests" not in p.parts) <= MAX_EXAMPLES
+    assert {p.name for p in (ROOT / "didr_core").iterdir() if p.is_file()} == {
+        "__init__.py",
+        "README.md",
+        "py.typed",
+        "types.py",
+    }
+
+
+def _modules(folder: Path) -> set[str]:
+    return {p.name for p in folder.glob("*.py") if p.name != "__init__.py"}
+
+
+def _is_map_of(folder: Path) -> set[str]:
+    """File and folder names in the first column of the tables of a README."""
+    rows = re.findall(r"^\|([^|]*)\|", (folder / "README.md").read_text(), re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([\w.]+?)/?`", row)}
+
+
+@pytest.mark.parametrize(
+    "folder",
+    sorted({str(p.parent.relative_to(ROOT)) for top in PACKAGES[:2] for p in sources(top)} | {"examples/tiny_world"}),
+)
+def test_a_readme_is_the_map_of_its_package(folder: str) -> None:
+    """Every module and sub-package stands in a table's first column, and every .py named there exists."""
+    there = ROOT / folder
+    assert (there / "README.md").is_file(), f"{folder} has no README.md"
+    named = _is_map_of(there)
+    inside = _modules(there) | {d.name for d in there.iterdir() if (d / "__init__.py").is_file()}
+    assert not inside - named, f"{folder}/README.md does not name {sorted(inside - named)}"
+    gone = {n for n in named if n.endswith(".py") and not (there / n).is_file()}
+    assert not gone, f"{folder}/README.md names {sorted(gone)}, which do not exist"
 
 
 BLOCKED_IMPORT = '''

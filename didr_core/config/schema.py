@@ -246,9 +246,7 @@ class Config(Strict):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels between processes as its plain tree: a component that lives in a file is found again by its path over there."""
-        from didr_core.config.load import dump, validate
-
-        return validate, (dump(self),)
+        return _from_tree, (self.model_dump(mode="json"),)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -292,6 +290,10 @@ class Config(Strict):
             assistant_updates=assistant_updates,
             updates_per_step=assistant_updates + 1,
         )
+
+
+def _from_tree(tree: dict[str, Any]) -> Config:
+    return Config(**tree)
 
 
 def differentiable(reward: Component) -> bool:
