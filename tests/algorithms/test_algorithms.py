@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,8 +326,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_recipe(tmp_path_factory.mktemp("toy"))
 
 
-def started(recipe: Path, name: str) -> tuple[Learner, list[Batch]]:
-    chosen = config.load(str(recipe), [f"algorithm={name}", "workers.train=1", "train.batch=4", "train.steps=2"])
+def started(recipe: Path, name: str, *more: str) -> tuple[Learner, list[Batch]]:
+    sets = [f"algorithm={name}", "workers.train=1", "train.batch=4", "train.steps=2", *more]
+    chosen = config.load(str(recipe), sets)
     return Learner(chosen), list(LocalFeed(chosen))
 
 
@@ -361,3 +363,19 @@ def test_di_star_gives_the_networks_weights_no_gradient(recipe: Path) -> None:
     assert all(p.grad is None for p in subject.assistant_net.parameters())
     assert all(p.grad is None for p in subject.reference_net.parameters())
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in subject.generator_net.parameters())
+
+
+def test_the_algorithm_in_the_readme_is_one_file(recipe: Path, tmp_path: Path) -> None:
+    """README of didr_core/algorithms: named by its path, it trains, and its weight acts."""
+    readme = Path(__file__).resolve().parents[2] / "didr_core" / "algorithms" / "README.md"
+    source = re.search(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    assert source
+    (tmp_path / "mine.py").write_text(source[1])
+    ends = []
+    for weight in (0.0, 5.0):
+        subject, batches = started(recipe, f"{tmp_path}/mine.py:Mine", f"algorithm.weight={weight}")
+        before = weights(subject.generator_net)
+        subject.step(batches[0])
+        ends.append(weights(subject.generator_net))
+        assert not torch.equal(ends[-1], before)
+    assert not torch.equal(*ends)
