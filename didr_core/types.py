@@ -237,7 +237,7 @@ class Parallel(Protocol):
     """The collective calls that the learner needs; :class:`didr_core.train.distributed.Single` when there is one process."""
 
     rank: int
-    world: int
+    world_size: int
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Average in place over ranks."""

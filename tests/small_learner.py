@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from didr_core import config
-from didr_core.networks.fsdp import is_split
+from didr_core.networks.fsdp import is_sharded
 from didr_core.networks.roles import LoRA
 from didr_core.plan import memory
 from didr_core.plan.memory import Plan
@@ -54,7 +54,7 @@ def held(subject: Learner) -> int:
         tensors += list(weights.values.values())
         tensors += [p.grad for p in weights.values.values() if p.grad is not None]
         tensors += [v for s in optimizer.state.values() for v in s.values() if v.numel() > 1 or v.dim()]
-    storages = [(t.to_local() if is_split(t) else t).untyped_storage() for t in tensors]
+    storages = [(t.to_local() if is_sharded(t) else t).untyped_storage() for t in tensors]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 

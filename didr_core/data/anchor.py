@@ -39,7 +39,9 @@ class AnchorPairs:
     def draw(self, seed: int, step: int, parallel: Parallel) -> tuple[Tensor, Tensor, Condition]:
         """This rank's rows of the step's global batch, float32."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = torch.randint(len(self.z), (self.config.batch,), generator=generator)[parallel.rank :: parallel.world]
+        rows = torch.randint(len(self.z), (self.config.batch,), generator=generator)[
+            parallel.rank :: parallel.world_size
+        ]
         condition = self.condition.map(lambda v: v[rows].float())
         return self.z[rows].float().to(self.device), self.x0[rows].float().to(self.device), condition.to(self.device)
 

@@ -46,7 +46,7 @@ def unit_sizes(network: nn.Module) -> Iterator[int]:
         yield sum(p.numel() for p in own)
 
 
-def split(network: nn.Module, device: torch.device) -> nn.Module:
+def shard(network: nn.Module, device: torch.device) -> nn.Module:
     """``network`` itself, its parameters now :class:`DTensor` over the default process group, on ``device``; it may come from the CPU.
 
     Backward passes average gradients over workers, in float32.
@@ -70,7 +70,7 @@ def split(network: nn.Module, device: torch.device) -> nn.Module:
     return network
 
 
-def is_split(value: Any) -> TypeGuard[DTensor]:
+def is_sharded(value: Any) -> TypeGuard[DTensor]:
     """Whether ``value`` is this worker's part of a tensor."""
     if not torch.distributed.is_available():
         return False
@@ -81,7 +81,7 @@ def is_split(value: Any) -> TypeGuard[DTensor]:
 
 def whole(value: Tensor) -> Tensor:
     """All of a tensor, on every worker. Every worker must call it."""
-    return value.full_tensor() if is_split(value) else value
+    return value.full_tensor() if is_sharded(value) else value
 
 
 def whole_state(network: nn.Module) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ def take_out(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     names: dict[int, str] = {}
 
     def mark(path: Any, value: Any) -> Any:
-        if not is_split(value):
+        if not is_sharded(value):
             return value
         name = names.setdefault(id(value), keystr(path))
         taken[name] = value.detach()
@@ -119,13 +119,13 @@ def put_back(folder: Path, tree: Any, live: Any) -> Any:
 
     def room(value: Any, counterpart: Any) -> None:
         if _is_mark(value):
-            split = is_split(counterpart)
-            read[value] = counterpart.detach() if split else torch.empty_like(counterpart, device="cpu")
+            sharded = is_sharded(counterpart)
+            read[value] = counterpart.detach() if sharded else torch.empty_like(counterpart, device="cpu")
 
     def value_of(value: Any, counterpart: Any) -> Any:
         if _is_mark(value):
             return read[value]
-        return _split_like(value, counterpart) if is_split(counterpart) else value
+        return _sharded_like(value, counterpart) if is_sharded(counterpart) else value
 
     tree_map(room, tree, live)
     if read:
@@ -134,7 +134,7 @@ def put_back(folder: Path, tree: Any, live: Any) -> Any:
         found = {name.removeprefix(MARK): value for name, value in read.items()}
         with _plain_errors(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*in a single process")  # it is what we want
-            dcp.load(found, checkpoint_id=folder / FOLDER, no_dist=not any(map(is_split, found.values())))
+            dcp.load(found, checkpoint_id=folder / FOLDER, no_dist=not any(map(is_sharded, found.values())))
     return tree_map(value_of, tree, live)
 
 
@@ -142,7 +142,7 @@ def _is_mark(value: Any) -> bool:
     return isinstance(value, str) and value.startswith(MARK)
 
 
-def _split_like(value: Tensor, counterpart: DTensor) -> Tensor:
+def _sharded_like(value: Tensor, counterpart: DTensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     # no communication: every worker has read the same

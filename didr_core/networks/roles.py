@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from didr_core.config import Component, Dtype, Roles
-from didr_core.networks.fsdp import split
+from didr_core.networks.fsdp import shard
 from didr_core.types import Backbone, DIDRError
 
 
@@ -52,7 +52,7 @@ class Mode:
         self.layers: list[dict[str, Any]] = []  # __dict__ of each LoRA layer: an attribute of nn.Module is slow to set
         self.role: str | None = None
         self.frozen: tuple[nn.Parameter, ...] = ()
-        self.split: weakref.ref[nn.Module] | None = None  # the network, where it is split over workers
+        self.sharded: weakref.ref[nn.Module] | None = None  # the network, where it is split over workers
 
     @classmethod
     def of(cls, network: nn.Module) -> Mode:
@@ -63,7 +63,7 @@ class Mode:
     def __call__(self, role: str | None, frozen: Sequence[nn.Parameter] = ()) -> Iterator[None]:
         """Be ``role`` (None: the bare base) inside; no gradient reaches the weights in ``frozen`` from calls made inside."""
         before = self.role, self.frozen
-        network = self.split() if self.split and frozen else None
+        network = self.sharded() if self.sharded and frozen else None
         # recomputation finds blocks of a split network gathered already: as parameters of their own
         off = [p for p in (*frozen, *(network.parameters() if network else ())) if p.requires_grad]
         self._enter(role, tuple(frozen))
@@ -171,7 +171,7 @@ def networks(
     of_trained = functools.partial(
         _load, backbone, torch.device("cpu") if sharded else device
     )  # then a part of it there
-    place = functools.partial(_split, device=device) if sharded else lambda network: network
+    place = functools.partial(_shard, device=device) if sharded else lambda network: network
     shared = roles.generator == "lora" and starts_as_reference(config)
     generator: nn.Module
     assistant: nn.Module
@@ -234,9 +234,9 @@ def _load(backbone: Backbone, device: torch.device, role: str, dtype: Dtype) -> 
     return network.to(device) if dtype == "float32" else network.to(device, getattr(torch, dtype))
 
 
-def _split(network: nn.Module, device: torch.device) -> nn.Module:
-    Mode.of(network).split = weakref.ref(network)
-    return split(network, device)
+def _shard(network: nn.Module, device: torch.device) -> nn.Module:
+    Mode.of(network).sharded = weakref.ref(network)
+    return shard(network, device)
 
 
 def _root(network: nn.Module) -> nn.Module:

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from didr_core.networks import fsdp as sharding
-from didr_core.networks import optim as precision
+from didr_core.networks import fsdp, optim
 from didr_core.train.learner import Learner
 from didr_core.types import DIDRError
 
@@ -31,7 +30,7 @@ class Saver:
 
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
-        self._writer = sharding.Writer() if learner.split else None
+        self._writer = fsdp.Writer() if learner.fsdp else None
         self._folder, self._bytes = Path(), 0  # of what is being written
 
     def save(self, folder: Path, extra: dict[str, Any], then: Callable[[], None] = lambda: None) -> None:
@@ -52,7 +51,7 @@ class Saver:
                 _write(folder, tree)
             then()
             return
-        rest, split = sharding.take_out(tree)
+        rest, split = fsdp.take_out(tree)
         first = self.learner.parallel.rank == 0
         file = io.BytesIO()
         if first:  # a copy: training goes on
@@ -80,7 +79,7 @@ class Saver:
                 self._writer.wait()
         except DIDRError:  # on a full disk every byte counts
             if self.learner.parallel.rank == 0:
-                shutil.rmtree(self._folder / sharding.FOLDER, ignore_errors=True)
+                shutil.rmtree(self._folder / fsdp.FOLDER, ignore_errors=True)
             raise
 
 
@@ -100,17 +99,17 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
     with _damage(folder):
         state = _read(folder, mmap=False)
         tree = state["learner"]
-        if learner.split or (folder / sharding.FOLDER).is_dir():
+        if learner.fsdp or (folder / fsdp.FOLDER).is_dir():
             optimizers = {"generator_opt": learner.generator_opt, "assistant_opt": learner.assistant_opt}
             for name, optimizer in optimizers.items():
                 if tree[name]["state"]:  # else it had not begun: the assistant's head start
-                    precision.begin(optimizer)
+                    optim.begin(optimizer)
             live = learner.state_dict()
             for name, value in tree.items():
                 if name in optimizers:
-                    value["state"] = sharding.put_back(folder, value["state"], live[name]["state"])
+                    value["state"] = fsdp.put_back(folder, value["state"], live[name]["state"])
                 else:
-                    tree[name] = sharding.put_back(folder, value, live[name])
+                    tree[name] = fsdp.put_back(folder, value, live[name])
         learner.load_state_dict(tree)
     return state["extra"]  # type: ignore[no-any-return]
 
@@ -123,7 +122,7 @@ def read(folder: Path, name: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     with _damage(folder):
         tree: dict[str, Tensor] = _read(folder, mmap=True)["learner"][name]
-        return sharding.put_back(folder, tree, like) if (folder / sharding.FOLDER).is_dir() else tree
+        return fsdp.put_back(folder, tree, like) if (folder / fsdp.FOLDER).is_dir() else tree
 
 
 def _read(folder: Path, mmap: bool) -> dict[str, Any]:

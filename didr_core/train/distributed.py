@@ -16,7 +16,7 @@ class Single:
     """One process: nothing to average."""
 
     rank = 0
-    world = 1
+    world_size = 1
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """No-op."""
@@ -31,7 +31,7 @@ class ProcessGroup:
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
-        self.world = dist.get_world_size()
+        self.world_size = dist.get_world_size()
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Average in place over ranks. Tensors of one dtype travel together, :data:`BUCKET` elements at a time; bfloat16 as float32."""
@@ -40,7 +40,7 @@ class ProcessGroup:
             for bucket in _buckets([t for t in tensors if t.dtype == dtype]):
                 flat = torch.cat([t.reshape(-1).to(wide) for t in bucket])
                 dist.all_reduce(flat)
-                flat /= self.world
+                flat /= self.world_size
                 offset = 0
                 for t in bucket:
                     t.copy_(flat[offset : offset + t.numel()].view_as(t))

@@ -21,13 +21,12 @@ from didr_core.data.anchor import AnchorPairs
 from didr_core.diffusion.noise import Noise
 from didr_core.diffusion.sampling import guided_x0
 from didr_core.diffusion.schedule import coeffs_like, diffuse
-from didr_core.networks import fsdp as sharding
-from didr_core.networks import optim as precision
-from didr_core.networks import roles
+from didr_core.networks import fsdp, optim, roles
 from didr_core.train.distributed import Single
 from didr_core.types import Backbone, Batch, NonFiniteError, Parallel, Reward, StepReport
 
 Which = Literal["generator", "ema", "start", "reference"]
+Losses = tuple[Tensor, dict[str, Tensor]]  # a loss [B], and metrics {name: [B]}
 
 
 class Learner:
@@ -56,9 +55,9 @@ class Learner:
             device=self.device,
             seed=config.seed,
             ema=config.train.ema_decay > 0,
-            workers=self.parallel.world,
+            workers=self.parallel.world_size,
         )
-        self.split = config.roles.fsdp and self.parallel.world > 1
+        self.fsdp = config.roles.fsdp and self.parallel.world_size > 1
         self.generator_net, self.assistant_net = nets.generator, nets.assistant
         self.reference_net, self.ema_net = nets.reference, nets.ema
         self.generator_weights = self._weights(nets.generator, config.roles.generator)
@@ -71,14 +70,14 @@ class Learner:
             self.backbone.load_decoder()
             getattr(self.backbone, "to", lambda _: None)(self.device)
         self.anchor = AnchorPairs(config.train.anchor, self.device) if config.train.anchor else None
-        self.generator_opt = precision.optimizer(self.generator_weights, config.generator, config.seed)
-        self.assistant_opt = precision.optimizer(self.assistant_weights, config.assistant, config.seed)
+        self.generator_opt = optim.optimizer(self.generator_weights, config.generator, config.seed)
+        self.assistant_opt = optim.optimizer(self.assistant_weights, config.assistant, config.seed)
         self.scale = RewardScale(self.device)
         self.step_count = 0
 
-    def _weights(self, network: nn.Module, kind: Kind) -> precision.Weights:
+    def _weights(self, network: nn.Module, kind: Kind) -> optim.Weights:
         """Adapters are small: they always have masters."""
-        return precision.Weights(network, "master" if kind == "lora" else self.config.roles.update)
+        return optim.Weights(network, "master" if kind == "lora" else self.config.roles.update)
 
     def generator(self, which: Which = "ema") -> nn.Module:
         """The trained generator, its running average, the one training started from, or the reference."""
@@ -87,10 +86,10 @@ class Learner:
         return {"generator": self.generator_net, "ema": self.ema_net, "reference": self.reference_net}[which]
 
     def whole_average(self) -> nn.Module | None:
-        """The generator's running average in one piece; where networks are split, on rank 0 alone, and every worker must call it."""
-        if not (self.split and self.config.roles.generator == "full"):
+        """The generator's running average in one piece; where it is split over workers, on rank 0 alone, and every worker must call it."""
+        if not (self.fsdp and self.config.roles.generator == "full"):
             return self.ema_net
-        state = sharding.whole_state(self.ema_net)
+        state = fsdp.whole_state(self.ema_net)
         if self.parallel.rank:
             return None
         return roles.filled(self.backbone, state, self.device)
@@ -106,78 +105,63 @@ class Learner:
             NonFiniteError: a loss or reward is NaN or infinite on any rank; the update that saw it is not applied.
         """
         batch = batch.to(self.device)
-        noise = self.noise
         if self.reward is not None:
             self.scale.update(batch.spread, self.parallel)
         metrics: dict[str, float] = {}
         assistant_updates = self.config.sizes.assistant_updates
         for k in range(assistant_updates):
-            metrics |= self._update_assistant(batch, noise, f"ta{k}")
+            metrics |= self._update_assistant(batch, f"ta{k}")
         if self.step_count >= self.config.train.assistant_warmup or not assistant_updates:
-            metrics |= self._update_generator(batch, noise)
+            metrics |= self._update_generator(batch)
         self.step_count += 1
         return StepReport(self.step_count, metrics)
 
-    def _update_assistant(self, batch: Batch, noise: Noise, tag: str) -> dict[str, float]:
-        """Stage I: denoising score matching on fresh samples of the current generator."""
+    def assistant_loss(self, part: Batch, tag: str) -> Losses:
+        """Stage I: denoising score matching on fresh samples of the current generator; ``tag`` names the update's random numbers."""
+        shape = self.backbone.latent_shape
+        with torch.no_grad():
+            z = self.noise.normal(part.index, shape, f"{tag}/z")
+            x0 = self.backbone.generate(self.generator_net, z, part.condition)
+        t = self.noise.uniform(part.index, f"{tag}/t", *self.config.times.assistant)
+        x_t = diffuse(self.backbone.schedule, x0, self.noise.normal(part.index, shape, f"{tag}/eps"), t)
+        prediction = guided_x0(self.backbone, self.assistant_net, x_t, t, part.condition, 1.0)
+        alpha, sigma = coeffs_like(self.backbone.schedule, t, x_t)
+        return losses.denoising_score_matching(prediction, x0, alpha, sigma), {}
 
-        def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            shape = self.backbone.latent_shape
-            with torch.no_grad():
-                z = noise.normal(part.index, shape, f"{tag}/z")
-                x0 = self.backbone.generate(self.generator_net, z, part.condition)
-            t = noise.uniform(part.index, f"{tag}/t", *self.config.times.assistant)
-            x_t = diffuse(self.backbone.schedule, x0, noise.normal(part.index, shape, f"{tag}/eps"), t)
-            prediction = guided_x0(self.backbone, self.assistant_net, x_t, t, part.condition, 1.0)
-            alpha, sigma = coeffs_like(self.backbone.schedule, t, x_t)
-            return losses.denoising_score_matching(prediction, x0, alpha, sigma), {}
+    def generator_loss(self, part: Batch) -> Losses:
+        """Stage II: the algorithm's loss, and what is watched of the pictures that it was computed on."""
+        ctx = _Pass(self, part, self.noise)
+        value, metrics = self.algorithm.generator_loss(ctx)
+        x0 = ctx.x0.detach()
+        if self.reward is not None:
+            ctx.watch(x0)
+        metrics |= ctx.metrics | {"latent/mean": x0.flatten(1).mean(1), "latent/std": x0.flatten(1).std(1)}
+        return value, metrics
 
-        return self._apply("assistant", batch, loss, self.assistant_opt, self.config.assistant)
+    def _update_assistant(self, batch: Batch, tag: str) -> dict[str, float]:
+        self.assistant_opt.zero_grad(set_to_none=False)
+        means, refused = self._backward("assistant", batch, lambda part: self.assistant_loss(part, tag))
+        return self._update("assistant", self.assistant_opt, self.config.assistant, means, refused)
 
-    def _update_generator(self, batch: Batch, noise: Noise) -> dict[str, float]:
-        """Stage II: follow the algorithm's loss; EMA after it."""
-
-        def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            ctx = _Pass(self, part, noise)
-            value, metrics = self.algorithm.generator_loss(ctx)
-            x0 = ctx.x0.detach()
-            if self.reward is not None:
-                ctx.watch(x0)
-            metrics |= ctx.metrics | {"latent/mean": x0.flatten(1).mean(1), "latent/std": x0.flatten(1).std(1)}
-            return value, metrics
-
-        extra = self._anchor_loss if self.anchor else None
-        metrics = self._apply("generator", batch, loss, self.generator_opt, self.config.generator, extra)
+    def _update_generator(self, batch: Batch) -> dict[str, float]:
+        self.generator_opt.zero_grad(set_to_none=False)
+        means, refused = self._backward("generator", batch, self.generator_loss)
+        if self.anchor:
+            means["loss/anchor"] = self._backward_anchor(self.anchor)
+        metrics = self._update("generator", self.generator_opt, self.config.generator, means, refused)
         for part in ("drs", "reward"):  # a ratio of means: single samples may match perfectly
             if f"{part}/rms" in metrics:
                 metrics[f"{part}/ratio"] = metrics[f"{part}/rms"] / max(metrics["matching/rms"], 1e-12)
-        if self.ema_net is not self.generator_net:
-            decay = min(self.config.train.ema_decay, (1 + self.step_count) / (10 + self.step_count))
-            with torch.no_grad():
-                for mean, value in zip(self.ema_net.parameters(), self.generator_weights.values.values(), strict=True):
-                    mean.lerp_(value.to(mean.dtype), 1 - decay)
+        self._update_average()
         return metrics
 
-    def _anchor_loss(self) -> Tensor:
-        """Weighted regression to this rank's share of stored pairs (mean over the global anchor batch)."""
-        assert self.anchor is not None
-        z, x0, condition = self.anchor.draw(self.config.seed, self.step_count, self.parallel)
-        predicted = self.backbone.generate(self.generator_net, z, condition)
-        return self.anchor.config.weight * self.anchor.loss(predicted, x0)
-
-    def _apply(
-        self,
-        name: str,
-        batch: Batch,
-        loss: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
-        optimizer: torch.optim.Optimizer,
-        settings: Optim,
-        extra: Callable[[], Tensor] | None = None,
-    ) -> dict[str, float]:
-        """Accumulate micro-batches, average over ranks, refuse non-finite values, clip, update."""
-        optimizer.zero_grad(set_to_none=False)
-        sums: dict[str, Tensor] = {}
-        bad: list[str] = []
+    def _backward(
+        self, name: str, batch: Batch, loss: Callable[[Batch], Losses]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Gradients of the mean loss over ``batch``, added up by micro-batches. Returns means of loss and metrics, and the ids of the
+        prompts where one of them is not finite."""
+        means: dict[str, Tensor] = {}
+        refused: list[str] = []
         size = self.config.sizes.micro_batch
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
@@ -185,23 +169,33 @@ class Learner:
             finite = torch.isfinite(value.detach())
             for metric in metrics.values():
                 finite &= torch.isfinite(metric)
-            bad += [i for i, ok in zip(part.ids, finite.tolist(), strict=True) if not ok]
+            refused += [i for i, ok in zip(part.ids, finite.tolist(), strict=True) if not ok]
             value.sum().div(len(batch)).backward()
             for key, metric in {f"loss/{name}": value.detach(), **metrics}.items():
-                sums[key] = sums.get(key, torch.zeros((), device=self.device)) + metric.detach().sum() / len(batch)
-        if extra is not None:
-            value = extra()
-            value.backward()
-            sums["loss/anchor"] = value.detach()
+                means[key] = means.get(key, torch.zeros((), device=self.device)) + metric.detach().sum() / len(batch)
+        return means, refused
+
+    def _backward_anchor(self, anchor: AnchorPairs) -> Tensor:
+        """Weighted regression to this rank's share of stored pairs; the mean over the global anchor batch."""
+        z, x0, condition = anchor.draw(self.config.seed, self.step_count, self.parallel)
+        predicted = self.backbone.generate(self.generator_net, z, condition)
+        value = anchor.config.weight * anchor.loss(predicted, x0)
+        value.backward()
+        return value.detach()
+
+    def _update(
+        self, name: str, optimizer: torch.optim.Optimizer, settings: Optim, means: dict[str, Tensor], refused: list[str]
+    ) -> dict[str, float]:
+        """Average gradients and ``means`` over ranks, refuse what is not finite, clip, set the rate, update. Returns the means."""
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in weights]
-        flags = torch.tensor(float(len(bad)), device=self.device)
-        own = [g for g in gradients if not sharding.is_split(g)]  # the others were averaged by their backward passes
-        self.parallel.mean_([flags, *sums.values(), *own])
+        flags = torch.tensor(float(len(refused)), device=self.device)
+        own = [g for g in gradients if not fsdp.is_sharded(g)]  # the others were averaged by their backward passes
+        self.parallel.mean_([flags, *means.values(), *own])
         norm = torch.nn.utils.get_total_norm(gradients)
-        size_of_all = sharding.whole(norm).item()
-        if flags > 0 or not math.isfinite(size_of_all):
-            where = f"prompt ids {bad}" if bad else "its gradient, or another worker's samples"
+        size = fsdp.whole(norm).item()
+        if flags > 0 or not math.isfinite(size):
+            where = f"prompt ids {refused}" if refused else "its gradient, or another worker's samples"
             raise NonFiniteError(
                 f"step {self.step_count + 1}: non-finite {name} loss or reward at {where}. The update was not applied and the last good "
                 f"checkpoint is kept. Look at these prompts and the reward; lower {name}.lr (now {settings.lr:g}) or set drp.clip."
@@ -210,7 +204,16 @@ class Learner:
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * _rate(settings, self.step_count, self.config.train.steps)
         optimizer.step()
-        return {k: v.item() for k, v in sums.items()} | {f"grad/{name}": size_of_all}
+        return {k: v.item() for k, v in means.items()} | {f"grad/{name}": size}
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Move the generator's running average; young ones follow faster."""
+        if self.ema_net is self.generator_net:
+            return
+        decay = min(self.config.train.ema_decay, (1 + self.step_count) / (10 + self.step_count))
+        for mean, value in zip(self.ema_net.parameters(), self.generator_weights.values.values(), strict=True):
+            mean.lerp_(value.to(mean.dtype), 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs."""

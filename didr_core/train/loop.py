@@ -131,7 +131,7 @@ def loop(
         if every and report.step % every == 0:
             _show(learner, gallery, report.step)
         if report.step % train.checkpoint_every == 0 or report.step == train.steps:
-            if writes or learner.split:
+            if writes or learner.fsdp:
                 journal.save()
             observer.checkpoint(report.step)
     journal.saver.wait()

@@ -13,7 +13,7 @@ from torch import nn
 
 from didr_core import config
 from didr_core.config import Optim
-from didr_core.networks import optim as precision
+from didr_core.networks import optim
 from didr_core.networks.optim import StochasticAdamW, Weights, stochastic_round
 from didr_core.train import checkpoint as state
 from didr_core.types import DIDRError
@@ -39,9 +39,9 @@ def descend(network: nn.Linear, optimizer: torch.optim.Optimizer, steps: int = S
         optimizer.step()
 
 
-def ours(network: nn.Linear, update: precision.Update, **changes: Any) -> tuple[Weights, torch.optim.Optimizer]:
+def ours(network: nn.Linear, update: optim.Update, **changes: Any) -> tuple[Weights, torch.optim.Optimizer]:
     weights = Weights(network, update)
-    return weights, precision.optimizer(weights, Optim(lr=LR, **changes), seed=7)
+    return weights, optim.optimizer(weights, Optim(lr=LR, **changes), seed=7)
 
 
 def test_plain_bfloat16_stands_still_and_ours_moves() -> None:
@@ -159,5 +159,5 @@ def test_an_absent_8_bit_adam_is_named_in_preflight() -> None:
     eight = config.load("tiny", ["generator.optimizer=adamw8bit"])
     if __import__("importlib.util").util.find_spec("bitsandbytes") is None:
         with pytest.raises(DIDRError, match=r"generator\.optimizer='adamw8bit': bitsandbytes is not installed"):
-            precision.check(eight)
-    precision.check(config.load("tiny"))
+            optim.check(eight)
+    optim.check(config.load("tiny"))

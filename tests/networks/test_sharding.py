@@ -14,11 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from random_models import sdxl_folder
 from small_learner import batch, learner, planned
+from small_learner import held as bytes_held
 from torch import Tensor
 
 from didr_core import config
-from didr_core.networks import fsdp as sharding
-from didr_core.networks import optim as precision
+from didr_core.networks import fsdp, optim
 from didr_core.train import checkpoint as state
 from didr_core.train import distributed as parallel
 from didr_core.train.learner import Learner
@@ -54,9 +54,9 @@ def weights(of: Learner) -> dict[str, Tensor]:
     """All that trains, whole, by role and name."""
     parts = {"generator": of.generator_weights, "assistant": of.assistant_weights}
     found = {
-        f"{role}/{name}": sharding.whole(v.detach()) for role, part in parts.items() for name, v in part.values.items()
+        f"{role}/{name}": fsdp.whole(v.detach()) for role, part in parts.items() for name, v in part.values.items()
     }
-    return found | {f"ema/{name}": sharding.whole(v.detach()) for name, v in of.ema_net.named_parameters()}
+    return found | {f"ema/{name}": fsdp.whole(v.detach()) for name, v in of.ema_net.named_parameters()}
 
 
 def one_process(folder: Path, case: str, steps: int = STEPS) -> Learner:
@@ -95,14 +95,14 @@ def _checks(rank: int, folder: Path, out: Path) -> None:
         for _ in range(STEPS):
             many.step(half(many))
         found = weights(many)
-        held = sum(p.to_local().numel() if sharding.is_split(p) else p.numel() for p in many.generator_net.parameters())
+        held = sum(p.to_local().numel() if fsdp.is_sharded(p) else p.numel() for p in many.generator_net.parameters())
         torch.save({"weights": found, "held": held}, out / f"{case}-{rank}.pt")
 
     # with Adam: on from a checkpoint of two workers, and from one of a single one
     straight = subject(folder, "full", parallel.current(), 2)
     saver = state.Saver(straight)
     straight.step(half(straight))
-    torch.save(held(straight), out / f"held-{rank}.pt")
+    torch.save(bytes_held(straight), out / f"held-{rank}.pt")
     moments = {k: v.clone() for k, v in _moments(straight).items()}
     done: list[int] = []
     saver.save(out / "two", {"n": 1}, then=lambda: done.append(1))
@@ -149,7 +149,7 @@ def _checks(rank: int, folder: Path, out: Path) -> None:
 def _moments(of: Learner) -> dict[str, Tensor]:
     states = (of.generator_opt.state, of.assistant_opt.state)
     return {
-        f"{n}/{i}/{k}": sharding.whole(v)
+        f"{n}/{i}/{k}": fsdp.whole(v)
         for n, s in enumerate(states)
         for i, p in enumerate(s.values())
         for k, v in p.items()
@@ -162,7 +162,7 @@ def two_processes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     first = subject(folder, "full")  # a checkpoint of one worker
     first.step(batch(first))
     state.save(out / "one", first, {"n": 1})
-    assert not (out / "one" / sharding.FOLDER).exists()
+    assert not (out / "one" / fsdp.FOLDER).exists()
     mp.spawn(_worker, (str(folder), str(out)), nprocs=2)
     return out
 
@@ -227,15 +227,15 @@ def test_a_worker_holds_what_the_plan_says(two_processes: Path, folder: Path) ->
 
 def test_a_checkpoint_that_lacks_a_part_is_named(two_processes: Path, folder: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(two_processes / "two", tmp_path / "broken"))
-    next((broken / sharding.FOLDER).glob("*.distcp")).unlink()
+    next((broken / fsdp.FOLDER).glob("*.distcp")).unlink()
     with pytest.raises(DIDRError, match="checkpoint .*broken: does not fit this recipe, or is damaged"):
         state.load(broken, subject(folder, "full"))
 
 
 def test_moments_made_to_load_into_change_nothing(folder: Path) -> None:
     fresh, begun = subject(folder, "masters"), subject(folder, "masters")
-    precision.begin(begun.generator_opt)
-    precision.begin(begun.generator_opt)
+    optim.begin(begun.generator_opt)
+    optim.begin(begun.generator_opt)
     assert all(torch.equal(v, weights(begun)[n]) for n, v in weights(fresh).items())
     assert begun.generator_opt.param_groups[0]["lr"] == fresh.generator_opt.param_groups[0]["lr"] > 0
     assert len(begun.generator_opt.state) == len(begun.generator_weights.values)
@@ -243,7 +243,7 @@ def test_moments_made_to_load_into_change_nothing(folder: Path) -> None:
 
 def test_blocks_are_gathered_one_by_one(folder: Path) -> None:
     network = subject(folder, "full").generator_net
-    sizes = list(sharding.unit_sizes(network))
+    sizes = list(fsdp.unit_sizes(network))
     assert len(sizes) > 5 and sum(sizes) == sum(p.numel() for p in network.parameters())
     assert max(sizes) < 0.5 * sum(sizes)
 
@@ -257,7 +257,7 @@ def test_what_cannot_be_split_is_refused(folder: Path, monkeypatch: pytest.Monke
     tied = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
     with pytest.raises(DIDRError, match="layers of Sequential share weights"):
-        sharding.split(tied, torch.device("cpu"))
+        fsdp.shard(tied, torch.device("cpu"))
     recipe = config.load("exact_2d", ["roles.fsdp=true", "generator.optimizer=adamw8bit"])
     with pytest.raises(DIDRError, match="cannot update weights that are split"):
-        precision.check(recipe)
+        optim.check(recipe)
