@@ -17,7 +17,7 @@ def train(recipe: str, settings: Sequence[str], work: Path, name: str) -> Path:
     folder = work / name
     if (folder / "export" / "model_index.json").is_file():
         return folder / "export"
-    command = [sys.executable, "-m", "didr_core.train.loop"]
+    command = [sys.executable, "-m", "didr_core.train"]
     if (folder / "config.yaml").is_file():
         command += ["--resume", str(folder)]
     else:

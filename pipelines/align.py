@@ -26,8 +26,9 @@ from didr_core.config import Config
 from didr_core.data import scales
 from didr_core.data.feed import is_black_box
 from didr_core.data.prompts import PromptIndex
+from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
-from didr_core.train.loop import Observer, outcome, train
+from didr_core.train.loop import Observer, outcome
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError, StepReport
 from pipelines.cluster.resources import ClusterView, Node, check, encoder_need, reward_need, run_plan, train_need
@@ -75,7 +76,7 @@ def align(
     run.write_config(config)
     with outcome(run), _board(config, run) as board:
         if local:
-            train(config, run, index, board, save_grid)
+            train_and_finish(config, run, index, board, save_grid)
         else:
             _on_ray(config, run, index, board, address, verbose)
         board.stage("writing the report")

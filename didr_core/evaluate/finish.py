@@ -16,6 +16,7 @@ from didr_core.evaluate.scoreboard import provenance
 from didr_core.evaluate.scores import Contestant, Scores, one_step_contestant, score_models, teacher_contestant
 from didr_core.export.folder import export_run
 from didr_core.train.learner import Learner
+from didr_core.train.loop import Observer, train
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import Backbone, DIDRError, Reward
 
@@ -60,6 +61,20 @@ class Gallery:
     def after(self, step: int, network: nn.Module) -> None:
         """The grid of a step."""
         self.show(self.run.path / "grids" / f"step-{step:06d}.png", f"{self.config.name}, step {step}", network)
+
+
+def train_and_finish(
+    config: Config, run: RunFolder, index: PromptIndex, observer: Observer | None = None, draw: Draw | None = None
+) -> None:
+    """A whole run in this process: restore, steps, export and scores. Call it inside :func:`didr_core.train.loop.outcome`.
+
+    Raises:
+        DIDRError: anything a user can mend; the run folder keeps its checkpoints.
+    """
+    observer = observer or Observer()
+    grid_of = (lambda learner: Gallery(learner, learner.config, run, draw).after) if draw else None
+    learner = train(config, run, index, observer, grid_of)
+    finish(learner, learner.config, run, observer.stage, draw)
 
 
 def finish(

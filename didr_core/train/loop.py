@@ -1,35 +1,32 @@
 """The training loop: batches in, steps, checkpoints and metrics out. One process of it; no Ray, no MLflow.
 
-    python -m didr_core.train --recipe tiny [--set drp.beta=0.5] [--output DIR] [--resume RUN]
-
-`pipelines/align.py` runs the same :func:`loop` in each Ray Train worker. What else wants to hear of progress (console, MLflow, a report at
-checkpoints) is an :class:`Observer`.
+`python -m didr_core.train` runs it in this process, `pipelines/align.py` in each Ray Train worker. What else wants to hear of progress
+(console, MLflow, a report at checkpoints) is an :class:`Observer`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.data import scales
 from didr_core.data.feed import LocalFeed, device_of
 from didr_core.data.prompts import PromptIndex
-from didr_core.evaluate.finish import Draw, Gallery, finish
-from didr_core.plan.preflight import preflight
 from didr_core.train import checkpoint as state
 from didr_core.train.alarms import Alarms
 from didr_core.train.learner import Learner
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import Batch, DIDRError, NonFiniteError, StepReport
+
+Grid = Callable[[int, nn.Module], Any]
+"""Draws pictures of the step and network that it is given."""
 
 
 class Observer:
@@ -94,14 +91,14 @@ def loop(
     observer: Observer,
     *,
     writes: bool = True,
-    gallery: Gallery | None = None,
+    grid: Grid | None = None,
     until: int | None = None,
 ) -> None:
     """Steps until ``config.train.steps`` (or ``until`` of them) are done. Every rank calls it with its share of each batch.
 
     Args:
         batches: one a step, from the step that the learner is at.
-        writes: this rank writes metrics and checkpoints (rank 0). gallery: draws grids on the way, every `evaluation.every` steps.
+        writes: this rank writes metrics and checkpoints (rank 0). grid: shown the running average every `evaluation.every` steps.
 
     Raises:
         NonFiniteError: see :meth:`Learner.step`; checkpoints stay as they are.
@@ -129,7 +126,7 @@ def loop(
             journal.run.log(report)
         observer.step(report)
         if every and report.step % every == 0:
-            _show(learner, gallery, report.step)
+            _show(learner, grid, report.step)
         if report.step % train.checkpoint_every == 0 or report.step == train.steps:
             if writes or learner.fsdp:
                 journal.save()
@@ -137,16 +134,23 @@ def loop(
     journal.saver.wait()
 
 
-def _show(learner: Learner, gallery: Gallery | None, step: int) -> None:
+def _show(learner: Learner, grid: Grid | None, step: int) -> None:
     network = learner.whole_average()  # for now only: it may be a whole network beside the split ones
-    if gallery and network:
-        gallery.after(step, network)
+    if grid and network:
+        grid(step, network)
 
 
 def train(
-    config: Config, run: RunFolder, index: PromptIndex, observer: Observer | None = None, draw: Draw | None = None
-) -> None:
-    """The whole run in this process: restore, loop, export and scores. Call it inside :func:`outcome`.
+    config: Config,
+    run: RunFolder,
+    index: PromptIndex,
+    observer: Observer | None = None,
+    grid_of: Callable[[Learner], Grid] | None = None,
+) -> Learner:
+    """All steps in this process, from the newest checkpoint on; call it inside :func:`outcome`. Returns the trained networks.
+
+    Args:
+        grid_of: makes what `evaluation.every` asks for, once the networks are loaded.
 
     Raises:
         DIDRError: anything a user can mend; the run folder keeps its checkpoints.
@@ -163,10 +167,10 @@ def train(
     journal.restore()
     run.forget_after(learner.step_count)
     observer.started(run, config, learner.step_count)
-    gallery = Gallery(learner, config, run, draw) if draw and config.evaluation.every else None
+    grid = grid_of(learner) if grid_of and config.evaluation.every else None
     feed = LocalFeed(config, learner.step_count * config.train.batch)
-    loop(learner, feed, journal, observer, gallery=gallery)
-    finish(learner, config, run, observer.stage, draw)
+    loop(learner, feed, journal, observer, grid=grid)
+    return learner
 
 
 @contextlib.contextmanager
@@ -188,47 +192,3 @@ def outcome(run: RunFolder) -> Iterator[None]:
                 run.update(status=status, ended=time.time(), message=str(error) or type(error).__name__)
             raise
         run.update(status="finished", ended=time.time())
-
-
-class _Lines(Observer):
-    """A plain line a step."""
-
-    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
-        if done in (0, total):
-            print(text, flush=True)
-
-    def step(self, report: StepReport) -> None:
-        shown = ("loss/generator", "reward/gain", "drs/ratio", "time/step")
-        values = " ".join(f"{k}={report.metrics[k]:.4g}" for k in shown if k in report.metrics)
-        print(f"step {report.step} {values} {' '.join(report.alarms)}".rstrip(), flush=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m didr_core.train", description="Align in one process, without Ray.")
-    parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--output", help="this run's folder (default: runs/<name>-<time>)")
-    parser.add_argument("--resume", metavar="RUN", help="continue a run: its folder or name")
-    given = parser.parse_args(arguments)
-    try:
-        if given.resume:
-            run = RunFolder.find(given.resume)
-            config = run.config(given.overrides)
-            index = preflight(config)
-            run.write_config(config)
-        else:
-            config = configs.load(given.recipe, given.overrides)
-            index = preflight(config)
-            run = RunFolder.create(config, given.output, " ".join(["python -m didr_core.train", *sys.argv[1:]]))
-        with outcome(run):
-            train(config, run, index, _Lines())
-    except DIDRError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"done: {Path(run.path)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,8 +14,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from didr_core import config as configs
+from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
-from didr_core.train.loop import train
 from didr_core.train.run_folder import RunFolder
 from examples.tiny_world import training
 from examples.tiny_world.assemble import assemble_generator
@@ -50,7 +50,7 @@ def build(folder: Path = training.BUILD_DIR, world: Path = training.WORLD_DIR, *
     config = configs.load("tiny_distill", overrides)
     index = preflight(config)
     run = RunFolder.find(str(place)) if (place / "config.yaml").is_file() else RunFolder.create(config, str(place))
-    train(config, run, index)
+    train_and_finish(config, run, index)
     unet = UNet2DConditionModel.from_pretrained(place / "export" / "unet", torch_dtype=torch.float32)
     unet.save_pretrained(folder / "distilled_unet")
     assemble_generator(folder / "distilled_unet", world)

@@ -81,9 +81,9 @@ def _train(config: Config, run: RunFolder, ranks: Parallel, corpus: str, scorers
     learner = Learner(config, device=ray.train.torch.get_device(), parallel=ranks, reward=reward)
     journal = Journal(run, config, learner, corpus)
     journal.restore()
-    gallery = Gallery(learner, config, run, save_grid) if first and config.evaluation.every else None
+    grid = Gallery(learner, config, run, save_grid).after if first and config.evaluation.every else None
     stage("waiting for the first prompts", 0, 0)
-    loop(learner, stream, journal, Reporter(), writes=first, gallery=gallery)
+    loop(learner, stream, journal, Reporter(), writes=first, grid=grid)
     learner.gather()
     if first:
         finish(learner, config, run, stage, save_grid)

@@ -12,10 +12,11 @@ from random_models import prompt_shards
 
 from didr_core import config as configs
 from didr_core.data.feed import LocalFeed
+from didr_core.evaluate.finish import train_and_finish
 from didr_core.export.sample import OneStep
 from didr_core.plan.preflight import preflight
 from didr_core.train.learner import Learner
-from didr_core.train.loop import outcome, train
+from didr_core.train.loop import outcome
 from didr_core.train.run_folder import RunFolder
 from didr_core.world import random_models
 
@@ -43,11 +44,11 @@ def test_from_recipe_to_stock_diffusers(family: str, options: list[str], tmp_pat
     index = preflight(config)
     whole, resumed = (RunFolder.create(config, str(tmp_path / name)) for name in ("whole", "resumed"))
     with outcome(whole):
-        train(config, whole, index)
+        train_and_finish(config, whole, index)
     stopped = configs.load(f"tiny_{family}", [*small, "train.steps=2", "train.checkpoint_every=1"])
     for settings in (stopped, config):
         with outcome(resumed):
-            train(settings, resumed, index)
+            train_and_finish(settings, resumed, index)
     expected, got = (
         torch.load(run.checkpoint(3) / "state.pt", weights_only=True)["learner"] for run in (whole, resumed)
     )

@@ -23,10 +23,11 @@ from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.data.feed import LocalFeed
 from didr_core.data.prompts import PromptIndex
+from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
 from didr_core.train.distributed import ProcessGroup
 from didr_core.train.learner import Learner
-from didr_core.train.loop import Journal, Observer, loop, outcome, train
+from didr_core.train.loop import Journal, Observer, loop, outcome
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 from pipelines.align import align
@@ -47,7 +48,7 @@ def whole(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     config = configs.load(str(toy))
     run = RunFolder.create(config, str(tmp_path_factory.mktemp("whole") / "run"))
     with outcome(run):
-        train(config, run, PromptIndex.open(config.data.prompts))
+        train_and_finish(config, run, PromptIndex.open(config.data.prompts))
     return run
 
 
@@ -119,7 +120,7 @@ def test_a_run_scores_itself_against_its_control_and_the_teacher(toy: Path, whol
     config = configs.load(str(toy), ["algorithm=diff_instruct", "train.steps=1", control, "evaluation.teacher_steps=2"])
     run = RunFolder.create(config, str(tmp_path / "run"))
     with outcome(run):
-        train(config, run, PromptIndex.open(config.data.prompts))
+        train_and_finish(config, run, PromptIndex.open(config.data.prompts))
     models = json.loads((run.path / "scores.json").read_text())["models"]
     assert list(models) == ["start", "control", "aligned", "teacher"] and models["teacher"]["steps"] == 2
     rows = np.load(run.path / "scores.npz")

@@ -135,9 +135,9 @@ def _train(run: RunFolder, steps: int, rank: int) -> None:
     journal = Journal(run, config, learner, "")
     journal.restore()
     assert learner.step_count == (0 if steps == 2 else 2)
-    gallery = Gallery(learner, config, run, save_grid) if rank == 0 else None
+    grid = Gallery(learner, config, run, save_grid).after if rank == 0 else None
     feed = LocalFeed(config, learner.step_count * config.train.batch, rank=rank, world=2)
-    loop(learner, feed, journal, Observer(), writes=rank == 0, gallery=gallery)
+    loop(learner, feed, journal, Observer(), writes=rank == 0, grid=grid)
     learner.gather()
     dist.barrier()  # rank 0 counts checkpoints
     if rank == 0 and steps == 3:

@@ -1,0 +1,26 @@
+"""Files are replaced whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from didr_core.config.files import replace_text, replaced
+
+
+def test_a_file_is_replaced_whole_and_folders_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run.json"
+    replace_text(path, "first, ±")
+    replace_text(path, "second")
+    assert path.read_text() == "second" and [p.name for p in path.parent.iterdir()] == ["run.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "scores.npz"
+    replace_text(path, "old")
+    with pytest.raises(OSError, match="full"), replaced(path) as partial:
+        assert partial.suffix == ".npz" and partial.parent == tmp_path  # numpy appends a suffix that is missing
+        partial.write_text("half")
+        raise OSError("disk full")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
