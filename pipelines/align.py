@@ -24,7 +24,6 @@ from typing import Any
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.data import scales
-from didr_core.data.feed import is_black_box
 from didr_core.data.prompts import PromptIndex
 from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
@@ -228,7 +227,7 @@ def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, board: Bo
 
     from pipelines.cluster.scoring import start_scorers
 
-    scorers = start_scorers(config, reward_need(config.workers, view)) if is_black_box(config) else []
+    scorers = start_scorers(config, reward_need(config.workers, view)) if config.black_box else []
     for failures in range(config.workers.max_failures + 1):
         step = run.last_step()
         run.forget_after(step)

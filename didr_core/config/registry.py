@@ -137,6 +137,12 @@ def build(kind: str, config: Component) -> Any:
     return find(kind, config.name)(config)
 
 
+def bundled(path: str) -> Path | None:
+    """Where ``world://x`` lies in the bundled world (runs before 0.2 wrote ``zoo://x``); None of any other path."""
+    scheme, is_address, rest = path.partition("://")
+    return WORLD / rest if is_address and scheme in ("world", "zoo") else None
+
+
 def locate(path: str) -> Path:
-    """``zoo://x`` is inside the bundled world; anything else is a path as it stands."""
-    return WORLD / path.removeprefix("zoo://") if path.startswith("zoo://") else Path(path).expanduser()
+    """``world://x`` is inside the bundled world; anything else is a path as it stands."""
+    return bundled(path) or Path(path).expanduser()

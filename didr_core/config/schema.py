@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from didr_core.config import registry
 from didr_core.config.registry import Component, Strict, component
+from didr_core.types import DIDRError
 
 
 class Data(Strict):
@@ -274,6 +276,29 @@ class Config(Strict):
                 f"train.micro_batch={self.train.micro_batch} does not divide a worker's share of {share} samples"
             )
         return self
+
+    @property
+    def torch_device(self) -> torch.device:
+        """`device`, with "auto" = CUDA where this process sees one.
+
+        Raises:
+            DIDRError: "cuda" is asked for and there is none.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise DIDRError(
+                "device='cuda': this process sees no CUDA device. Use device=auto or cpu, or give the worker a GPU."
+            )
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether the algorithm asks for rewards, and so for what is prepared for them."""
+        return bool(registry.find("algorithms", self.algorithm.name).needs_reward)
+
+    @property
+    def black_box(self) -> bool:
+        """Whether rewards are asked for whose model has no gradient: it need not sit on a trainer, actors can score for it."""
+        return self.needs_reward and self.reward is not None and not differentiable(self.reward)
 
     @property
     def sizes(self) -> Sizes:

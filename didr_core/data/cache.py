@@ -18,15 +18,21 @@ from typing import Any
 import numpy as np
 
 from didr_core.config import Config, dump
-from didr_core.data.feed import Columns, LocalFeed, needs_reward, to_batch
+from didr_core.data.feed import Columns, LocalFeed, to_batch
+from didr_core.data.prompts import open_prompts
 from didr_core.types import Batch
 
 
 def feed_key(config: Config) -> str:
     """A hash of all that the columns of a batch depend on."""
     tree = dump(config)
-    parts: dict[str, Any] = {name: tree[name] for name in ("data", "seed", "backbone", "baseline")}
-    parts |= {"batch": config.train.batch, "reward": tree["reward"] if needs_reward(config) else None}
+    parts: dict[str, Any] = {name: tree[name] for name in ("data", "seed", "device", "backbone")}
+    parts |= {"batch": config.train.batch, "corpus": open_prompts(config).fingerprint}
+    if (
+        config.needs_reward
+    ):  # then there are baselines: pictures of the start, which has the type and base that its role says
+        roles = {"generator": tree["roles"]["generator"], "dtype": tree["roles"]["dtype"]}
+        parts |= {"reward": tree["reward"], "baseline": tree["baseline"], "roles": roles}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from didr_core.config import Config, build, differentiable, registry
-from didr_core.data.prompts import Prompt, PromptIndex
+from didr_core.config import Config, build
+from didr_core.data.prompts import Prompt, open_prompts
 from didr_core.diffusion.noise import Noise
 from didr_core.networks import roles
 from didr_core.types import Backbone, Batch, Condition, DIDRError
@@ -25,34 +25,6 @@ Columns = dict[str, Any]
 """Name to numpy array; all of one length."""
 
 CONDITION, REWARD = "condition/", "reward/"
-
-
-def device_of(config: Config) -> torch.device:
-    """``config.device``, with "auto" = CUDA where this process sees one.
-
-    Raises:
-        DIDRError: "cuda" is asked for and there is none.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise DIDRError(
-            "device='cuda': this process sees no CUDA device. Use device=auto or cpu, or give the worker a GPU."
-        )
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def needs_reward(config: Config) -> bool:
-    """Whether the algorithm asks for rewards, and so for a :class:`RewardPreparer`."""
-    return bool(registry.find("algorithms", config.algorithm.name).needs_reward)
-
-
-def is_black_box(config: Config) -> bool:
-    """Whether rewards are asked for whose model has no gradient: it need not sit on a trainer, actors can score for it."""
-    return needs_reward(config) and config.reward is not None and not differentiable(config.reward)
-
-
-def open_prompts(config: Config) -> PromptIndex:
-    """The training corpus of ``config``."""
-    return PromptIndex.open(config.data.prompts, config.data.column, config.data.id_column)
 
 
 def columns(prompts: Sequence[Prompt]) -> Columns:
@@ -68,7 +40,7 @@ class PromptEncoder:
     """Adds ``condition/<name>`` columns. Holds the text towers, which never sit on a trainer."""
 
     def __init__(self, config: Config) -> None:
-        self.device = device_of(config)
+        self.device = config.torch_device
         self.backbone: Backbone = build("backbones", config.backbone)
         self.backbone.load_text()
         _move(self.backbone, self.device)
@@ -90,7 +62,7 @@ class RewardPreparer:
     def __init__(self, config: Config) -> None:
         if config.reward is None:
             raise DIDRError("reward: none is configured, so there is nothing to prepare")
-        self.device = device_of(config)
+        self.device = config.torch_device
         self.samples = config.baseline.samples
         self.noise = Noise(config.seed)
         self.backbone: Backbone = build("backbones", config.backbone)
@@ -167,7 +139,7 @@ class LocalFeed:
         config, size = self.config, self.config.train.batch
         share = size // self.world
         if self._stages is None:
-            self._stages = [PromptEncoder(config), *([RewardPreparer(config)] if needs_reward(config) else [])]
+            self._stages = [PromptEncoder(config), *([RewardPreparer(config)] if config.needs_reward else [])]
         first = step * size + self.rank * share
         batch = columns(self.index.read(np.arange(first, first + share), config.seed))
         for stage in self._stages:

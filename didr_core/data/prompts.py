@@ -2,12 +2,12 @@
 
 A corpus is a Parquet file, a folder of them (sorted by name), or a glob. Opening it reads footers only. The stream is a
 function of ``(seed, sample index)``: sample ``i`` is in epoch ``i // N``, and an epoch is a permutation made in two stages,
-so that nothing as long as the corpus is ever in memory and a million prompts start as fast as a thousand:
+so that nothing as long as the corpus is ever in memory and 1e8 prompts start as fast as a thousand:
 
-1. row groups are put in random order and gathered into windows of about :data:`WINDOW` rows (at least one row group);
-2. the rows of a window are permuted.
+1. row groups are put in random order;
+2. of the rows in that order, every :data:`WINDOW` are permuted among themselves: what is read at once, and kept.
 
-So the row group is the unit of reading: write shards with row groups of at most some ten thousand prompts
+A window holds whole row groups but for its first and last, so write shards with row groups of at most some ten thousand prompts
 (`pyarrow.parquet.write_table(table, path, row_group_size=8192)`). A corpus smaller than a window is shuffled as a whole.
 
 Because a sample is known by its index, resuming needs no iterator state: the cursor is one number, the number of samples consumed.
@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections import OrderedDict
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +31,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from didr_core.config import locate
+from didr_core.config import Config, bundled, locate
 from didr_core.types import DIDRError
 
 WINDOW = 65_536
-"""Rows that are shuffled among themselves; also bounds what a reading process keeps in memory (about 60 bytes a row)."""
+"""Rows that are shuffled among themselves. A reading process keeps two windows: about 100 bytes a row more than the text."""
 
 _SPACE = " \t\n\r\f\v\u00a0"
 
@@ -49,18 +49,24 @@ class Prompt:
     prompt: str
 
 
+class RowGroup(NamedTuple):
+    """The unit of reading: shard (by number), number in the shard, first row in the shard, rows."""
+
+    shard: int
+    number: int
+    first: int
+    rows: int
+
+
 @dataclass(frozen=True)
 class PromptIndex:
-    """What the footers say: shards, and the rows of each row group. A few bytes a row group; travels to actors by pickle."""
+    """What the footers say: shards and their row groups. Some bytes a row group; travels to actors by pickle."""
 
     path: str  # as the user gave it
     shards: tuple[str, ...]
-    column: str
-    id_column: str | None  # none: 'shard:row' is the id
-    unit_shard: NDArray[np.int64]  # [U] shard of each row group
-    unit_group: NDArray[np.int64]  # [U] its number in the shard
-    unit_first: NDArray[np.int64]  # [U] its first row in the shard
-    unit_rows: NDArray[np.int64]  # [U]
+    groups: tuple[RowGroup, ...]
+    column: str = "prompt"
+    id_column: str | None = None  # none: 'shard:row' is the id
     key: str = "data.prompts"
 
     @classmethod
@@ -68,7 +74,7 @@ class PromptIndex:
         """Read the footers of all shards.
 
         Args:
-            path: file, folder, glob, ``zoo://...``, or a URI that pyarrow knows (``s3://bucket/folder``).
+            path: file, folder, glob, ``world://...``, or a URI that pyarrow knows (``s3://bucket/folder``).
             column: text column; must be there in every shard, and be of a string type.
             id_column: used where it exists.
             key: config key, for messages.
@@ -86,18 +92,12 @@ class PromptIndex:
                     f"{key}={path!r}: column {id_column!r} is in some shards and not in others (see {shard}); "
                     "add it everywhere, or set data.id_column to another name to number the rows"
                 )
-        rows = [group_rows for groups, _ in footers for group_rows in groups]
-        index = cls(
-            path=path,
-            shards=shards,
-            column=column,
-            id_column=id_column if has_id else None,
-            unit_shard=np.repeat(np.arange(len(shards)), [len(groups) for groups, _ in footers]),
-            unit_group=np.concatenate([np.arange(len(groups)) for groups, _ in footers]).astype(np.int64),
-            unit_first=np.concatenate([np.cumsum([0, *groups])[:-1] for groups, _ in footers]).astype(np.int64),
-            unit_rows=np.array(rows, np.int64),
-            key=key,
+        groups = tuple(
+            RowGroup(shard, number, first, rows)
+            for shard, (sizes, _) in enumerate(footers)
+            for number, (first, rows) in enumerate(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False))
         )
+        index = cls(path, shards, groups, column, id_column if has_id else None, key)
         if len(index) == 0:
             raise DIDRError(
                 f"{key}={path!r}: {len(shards)} shard(s) and not one prompt in them. Expected at least one row."
@@ -106,43 +106,16 @@ class PromptIndex:
 
     def __len__(self) -> int:
         """Prompts in all shards."""
-        return int(self.unit_rows.sum())
+        return sum(group.rows for group in self.groups)
 
     @property
     def fingerprint(self) -> str:
-        """Short hash of shard names and row counts: a resumed run must find the same corpus."""
+        """Short hash of shard names, row counts and order of samples: a resumed run must find the same corpus."""
         names = [s.rpartition("/")[2] for s in self.shards]
-        text = repr((names, self.column, self.unit_shard.tolist(), self.unit_rows.tolist()))
+        text = repr((names, self.column, [g.shard for g in self.groups], [g.rows for g in self.groups]))
+        if len(self) > WINDOW:  # before 0.2 windows ended with row groups; one window had today's order
+            text += f" windows of {WINDOW}"
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-    def locate(
-        self, indices: Sequence[int] | NDArray[np.int64], seed: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``(unit [B], row in the unit [B])`` of stream positions ``indices [B]``."""
-        indices = np.asarray(indices, np.int64)
-        units, rows = np.empty_like(indices), np.empty_like(indices)
-        epochs, places = np.divmod(indices, len(self))
-        for epoch in np.unique(epochs):
-            mine = np.flatnonzero(epochs == epoch)
-            units[mine], rows[mine] = self._in_epoch(places[mine], seed, int(epoch))
-        return units, rows
-
-    def _in_epoch(
-        self, places: NDArray[np.int64], seed: int, epoch: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        order, ends, window_ends = _epoch_plan(self.unit_rows.tobytes(), seed, epoch)
-        units, rows = np.empty_like(places), np.empty_like(places)
-        windows = np.searchsorted(window_ends, places, side="right")
-        for window in np.unique(windows):
-            mine = np.flatnonzero(windows == window)
-            first = int(window_ends[window - 1]) if window else 0
-            shuffled = (
-                first + _permutation(seed, epoch, int(window), int(window_ends[window]) - first)[places[mine] - first]
-            )
-            slot = np.searchsorted(ends, shuffled, side="right")
-            units[mine] = order[slot]
-            rows[mine] = shuffled - (ends[slot] - self.unit_rows[order[slot]])
-        return units, rows
 
     def read(self, indices: Sequence[int] | NDArray[np.int64], seed: int) -> list[Prompt]:
         """The samples at stream positions ``indices``, in that order.
@@ -151,32 +124,48 @@ class PromptIndex:
             DIDRError: a prompt that is empty, blank or null (names shard and row), or a shard that can no longer be read.
         """
         indices = np.asarray(indices, np.int64)
-        units, rows = self.locate(indices, seed)
-        texts: list[Any] = [None] * len(indices)
-        ids: list[Any] = [None] * len(indices)
-        for unit in np.unique(units):
-            mine = np.flatnonzero(units == unit)
-            table = self._unit(int(unit)).take(pa.array(rows[mine]))
-            for slot, text in zip(mine, table.column(self.column).to_pylist(), strict=True):
-                texts[slot] = text
-            if self.id_column:
-                for slot, value in zip(mine, table.column(self.id_column).to_pylist(), strict=True):
-                    ids[slot] = value
-        return [
-            self._sample(int(i), int(u), int(r), text, value)
-            for i, u, r, text, value in zip(indices, units, rows, texts, ids, strict=True)
-        ]
+        epochs, places = np.divmod(indices, len(self))
+        windows, rows = np.divmod(places, WINDOW)
+        samples: dict[int, Prompt] = {}
+        for epoch, window in sorted(set(zip(epochs.tolist(), windows.tolist(), strict=True))):
+            mine = np.flatnonzero((epochs == epoch) & (windows == window))
+            found = _window(self, seed, epoch, window).take(rows[mine])
+            samples |= zip(mine.tolist(), self._samples(indices[mine].tolist(), found), strict=True)
+        return [samples[slot] for slot in range(len(indices))]
 
-    def _sample(self, index: int, unit: int, row: int, text: Any, value: Any) -> Prompt:
-        shard = self.shards[self.unit_shard[unit]]
-        place = int(self.unit_first[unit]) + row
-        if not isinstance(text, str) or not text.strip():
-            raise _bad_prompt(self.key, shard, place, self.column, text)
-        return Prompt(index, f"{shard.rpartition('/')[2]}:{place}" if value is None else str(value), text)
+    def _samples(self, indices: Sequence[int], table: pa.Table) -> list[Prompt]:
+        """Rows of :meth:`_rows` as samples."""
+        samples = []
+        for index, row in zip(indices, table.to_pylist(), strict=True):
+            if not (row["prompt"] or "").strip():
+                raise self._blank(row)
+            samples.append(Prompt(index, row["id"], row["prompt"]))
+        return samples
 
-    def _unit(self, unit: int) -> pa.Table:
-        columns = (self.column, self.id_column) if self.id_column else (self.column,)
-        return _CACHE.get(self.shards[self.unit_shard[unit]], int(self.unit_group[unit]), columns, self.key)
+    def _blank(self, row: dict[str, Any]) -> DIDRError:
+        place = f"{self.shards[row['shard']]}:{row['row']}"
+        return DIDRError(
+            f"{self.key}: the prompt at {place} (shard:row, column {self.column!r}) is {row['prompt']!r}. "
+            "Expected non-empty text; remove the row or fill it in."
+        )
+
+    def _rows(self, group: RowGroup, start: int = 0, stop: int | None = None) -> pa.Table:
+        """Rows of a row group, read from disk: ``prompt``, ``id``, and where they stand, ``shard`` and ``row``."""
+        columns = [self.column, *([self.id_column] if self.id_column else [])]
+        table = _read_group(self.shards[group.shard], group.number, columns, self.key)
+        table = table.slice(start, None if stop is None else stop - start)
+        rows = range(group.first + start, group.first + start + len(table))
+        ids = table.column(self.id_column).to_pylist() if self.id_column else [None] * len(table)
+        name = self.shards[group.shard].rpartition("/")[2]
+        names = [f"{name}:{row}" if value is None else str(value) for row, value in zip(rows, ids, strict=True)]
+        return pa.table(
+            {
+                "prompt": table.column(self.column).cast(pa.large_string()),
+                "id": pa.array(names, pa.string()),
+                "shard": np.full(len(table), group.shard),
+                "row": np.array(rows, np.int64),
+            }
+        )
 
     def scan(self, rows: int = 200_000) -> int:
         """Look for empty, blank and null prompts in the first ``rows`` rows, a row group at a time; returns the rows looked at.
@@ -187,45 +176,50 @@ class PromptIndex:
             DIDRError: as :meth:`read`.
         """
         seen = 0
-        for unit in range(len(self.unit_rows)):
+        for group in self.groups:
             if seen >= rows:
                 break
-            shard = self.shards[self.unit_shard[unit]]
-            column = _read_group(shard, int(self.unit_group[unit]), (self.column,), self.key).column(self.column)
-            text = column.cast(pa.large_string())
-            blank = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim(text, characters=_SPACE)), 0), True)
-            first = pc.index(blank, True).as_py()
+            table = self._rows(group)
+            length = pc.utf8_length(pc.utf8_trim(table.column("prompt"), characters=_SPACE))
+            first = pc.index(pc.fill_null(pc.equal(length, 0), True), True).as_py()
             if first >= 0:
-                raise _bad_prompt(
-                    self.key, shard, int(self.unit_first[unit]) + first, self.column, column[first].as_py()
-                )
-            seen += len(column)
+                raise self._blank(table.slice(first, 1).to_pylist()[0])
+            seen += len(table)
         return seen
 
     def first(self, count: int) -> list[Prompt]:
         """The first ``count`` prompts in file order (held-out grids): index = row in the corpus."""
         found: list[Prompt] = []
-        for unit in range(len(self.unit_rows)):
-            take = min(count - len(found), int(self.unit_rows[unit]))
-            if take <= 0:
+        for group in self.groups:
+            if len(found) == count:
                 break
-            table = self._unit(unit).slice(0, take)
-            values = table.column(self.id_column).to_pylist() if self.id_column else [None] * take
-            for row, (text, value) in enumerate(zip(table.column(self.column).to_pylist(), values, strict=True)):
-                found.append(self._sample(len(found), unit, row, text, value))
+            table = self._rows(group, 0, min(count - len(found), group.rows))
+            found += self._samples(range(len(found), len(found) + len(table)), table)
         return found
 
 
-def _bad_prompt(key: str, shard: str, row: int, column: str, value: Any) -> DIDRError:
-    return DIDRError(
-        f"{key}: the prompt at {shard}:{row} (shard:row, column {column!r}) is {value!r}. "
-        "Expected non-empty text; remove the row or fill it in."
-    )
+def open_prompts(config: Config) -> PromptIndex:
+    """The training corpus of ``config``."""
+    return PromptIndex.open(config.data.prompts, config.data.column, config.data.id_column)
+
+
+@lru_cache(maxsize=2)
+def _window(index: PromptIndex, seed: int, epoch: int, window: int) -> pa.Table:
+    """The rows ``window * WINDOW ...`` of an epoch, in the order that the stream has them."""
+    rows = np.array([group.rows for group in index.groups])
+    order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+    ends = np.cumsum(rows[order])
+    first, last = window * WINDOW, min((window + 1) * WINDOW, int(ends[-1]))
+    parts = []
+    for slot in range(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last)) + 1):
+        begin = int(ends[slot] - rows[order[slot]])
+        parts.append(index._rows(index.groups[order[slot]], max(first - begin, 0), min(last, int(ends[slot])) - begin))
+    return pa.concat_tables(parts).take(np.random.default_rng([seed, epoch, window + 1]).permutation(last - first))
 
 
 def _shards(path: str, key: str) -> tuple[str, ...]:
-    filesystem, root = _filesystem(str(locate(path)) if "://" not in path or path.startswith("zoo://") else path)
-    prefix = path.partition("://")[0] + "://" if "://" in path and not path.startswith("zoo://") else ""
+    filesystem, root = _filesystem(path)
+    prefix = "" if isinstance(filesystem, pafs.LocalFileSystem) else path.partition("://")[0] + "://"
     if any(c in root for c in "*?["):
         folder, _, pattern = root.rpartition("/")
         found = _match(filesystem, folder or ".", pattern)
@@ -258,8 +252,8 @@ def _match(filesystem: Any, folder: str, pattern: str) -> list[str]:
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
-    if "://" not in path:
-        return pafs.LocalFileSystem(), path
+    if bundled(path) or "://" not in path:
+        return pafs.LocalFileSystem(), str(locate(path))
     try:
         return pafs.FileSystem.from_uri(path)  # type: ignore[no-any-return]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
@@ -300,7 +294,7 @@ def _footer(shard: str, column: str, id_column: str, key: str) -> tuple[list[int
     return groups, id_column in schema.names
 
 
-def _read_group(shard: str, group: int, columns: tuple[str, ...], key: str) -> pa.Table:
+def _read_group(shard: str, group: int, columns: Sequence[str], key: str) -> pa.Table:
     with _open(shard, key) as file:
         try:
             return file.read_row_group(group, columns=list(columns))
@@ -308,44 +302,3 @@ def _read_group(shard: str, group: int, columns: tuple[str, ...], key: str) -> p
             raise DIDRError(
                 f"{key}: row group {group} of shard {shard} cannot be read ({str(error).splitlines()[0]})."
             ) from error
-
-
-class _Cache:
-    """Recently read row groups of this process, at most two windows of rows."""
-
-    def __init__(self) -> None:
-        self._tables: OrderedDict[tuple[Any, ...], pa.Table] = OrderedDict()
-
-    def get(self, shard: str, group: int, columns: tuple[str, ...], key: str) -> pa.Table:
-        name = (shard, group, columns)
-        if name in self._tables:
-            self._tables.move_to_end(name)
-            return self._tables[name]
-        table = _read_group(shard, group, columns, key).combine_chunks()
-        self._tables[name] = table
-        while len(self._tables) > 1 and sum(t.num_rows for t in self._tables.values()) > 2 * WINDOW:
-            self._tables.popitem(last=False)
-        return table
-
-
-_CACHE = _Cache()
-
-
-@lru_cache(maxsize=4)
-def _epoch_plan(
-    unit_rows: bytes, seed: int, epoch: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Row groups in this epoch's order, the row where each ends, and the row where each window ends."""
-    rows = np.frombuffer(unit_rows, np.int64)
-    order = np.random.default_rng([seed, epoch]).permutation(len(rows))
-    ends = np.cumsum(rows[order])
-    window_ends, reached = [], 0
-    while reached < ends[-1]:
-        reached = int(ends[min(int(np.searchsorted(ends, reached + WINDOW)), len(ends) - 1)])
-        window_ends.append(reached)
-    return order, ends, np.array(window_ends, np.int64)
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, window: int, rows: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch, window + 1]).permutation(rows)

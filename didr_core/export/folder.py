@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from didr_core.config import Config, dump, locate, registry
+from didr_core.config import WORLD, Config, bundled, dump, locate, registry
 from didr_core.evaluate.scoreboard import commit, comparison_table, table
 from didr_core.networks import roles
 from didr_core.types import Backbone, DIDRError
@@ -164,7 +164,7 @@ def _name_single_files(folder: Path, name: str) -> None:
 
 
 def _is_weights(value: str) -> bool:
-    return value.startswith("zoo://") or "/" in value or value.endswith((".safetensors", ".bin"))
+    return "/" in value or value.endswith((".safetensors", ".bin"))
 
 
 def _terms(value: str) -> str:
@@ -173,7 +173,7 @@ def _terms(value: str) -> str:
         if value.rstrip("/").endswith(repository) or repository.replace("/", "--") in value:
             return terms
     place = locate(value)
-    stop = locate("zoo://").resolve() if value.startswith("zoo://") else place.resolve()
+    stop = (WORLD if bundled(value) else place).resolve()
     for folder in (place, *place.parents):
         card = folder / CARD
         if card.is_file() and (found := _front_matter(card).get("license")):
@@ -196,7 +196,7 @@ def _front_matter(card: Path) -> dict[str, Any]:
 
 def _public(value: str) -> str:
     """A path without the machine's own folders: cards are published."""
-    return value if value.startswith("zoo://") or not Path(value).expanduser().is_absolute() else Path(value).name
+    return value if not Path(value).expanduser().is_absolute() else Path(value).name
 
 
 def _source(component: Any) -> str:

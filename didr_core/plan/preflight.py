@@ -8,8 +8,7 @@ import shutil
 import torch
 
 from didr_core.config import Config, build
-from didr_core.data.feed import device_of, needs_reward, open_prompts
-from didr_core.data.prompts import PromptIndex
+from didr_core.data.prompts import PromptIndex, open_prompts
 from didr_core.evaluate.finish import find_export
 from didr_core.networks import optim as precision
 from didr_core.plan import fit
@@ -33,7 +32,7 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
         DIDRError: the first thing that is wrong.
     """
     if here:
-        device_of(config)
+        _ = config.torch_device
     index = open_prompts(config)
     index.scan(SCAN_ROWS)
     if config.data.heldout:
@@ -41,7 +40,7 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
     precision.check(config)
     build("algorithms", config.algorithm)
     _check(build("backbones", config.backbone))
-    if needs_reward(config) and config.reward is not None:
+    if config.needs_reward and config.reward is not None:
         _check(build("rewards", config.reward))
     if config.judge is not None:
         try:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from didr_core import drs
 from didr_core.algorithms import losses
 from didr_core.config import Config, Kind, Optim, build
-from didr_core.data.anchor import AnchorPairs
+from didr_core.data.teacher_pairs import TeacherPairs
 from didr_core.diffusion.noise import Noise
 from didr_core.diffusion.sampling import guided_x0
 from didr_core.diffusion.schedule import coeffs_like, diffuse
@@ -69,7 +69,7 @@ class Learner:
                 self.reward.load(self.device)
             self.backbone.load_decoder()
             getattr(self.backbone, "to", lambda _: None)(self.device)
-        self.anchor = AnchorPairs(config.train.anchor, self.device) if config.train.anchor else None
+        self.anchor = TeacherPairs(config.train.anchor, self.device) if config.train.anchor else None
         self.generator_opt = optim.optimizer(self.generator_weights, config.generator, config.seed)
         self.assistant_opt = optim.optimizer(self.assistant_weights, config.assistant, config.seed)
         self.scale = RewardScale(self.device)
@@ -175,7 +175,7 @@ class Learner:
                 means[key] = means.get(key, torch.zeros((), device=self.device)) + metric.detach().sum() / len(batch)
         return means, refused
 
-    def _backward_anchor(self, anchor: AnchorPairs) -> Tensor:
+    def _backward_anchor(self, anchor: TeacherPairs) -> Tensor:
         """Weighted regression to this rank's share of stored pairs; the mean over the global anchor batch."""
         z, x0, condition = anchor.draw(self.config.seed, self.step_count, self.parallel)
         predicted = self.backbone.generate(self.generator_net, z, condition)

@@ -17,7 +17,7 @@ from torch import nn
 
 from didr_core.config import Config
 from didr_core.data import scales
-from didr_core.data.feed import LocalFeed, device_of
+from didr_core.data.feed import LocalFeed
 from didr_core.data.prompts import PromptIndex
 from didr_core.train import checkpoint as state
 from didr_core.train.alarms import Alarms
@@ -162,7 +162,7 @@ def train(
         config = scales.resolve(config)
         run.write_config(config)
     observer.stage("loading networks")
-    learner = Learner(config, device=device_of(config))
+    learner = Learner(config, device=config.torch_device)
     journal = Journal(run, config, learner, index.fingerprint)
     journal.restore()
     run.forget_after(learner.step_count)

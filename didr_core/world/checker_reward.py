@@ -46,7 +46,7 @@ class CheckerReward:
             except ValueError as error:
                 raise DIDRError(
                     f"reward.name={self.config.name!r}: prompt {prompt!r} is not a caption of the bundled world ({error}). "
-                    "Use data.prompts=zoo://prompts/train, or another reward."
+                    "Use data.prompts=world://prompts/train, or another reward."
                 ) from error
             text = prompt.encode()
             row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -21,9 +21,11 @@ from examples.tiny_world import training
 from examples.tiny_world.assemble import assemble_generator
 from examples.tiny_world.sampling import Parts
 
+RECIPE = Path(__file__).parent / "distill.yaml"
+
 
 def anchor_pairs(folder: Path) -> Path:
-    """The teacher's pairs as :class:`didr_core.data.anchor.AnchorPairs` reads them: token ids become the text towers' conditions, fp16."""
+    """The teacher's pairs as `didr_core.data.teacher_pairs` reads them: token ids become the text towers' conditions, fp16."""
     path = folder / "anchor.safetensors"
     if not path.exists():
         pairs = load_file(folder / "pairs.safetensors")
@@ -47,7 +49,7 @@ def build(folder: Path = training.BUILD_DIR, world: Path = training.WORLD_DIR, *
         f"data.heldout={world / 'prompts' / 'heldout'}",
         *(f"{key}={value}" for key, value in settings.items()),
     ]
-    config = configs.load("tiny_distill", overrides)
+    config = configs.load(str(RECIPE), overrides)
     index = preflight(config)
     run = RunFolder.find(str(place)) if (place / "config.yaml").is_file() else RunFolder.create(config, str(place))
     train_and_finish(config, run, index)

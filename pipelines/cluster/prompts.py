@@ -24,7 +24,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from didr_core.config import Config
-from didr_core.data.feed import Columns, PromptEncoder, RewardPreparer, columns, needs_reward, to_batch
+from didr_core.data.feed import Columns, PromptEncoder, RewardPreparer, columns, to_batch
 from didr_core.data.prompts import PromptIndex
 from didr_core.types import Batch
 from pipelines.cluster.resources import Need
@@ -127,7 +127,7 @@ def prompt_stream(
     stream = ray.data.read_datasource(source, override_num_blocks=max(1, source.tasks))
     stream = stream.repartition(target_num_rows_per_block=share)
     stream = _actors(stream, stages[0], config, share, config.workers.encoders, encoder)
-    if needs_reward(config):
+    if config.needs_reward:
         stream = _actors(stream, stages[1], config, share, config.workers.rewards, reward)
     return stream
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from rich.table import Table
 
 from didr_core.config import Config, Workers
-from didr_core.data.feed import is_black_box, needs_reward
 from didr_core.types import DIDRError
 
 TRAINER_RESOURCE = "trainer"
@@ -196,7 +195,7 @@ def align_plan(workers: Workers, cluster: ClusterView, with_rewards: bool = True
 
 def run_plan(config: Config, cluster: ClusterView) -> Plan:
     """:func:`align_plan` of what this config's algorithm and reward ask for."""
-    return align_plan(config.workers, cluster, with_rewards=needs_reward(config), with_scorers=is_black_box(config))
+    return align_plan(config.workers, cluster, with_rewards=config.needs_reward, with_scorers=config.black_box)
 
 
 def check(plan: Plan, cluster: ClusterView) -> Fit:

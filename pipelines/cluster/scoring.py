@@ -17,7 +17,6 @@ from torch import Tensor
 
 from didr_core import config as configs
 from didr_core.config import Config, build
-from didr_core.data.feed import device_of
 from didr_core.types import Tensors
 from pipelines.cluster.resources import Need
 
@@ -31,7 +30,7 @@ class Scorer:
         torch.set_num_threads(1)
         config = configs.validate(tree)
         assert config.reward is not None
-        self.device = device_of(config)
+        self.device = config.torch_device
         self.reward = build("rewards", config.reward)
         self.reward.load(self.device)
 

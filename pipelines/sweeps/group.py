@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from didr_core.config import Config
-from didr_core.data.feed import open_prompts
+from didr_core.data.prompts import open_prompts
 from didr_core.export.sample import trained_generator
 from didr_core.types import DIDRError
 from pipelines.align import fit_until_done

@@ -18,7 +18,7 @@ import torch
 
 from didr_core.config import Config
 from didr_core.data.cache import CachedFeed
-from didr_core.data.feed import device_of, open_prompts
+from didr_core.data.prompts import open_prompts
 from didr_core.evaluate.finish import Gallery
 from didr_core.evaluate.picture_cache import fingerprint
 from didr_core.evaluate.scoreboard import read_scores
@@ -46,7 +46,7 @@ def bench_of(folder: SweepFolder, config: Config | None = None) -> Bench:
         config = config or folder.config()
         torch.set_num_threads(config.train.threads)
         _benches.clear()
-        _benches[key] = Bench(config, folder.shared, device_of(config))
+        _benches[key] = Bench(config, folder.shared, config.torch_device)
     return _benches[key]
 
 
@@ -58,7 +58,7 @@ def prepare(path: str) -> float:
     number = sorted(points)[len(points) // 2]
     config = folder.config_of(number)
     quick = config.train.model_copy(update={"assistant_warmup": 0})
-    learner = Learner(config.model_copy(update={"train": quick}), device=device_of(config))
+    learner = Learner(config.model_copy(update={"train": quick}), device=config.torch_device)
     feed = iter(CachedFeed(config, folder.shared / "feed"))
     seconds = []
     for _ in range(min(TIMED_STEPS, config.train.steps)):
@@ -111,7 +111,7 @@ class TrialWork:
         self.setup_seconds = round(time.time() - self.began, 3)
 
     def _load(self) -> None:
-        learner = Learner(self.config, device=device_of(self.config))
+        learner = Learner(self.config, device=self.config.torch_device)
         self.journal = Journal(self.run, self.config, learner, open_prompts(self.config).fingerprint)
         self.journal.restore()
         self.run.forget_after(learner.step_count)

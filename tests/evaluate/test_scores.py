@@ -224,7 +224,7 @@ def test_fingerprint_and_cache_tell_networks_and_shapes_apart(tmp_path: Path) ->
 
 
 def test_files_come_back_and_hold_no_machine_paths(tmp_path: Path) -> None:
-    scores = contest(facts=provenance("zoo://prompts/heldout", ["didr align --recipe tiny"]))
+    scores = contest(facts=provenance("world://prompts/heldout", ["didr align --recipe tiny"]))
     path = scores.write(tmp_path)
     back = Scores.read(tmp_path)
     assert back.tree == scores.tree == json.loads(path.read_text())

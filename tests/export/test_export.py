@@ -68,7 +68,7 @@ def configuration(folders: tuple[Path, Path], **changes: Any) -> Config:
         "generator": {"lr": 1e-4},
         "assistant": {"lr": 2e-4},
         "train": {"steps": 10, "batch": 4},
-        "data": {"prompts": "zoo://prompts/train"},
+        "data": {"prompts": "world://prompts/train"},
     }
     return configs.validate(tree | changes)
 

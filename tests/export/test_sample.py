@@ -83,10 +83,11 @@ def test_grids_on_the_way_and_at_the_end(run: RunFolder) -> None:
     assert json.loads((run.path / "scores.json").read_text())["counts"]["prompts"] == 8
 
 
-def test_config_show_and_list(capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_show_and_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     didr("config", "show", "--recipe", "tiny", "--set", "train.micro_batch=4")
     shown = capsys.readouterr().out
-    assert "didr_core/backbones/sdxl.py" in shown and "zoo://pipeline" in shown and "train.batch 24" in shown
+    assert "didr_core/backbones/sdxl.py" in shown and "world://pipeline" in shown and "train.batch 24" in shown
     didr("config", "list")
     assert "tiny" in capsys.readouterr().out
 

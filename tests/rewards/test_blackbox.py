@@ -8,7 +8,6 @@ import torch
 
 from didr_core import config as configs
 from didr_core.config import build
-from didr_core.data.feed import is_black_box
 from didr_core.types import DIDRError
 from didr_core.world import judge
 from didr_core.world.checker_reward import CheckerReward
@@ -34,9 +33,9 @@ def test_an_estimator_or_rival_that_needs_a_gradient_refuses_in_the_config(setti
 
 
 def test_who_is_a_black_box() -> None:
-    assert is_black_box(configs.load("tiny_blackbox"))
-    assert not is_black_box(configs.load("tiny_blackbox", ["algorithm=diff_instruct"]))  # asks for no reward
-    assert not is_black_box(configs.load("tiny"))
+    assert configs.load("tiny_blackbox").black_box
+    assert not configs.load("tiny_blackbox", ["algorithm=diff_instruct"]).black_box  # asks for no reward
+    assert not configs.load("tiny").black_box
 
 
 def test_the_checker_reward_is_the_worlds_utility() -> None:

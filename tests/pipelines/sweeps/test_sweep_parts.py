@@ -95,6 +95,17 @@ def test_cached_batches_are_the_feeds_own_and_are_made_once(
         for s in ("seed=0", "seed=1", "train.batch=8", "baseline.samples=3")
     }
     assert len(keys) == 4
+    # what the start, and so its baseline, depends on; not what the adapters and updates of the same start are
+    roles = {
+        feed_cache.feed_key(configs.load(str(toy), s))
+        for s in (
+            [],
+            ["roles.dtype.generator=bfloat16"],
+            ["roles.generator=lora"],
+            ["data.column=prompt", "roles.rank=4"],
+        )
+    }
+    assert len(roles) == 3
 
 
 def test_a_trial_killed_between_checkpoints_ends_as_an_undisturbed_training_bit_for_bit(

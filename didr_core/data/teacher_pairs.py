@@ -13,7 +13,7 @@ from didr_core.config import Anchor, locate
 from didr_core.types import Condition, DIDRError, Parallel
 
 
-class AnchorPairs:
+class TeacherPairs:
     """Draws the same global batch of pairs for a step, whatever the number of workers."""
 
     def __init__(self, config: Anchor, device: torch.device | str) -> None:
