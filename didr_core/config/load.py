@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -35,23 +36,23 @@ RENAMED = {
 """Keys by the names they had before 0.2, and by today's."""
 
 
-def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
-    """A recipe's name (in `pipelines/recipes`) or a YAML file's path, with ``a.b=c`` overrides on top.
+def load(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
+    """A recipe's name (in `pipelines/recipes`) or a YAML file's path; on top ``a.b=c`` overrides, then ``values`` by dotted key.
 
     Raises:
         DIDRError: unknown recipe or key (names the nearest), or a value out of its range.
     """
-    return _validate_with(_read(recipe), overrides, f"recipe {recipe!r}")
+    return _validate_with(_read(recipe), overrides, values, f"recipe {recipe!r}")
 
 
-def recorded(path: Path, overrides: Sequence[str] = ()) -> Config:
+def recorded(path: Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
     """The configuration that a run or an export wrote down, whatever version wrote it: renamed keys are read by their old names, too."""
     tree = _read(str(path))
     for old, new in RENAMED.items():
         section, _, key = old.partition(".")
         if isinstance(below := tree.get(section), dict) and key in below:
             below[new.partition(".")[2]] = below.pop(key)
-    return _validate_with(tree, overrides, str(path))
+    return _validate_with(tree, overrides, values, str(path))
 
 
 def validate(tree: Mapping[str, Any], where: str = "config") -> Config:
@@ -100,12 +101,16 @@ def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     return _merge(_read(base, (*seen, recipe)), tree) if base else tree
 
 
-def _validate_with(tree: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
+def _validate_with(
+    tree: dict[str, Any], overrides: Sequence[str], values: Mapping[str, Any] | None, where: str
+) -> Config:
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep or not key:
             raise DIDRError(f"--set {item!r}: expected KEY=VALUE, e.g. --set drp.beta=0.5")
         _assign(tree, key.strip(), yaml.safe_load(text))
+    for key, value in (values or {}).items():
+        _assign(tree, key, copy.deepcopy(value))  # a later key may lie inside this value
     return validate(tree, where)
 
 

@@ -28,3 +28,14 @@ def test_an_old_key_names_the_new_one(old: str, new: str, tmp_path: Path) -> Non
 def test_recipes_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert config.load("tiny").name == "tiny" and (config.RECIPES / "tiny.yaml").is_file()
+
+
+def test_values_keep_their_types_and_are_not_shared(tmp_path: Path) -> None:
+    judge = {"name": "pickscore", "path": "somewhere"}
+    found = config.load("tiny", ["drp.beta=0.5"], {"drp.beta": 1e-05, "judge": judge, "judge.path": "elsewhere"})
+    assert found.drp.beta == 1e-05 and found.judge is not None and found.judge.model_dump()["path"] == "elsewhere"
+    assert judge["path"] == "somewhere"
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.dump(found)))
+    assert config.recorded(tmp_path / "c.yaml", values={"train.steps": 7}).train.steps == 7
+    with pytest.raises(DIDRError, match=r"unknown key 'drp.betta'.*Did you mean 'drp.beta'"):
+        config.load("tiny", values={"drp.betta": 1})
