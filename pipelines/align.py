@@ -10,8 +10,6 @@ workers die. A mistake of the user's (:class:`DIDRError`: a NaN reward, a full d
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
 import time
 import warnings
@@ -19,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from didr_core import config as configs
 from didr_core.config import Config
@@ -29,16 +26,13 @@ from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
 from didr_core.train.loop import Observer, outcome
 from didr_core.train.run_folder import RunFolder
-from didr_core.types import DIDRError, StepReport
-from pipelines.cluster.resources import ClusterView, Node, check, encoder_need, reward_need, run_plan, train_need
-from pipelines.cluster.session import await_room, ray_session, where_to_run
+from didr_core.types import StepReport
+from pipelines.cluster.resources import check, run_plan
+from pipelines.cluster.session import WAIT_FOR_NODES_S, await_room, ray_session, slots, view_of_this_machine
 from pipelines.report.console import Progress, print_summary
 from pipelines.report.figures import save_grid
 from pipelines.report.page import write_report
 from pipelines.tracking import tracker as tracking
-
-WAIT_FOR_NODES_S = 600.0
-"""How long to wait for the nodes of a cluster that may still be starting."""
 
 
 def align(
@@ -73,25 +67,25 @@ def align(
         check(run_plan(config, view), view)
     run = old or RunFolder.create(config, output, command)
     run.write_config(config)
-    with outcome(run), _board(config, run) as board:
+    with outcome(run), _observer(config, run) as observer:
         if local:
-            train_and_finish(config, run, index, board, save_grid)
+            train_and_finish(config, run, index, observer, save_grid)
         else:
-            _on_ray(config, run, index, board, address, verbose)
-        board.stage("writing the report")
+            _on_ray(config, run, index, observer, address, verbose)
+        observer.stage("writing the report")
         write_report(run.path)
-        board.keep("grid.png", "curves.png", "report.html", "scores.json", "config.yaml", "grids")
+        observer.keep("grid.png", "curves.png", "report.html", "scores.json", "config.yaml", "grids")
     scores = run.path / "scores.json"
     print_summary(
         json.loads(scores.read_text()) if scores.is_file() else None,
         run.path,
-        alarms=board.rang,
+        alarms=observer.rang,
         seconds=time.monotonic() - began,
     )
     return run
 
 
-class Board(Observer):
+class RunObserver(Observer):
     """Progress line and MLflow: what the driver does with a run's news."""
 
     def __init__(self, config: Config, run: RunFolder, progress: Progress, pool: ThreadPoolExecutor) -> None:
@@ -120,6 +114,10 @@ class Board(Observer):
         """Onto the progress line."""
         self.progress.phase(text, done, total)
 
+    def note(self, text: str, style: str = "") -> None:
+        """A line above the progress line."""
+        self.progress.note(text, style=style)
+
     def step(self, report: StepReport) -> None:
         """Onto the progress line and to MLflow."""
         self.progress.update(report.step, report.metrics, report.alarms)
@@ -137,26 +135,26 @@ class Board(Observer):
 
 
 @contextmanager
-def _board(config: Config, run: RunFolder) -> Iterator[Board]:
+def _observer(config: Config, run: RunFolder) -> Iterator[RunObserver]:
     step = run.last_step()
     with (
         ThreadPoolExecutor(1) as pool,
         Progress(config.train.steps, title=config.name, start=step) as progress,
     ):
         progress.note(f"run {run.path}" + (f", going on from step {step}" if step else ""))
-        board = Board(config, run, progress, pool)
+        observer = RunObserver(config, run, progress, pool)
         try:
-            yield board
+            yield observer
         except BaseException as error:
-            _close(board, "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+            _close(observer, "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
             raise
-        board.tracker.close("FINISHED")
+        observer.tracker.close("FINISHED")
 
 
-def _close(board: Board, status: tracking.Status) -> None:
+def _close(observer: RunObserver, status: tracking.Status) -> None:
     """End the MLflow run of a failed training, without hiding why it failed."""
     try:
-        board.tracker.close(status)
+        observer.tracker.close(status)
     except Exception as error:
         warnings.warn(f"MLflow could not be told that the run {status.lower()}: {error}", stacklevel=2)
 
@@ -170,133 +168,26 @@ def _open_tracker(config: Config, run: RunFolder) -> tracking.Tracker:
     return tracker
 
 
-def _slots(config: Config) -> int:
-    return max(config.workers.local_cpus, os.cpu_count() or 1)
-
-
-def view_of_this_machine(config: Config, address: str | None) -> ClusterView | None:
-    """What a Ray of our own will have, known before it starts; None where a cluster must be asked."""
-    if where_to_run(address).kind != "here":
-        return None
-    import torch
-
-    return ClusterView((Node("this machine", {"CPU": _slots(config), "GPU": torch.cuda.device_count()}),), local=True)
-
-
 def _on_ray(
-    config: Config, run: RunFolder, index: PromptIndex, board: Board, address: str | None, verbose: bool
+    config: Config, run: RunFolder, index: PromptIndex, observer: RunObserver, address: str | None, verbose: bool
 ) -> None:
     """Start or join Ray, train there, follow."""
-    board.stage("starting Ray")
-    with ray_session(address, _slots(config), verbose) as view:
+    observer.stage("starting Ray")
+    with ray_session(address, slots(config), verbose) as view:
         fit = await_room(lambda v: run_plan(config, v), view, WAIT_FOR_NODES_S)
         if verbose:
-            board.progress.console.print(fit.table())
-        board.started(run, config, run.last_step())
-        if scales.missing(config):
-            board.stage("measuring the scales of the reward's parts")
-            config = measured_scales(config, fit.cluster)
-            run.write_config(config)
+            observer.progress.console.print(fit.table())
+        # Ray's libraries read their environment when they are imported: the session has set it
+        from pipelines.cluster.group import fit_until_done, measured_scales
         from pipelines.cluster.watch import Follower
 
-        with Follower(run, board, run.last_step()):
-            fit_until_done(config, run, index, board, fit.cluster)
-
-
-def measured_scales(config: Config, view: ClusterView) -> Config:
-    """:func:`didr_core.data.scales.resolve` where reward models run: this process may have no GPU."""
-    import ray
-
-    need = reward_need(config.workers, view)
-    task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus or None, resources=dict(need.custom) or None)
-    try:
-        resolved: Config = ray.get(task(scales.resolve).remote(config))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, DIDRError):
-            raise error.cause from None
-        raise
-    return resolved
-
-
-def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, board: Board, view: ClusterView) -> None:
-    """Fit; after a worker's death again, from the last checkpoint, `workers.max_failures` times.
-
-    Ray Train could restart the group itself, but it cannot tell a dead node from a NaN reward, and would train into the second one again.
-    """
-    from ray.train import TrainingFailedError
-
-    from pipelines.cluster.scoring import start_scorers
-
-    scorers = start_scorers(config, reward_need(config.workers, view)) if config.black_box else []
-    for failures in range(config.workers.max_failures + 1):
-        step = run.last_step()
-        run.forget_after(step)
-        _forget_reasons(run)
-        board.stage("starting workers" if not failures else f"starting workers again from step {step}")
-        try:
-            _trainer(config, run, index, view, step, scorers).fit()
-            return
-        except TrainingFailedError as error:
-            reasons = _reasons(run)
-            if reasons:
-                raise DIDRError("\n".join(reasons)) from error
-            last = str(error).strip().splitlines()[-1].partition(". ")[0][:300]
-            if failures == config.workers.max_failures:
-                raise DIDRError(
-                    f"training failed {failures + 1} times (workers.max_failures={config.workers.max_failures}), last at step "
-                    f"{board.progress.step}; `didr align --resume {run.path}` goes on from step {run.last_step()}. Last: {last}"
-                ) from error
-            board.progress.note(f"a worker failed; going on from step {run.last_step()} ({last})", style="yellow")
-        finally:
-            shutil.rmtree(run.path / "ray", ignore_errors=True)
-
-
-def _trainer(
-    config: Config, run: RunFolder, index: PromptIndex, view: ClusterView, step: int, scorers: Sequence[Any]
-) -> Any:
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from pipelines.cluster.prompts import execution_options, prompt_stream
-    from pipelines.cluster.worker import train_worker
-
-    workers = config.workers
-    need = train_need(workers, view)
-    datasets = {}
-    if step < config.train.steps:
-        cursor = step * config.train.batch
-        encoder, reward = encoder_need(workers, view), reward_need(workers, view)
-        datasets["train"] = prompt_stream(config, index, cursor, encoder, reward)
-    return TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "config": configs.dump(config),
-            "run": str(run.path),
-            "corpus": index.fingerprint,
-            "scorers": scorers,
-        },
-        scaling_config=ScalingConfig(
-            num_workers=workers.train,
-            use_gpu=need.gpus > 0,
-            resources_per_worker={"CPU": need.cpus, **({"GPU": need.gpus} if need.gpus else {}), **need.custom},
-        ),
-        # A new name each time: what we go on from is our own checkpoint, the same with and without Ray.
-        run_config=RunConfig(
-            name=f"from-step-{step}", storage_path=str(run.path / "ray"), failure_config=FailureConfig(max_failures=0)
-        ),
-        datasets=datasets,
-        dataset_config=DataConfig(execution_options=execution_options()),
-    )
-
-
-def _reasons(run: RunFolder) -> list[str]:
-    """What the workers said of a mistake that the user can mend; each thing once."""
-    return list(dict.fromkeys(p.read_text().strip() for p in sorted(run.path.glob("failure-*.txt"))))
-
-
-def _forget_reasons(run: RunFolder) -> None:
-    for path in run.path.glob("failure-*.txt"):
-        path.unlink()
+        observer.started(run, config, run.last_step())
+        if scales.missing(config):
+            observer.stage("measuring the scales of the reward's parts")
+            config = measured_scales(config, fit.cluster)
+            run.write_config(config)
+        with Follower(run, observer, run.last_step()):
+            fit_until_done(config, run, index, observer, fit.cluster)
 
 
 if __name__ == "__main__":

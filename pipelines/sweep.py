@@ -22,9 +22,14 @@ from didr_core.config import Config
 from didr_core.data import scales
 from didr_core.plan.preflight import preflight
 from didr_core.types import DIDRError
-from pipelines.align import WAIT_FOR_NODES_S, measured_scales, view_of_this_machine
 from pipelines.cluster.resources import ClusterView, Fit, PlanDoesNotFit
-from pipelines.cluster.session import await_room, prepare_environment, ray_session
+from pipelines.cluster.session import (
+    WAIT_FOR_NODES_S,
+    await_room,
+    prepare_environment,
+    ray_session,
+    view_of_this_machine,
+)
 from pipelines.report.console import clock, console, rich_table
 from pipelines.sweeps import bench, results, space
 from pipelines.sweeps.folder import Sweep, SweepFolder
@@ -32,7 +37,6 @@ from pipelines.sweeps.plan import estimate, fit, plan_table, slots, sweep_plan, 
 from pipelines.sweeps.space import DEFAULT_TRIALS, Point
 from pipelines.tracking import tracker as tracking
 
-WAIT_S = 5.0
 PASSES = 3  # of Tune over what is missing: one does, unless its snapshot lags behind the folder
 TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # we write our own files
@@ -211,6 +215,8 @@ def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], beg
 
     config, plan = folder.config(), folder.plan()
     if scales.missing(config):
+        from pipelines.cluster.group import measured_scales
+
         config = measured_scales(config, cluster)
         folder.set_config(config)
     need = trial_need(config, cluster, 1)
@@ -243,21 +249,11 @@ def _missing(folder: SweepFolder) -> list[int]:
 
 
 def _elsewhere(board: Any, need: Any, function: str, *arguments: Any) -> Any:
-    """A function of :mod:`pipelines.sweeps.work` in a process with a trial's resources: the driver may have no GPU."""
-    import ray
-
+    """A function of :mod:`pipelines.sweeps.work` in a process with a trial's resources; drawing a large reference may take its time."""
+    from pipelines.cluster.remote import elsewhere
     from pipelines.sweeps import work
 
-    task = ray.remote(num_cpus=need.cpus, num_gpus=need.gpus or None, resources=dict(need.custom) or None)
-    try:
-        waiting = task(getattr(work, function)).remote(*arguments)
-        while not ray.wait([waiting], timeout=WAIT_S)[0]:
-            board.news()  # drawing a large reference may take longer than trials are given to show a sign of life
-        return ray.get(waiting)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, DIDRError):
-            raise error.cause from None
-        raise
+    return elsewhere(need, getattr(work, function), *arguments, meanwhile=board.news)
 
 
 def _tune(folder: SweepFolder, board: Any, missing: list[int], resources: dict[str, float]) -> None:

@@ -51,7 +51,8 @@ def find(kind: str, name: str) -> type[Any]:
                 f"{key}: cannot import {name!r} ({error}). Expected 'package.module:Class' on PYTHONPATH, or 'path/to/file.py:Class'."
             ) from error
         if not hasattr(found, KINDS[kind]):
-            raise DIDRError(f"{key}: {name!r} has no {KINDS[kind]}. See the README of didr_core/{kind}.")
+            what = "nested Config class" if KINDS[kind] == "Config" else f"method {KINDS[kind]}"
+            raise DIDRError(f"{key}: {name!r} has no {what}. See the README of didr_core/{kind}.")
         return found  # type: ignore[no-any-return]
     known = names(kind)
     if name not in known:

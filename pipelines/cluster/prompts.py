@@ -141,9 +141,7 @@ def _actors(stream: Dataset, stage: type[Any], config: Config, share: int, size:
         zero_copy_batch=False,
         udf_modifying_row_count=False,
         compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=IN_FLIGHT),
-        num_cpus=need.cpus,
-        num_gpus=need.gpus or None,
-        resources=dict(need.custom) or None,
+        **need.options(),
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.table import Table
 
@@ -47,6 +48,10 @@ class Need:
     gpus: float = 0.0
     memory: float = 0.0
     custom: Mapping[str, float] = field(default_factory=dict)
+
+    def options(self) -> dict[str, Any]:
+        """The same for `ray.remote` and `map_batches`."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus or None, "resources": dict(self.custom) or None}
 
     def amounts(self) -> dict[str, float]:
         """Resource name to amount, zeros left out."""

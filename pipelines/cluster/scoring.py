@@ -6,7 +6,7 @@ need not: :class:`ActorReward` stands in for it in the learner, and `workers.rew
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from didr_core import config as configs
 from didr_core.config import Config, build
 from didr_core.types import Tensors
 from pipelines.cluster.resources import Need
@@ -26,9 +25,8 @@ Arrays = dict[str, NDArray[Any]]
 class Scorer:
     """One actor: the reward model and nothing else."""
 
-    def __init__(self, tree: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         torch.set_num_threads(1)
-        config = configs.validate(tree)
         assert config.reward is not None
         self.device = config.torch_device
         self.reward = build("rewards", config.reward)
@@ -82,11 +80,5 @@ class ActorReward:
 
 def start_scorers(config: Config, need: Need) -> list[Any]:
     """`workers.rewards` actors, which live as long as this process or their handles."""
-    actor = ray.remote(
-        num_cpus=need.cpus,
-        num_gpus=need.gpus or None,
-        resources=dict(need.custom) or None,
-        max_restarts=-1,
-        max_task_retries=-1,
-    )(Scorer)
-    return [actor.remote(configs.dump(config)) for _ in range(config.workers.rewards)]
+    actor = ray.remote(**need.options(), max_restarts=-1, max_task_retries=-1)(Scorer)
+    return [actor.remote(config) for _ in range(config.workers.rewards)]

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from didr_core.config import Config
 from didr_core.types import DIDRError
 from pipelines.cluster.resources import ClusterView, Fit, Node, Plan, PlanDoesNotFit, check
 
@@ -44,6 +45,8 @@ QUIET_ENV = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+WAIT_FOR_NODES_S = 600.0
+"""How long to wait for the nodes of a cluster that may still be starting."""
 STARTUP_TIMEOUT = "timed out during startup"  # what Ray says when a helper was too slow
 PACKAGES = ("didr_core", "pipelines", "tune_spaces")
 _JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's job supervisor sets it for the entrypoint of a submitted job, nobody else does
@@ -83,6 +86,20 @@ def where_to_run(address: str | None) -> Place:
             f" HOST:6379; to run on this machine alone {'leave it out' if source == 'address' else 'unset it'}."
         )
     return Place("attached", address)
+
+
+def slots(config: Config) -> int:
+    """CPUs that a Ray of our own is told it has."""
+    return max(config.workers.local_cpus, os.cpu_count() or 1)
+
+
+def view_of_this_machine(config: Config, address: str | None) -> ClusterView | None:
+    """What a Ray of our own will have, known before it starts; None where a cluster must be asked."""
+    if where_to_run(address).kind != "here":
+        return None
+    import torch
+
+    return ClusterView((Node("this machine", {"CPU": slots(config), "GPU": torch.cuda.device_count()}),), local=True)
 
 
 def prepare_environment(verbose: bool = False) -> None:

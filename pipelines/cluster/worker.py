@@ -5,22 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
 
-from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.evaluate.finish import Gallery, Say, finish
-from didr_core.train import distributed as parallel
+from didr_core.train import distributed
 from didr_core.train.learner import Learner
 from didr_core.train.loop import Journal, Observer, loop
 from didr_core.train.run_folder import RunFolder
-from didr_core.types import Batch, DIDRError, Parallel, StepReport
+from didr_core.types import Batch, Parallel, StepReport
 from pipelines.cluster.prompts import batches
+from pipelines.cluster.remote import users_mistake
 from pipelines.cluster.scoring import ActorReward
 from pipelines.report.figures import save_grid
 
@@ -55,20 +54,17 @@ class Stage:
 
 
 def train_worker(settings: Mapping[str, Any]) -> None:
-    """`train_loop_per_worker`. ``settings``: the resolved config as a tree, the run folder, the corpus's fingerprint, scoring actors."""
-    config = configs.validate(settings["config"])
-    run = RunFolder(Path(settings["run"]))
-    ranks = parallel.current()
+    """`train_loop_per_worker`. ``settings``: config, run folder, the corpus's fingerprint, scoring actors."""
+    ranks = distributed.current()
     try:
-        _train(config, run, ranks, settings["corpus"], settings["scorers"])
+        _train(ranks, **settings)
     except Exception as error:
-        mistake = users_mistake(error)
-        if mistake:  # in a file: what Ray hands to the driver is a traceback
-            (run.path / f"failure-{ranks.rank:04d}.txt").write_text(str(mistake))
+        if mistake := users_mistake(error):  # in a file: what Ray hands to the driver is a traceback
+            (settings["run"].path / f"failure-{ranks.rank:04d}.txt").write_text(str(mistake))
         raise
 
 
-def _train(config: Config, run: RunFolder, ranks: Parallel, corpus: str, scorers: Sequence[Any]) -> None:
+def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers: Sequence[Any]) -> None:
     torch.set_num_threads(config.train.threads)
     first = ranks.rank == 0
     stage: Say = Stage(run) if first else lambda *_: None
@@ -102,15 +98,3 @@ def _started(stream: Iterator[Batch]) -> Iterator[Batch]:
             yield from stream
 
     return items()
-
-
-def users_mistake(error: BaseException | None) -> DIDRError | None:
-    """The DIDRError at the root of ``error``, which may have crossed process borders of Ray Data on its way here."""
-    seen: list[BaseException] = []
-    found: DIDRError | None = None
-    while error is not None and error not in seen:
-        seen.append(error)
-        if isinstance(error, DIDRError):
-            found = error
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
-    return found

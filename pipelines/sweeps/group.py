@@ -16,7 +16,8 @@ from didr_core.config import Config
 from didr_core.data.prompts import open_prompts
 from didr_core.export.sample import trained_generator
 from didr_core.types import DIDRError
-from pipelines.align import fit_until_done
+from pipelines.cluster.group import fit_until_done
+from pipelines.cluster.remote import elsewhere
 from pipelines.cluster.resources import train_need
 from pipelines.cluster.session import cluster_view, prepare_environment
 from pipelines.sweeps.folder import SweepFolder
@@ -25,15 +26,10 @@ from pipelines.sweeps.work import TrialWork, bench_of, conclude
 POLL_S = 0.3
 
 
-class _Say:
-    """What `align` tells of a restart goes to the trial's own log."""
+class _Log:
+    """What the driver tells of a restart goes to the trial's own log."""
 
-    step = 0
-
-    def __init__(self) -> None:
-        self.progress = self
-
-    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+    def stage(self, text: str) -> None:
         """Nobody watches."""
 
     def note(self, text: str, style: str = "") -> None:
@@ -53,7 +49,7 @@ class GroupWork(TrialWork):
     def _fit(self) -> None:
         try:
             config = self.config
-            fit_until_done(config, self.run, open_prompts(config), _Say(), cluster_view())  # type: ignore[arg-type]
+            fit_until_done(config, self.run, open_prompts(config), _Log(), cluster_view())
         except BaseException as error:
             self._error = error
 
@@ -87,23 +83,7 @@ class GroupWork(TrialWork):
         return dict(self._elsewhere(_conclude, str(self.folder.path), self.number, self.began, self.setup_seconds))
 
     def _elsewhere(self, function: Any, *arguments: Any) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        need = train_need(self.config.workers, cluster_view())
-        outside = PlacementGroupSchedulingStrategy(placement_group=None)  # the trial's own group holds its driver only
-        task = ray.remote(
-            num_cpus=need.cpus,
-            num_gpus=need.gpus or None,
-            resources=dict(need.custom) or None,
-            scheduling_strategy=outside,
-        )(function)
-        try:
-            return ray.get(task.remote(*arguments))
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, DIDRError):
-                raise error.cause from None
-            raise
+        return elsewhere(train_need(self.config.workers, cluster_view()), function, *arguments)
 
 
 def _trained(folder: SweepFolder, number: int) -> tuple[Config, Any]:

@@ -41,7 +41,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PROBE = """
 import json, ray
-from pipelines.session import ray_session
+from pipelines.cluster.session import ray_session
 with ray_session(ADDRESS, num_cpus=99) as cluster:
     @ray.remote(num_cpus=1, resources={"trainer": 1})
     def look():

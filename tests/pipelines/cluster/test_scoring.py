@@ -27,7 +27,7 @@ def test_actors_score_as_one_process_does_and_the_dead_are_replaced(tmp_path: Pa
     """And, in the same Ray, a composite's missing scales are measured there as they are here."""
     import ray
 
-    from pipelines.align import measured_scales
+    from pipelines.cluster.group import measured_scales
     from pipelines.cluster.scoring import ActorReward, start_scorers
 
     part = {"reward": {"name": "pickscore", "path": str(clip_folder(tmp_path / "part"))}}

@@ -1,0 +1,111 @@
+"""The driver of one training group: it starts the scoring actors and the worker group, and starts the group again when workers die.
+
+Ray Train could restart the group itself, but it cannot tell a dead node from a NaN reward, and would train into the second one again.
+A mistake of the user's (:class:`DIDRError`: a NaN reward, a full disk) is not tried again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from didr_core.config import Config
+from didr_core.data import scales
+from didr_core.data.prompts import PromptIndex
+from didr_core.train.run_folder import RunFolder, read_lines
+from didr_core.types import DIDRError
+from pipelines.cluster.prompts import execution_options, prompt_stream
+from pipelines.cluster.remote import elsewhere
+from pipelines.cluster.resources import ClusterView, encoder_need, reward_need, train_need
+from pipelines.cluster.scoring import start_scorers
+from pipelines.cluster.worker import train_worker
+
+
+class Listener(Protocol):
+    """Whom the driver tells what happens to the group."""
+
+    def stage(self, text: str) -> None:
+        """What is being done now."""
+        ...
+
+    def note(self, text: str, style: str = "") -> None:
+        """What stays to be read."""
+        ...
+
+
+def measured_scales(config: Config, view: ClusterView) -> Config:
+    """:func:`didr_core.data.scales.resolve` where reward models run: this process may have no GPU."""
+    resolved: Config = elsewhere(reward_need(config.workers, view), scales.resolve, config)
+    return resolved
+
+
+def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, listener: Listener, view: ClusterView) -> None:
+    """Fit; after a worker's death again, from the last checkpoint, ``workers.max_failures`` times.
+
+    Raises:
+        DIDRError: a mistake of the user's, or workers that died too often.
+    """
+    most = config.workers.max_failures
+    scorers = start_scorers(config, reward_need(config.workers, view)) if config.black_box else []
+    for failures in range(most + 1):
+        step = run.last_step()
+        run.forget_after(step)
+        _forget_reasons(run)
+        listener.stage("starting workers" if not failures else f"starting workers again from step {step}")
+        try:
+            _trainer(config, run, index, view, step, scorers).fit()
+            return
+        except TrainingFailedError as error:
+            if reasons := _reasons(run):
+                raise DIDRError("\n".join(reasons)) from error
+            last = str(error).strip().splitlines()[-1].partition(". ")[0][:300]
+            if failures == most:
+                reached = max((row["step"] for row in read_lines(run.metrics_path)), default=0)
+                raise DIDRError(
+                    f"training failed {failures + 1} times (workers.max_failures={most}), last at step {reached}; "
+                    f"`didr align --resume {run.path}` goes on from step {run.last_step()}. Last: {last}"
+                ) from error
+            listener.note(f"a worker failed; going on from step {run.last_step()} ({last})", style="yellow")
+        finally:
+            shutil.rmtree(run.path / "ray", ignore_errors=True)
+
+
+def _trainer(
+    config: Config, run: RunFolder, index: PromptIndex, view: ClusterView, step: int, scorers: Sequence[Any]
+) -> TorchTrainer:
+    workers = config.workers
+    need = train_need(workers, view)
+    datasets = {}
+    if step < config.train.steps:
+        cursor = step * config.train.batch
+        encoder, reward = encoder_need(workers, view), reward_need(workers, view)
+        datasets["train"] = prompt_stream(config, index, cursor, encoder, reward)
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config, "run": run, "corpus": index.fingerprint, "scorers": scorers},
+        scaling_config=ScalingConfig(
+            num_workers=workers.train,
+            use_gpu=need.gpus > 0,
+            resources_per_worker={"CPU": need.cpus} | need.amounts(),
+        ),
+        # A new name each time: what we go on from is our own checkpoint, the same with and without Ray.
+        run_config=RunConfig(
+            name=f"from-step-{step}", storage_path=str(run.path / "ray"), failure_config=FailureConfig(max_failures=0)
+        ),
+        datasets=datasets,
+        dataset_config=DataConfig(execution_options=execution_options()),
+    )
+
+
+def _reasons(run: RunFolder) -> list[str]:
+    """What the workers said of a mistake that the user can mend; each thing once."""
+    return list(dict.fromkeys(p.read_text().strip() for p in sorted(run.path.glob("failure-*.txt"))))
+
+
+def _forget_reasons(run: RunFolder) -> None:
+    for path in run.path.glob("failure-*.txt"):
+        path.unlink()
