@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from didr_core.config import Config, Optim, registry
+from didr_core.drs.problem import Calls, Estimator
 from didr_core.networks import fsdp as sharding
 from didr_core.networks.roles import starts_as_reference
 from didr_core.plan import shapes
@@ -255,17 +256,10 @@ def _judges(config: Config, of: shapes.Family, costs: _Costs) -> list[Line]:
     ]
 
 
-def _evaluations(config: Config) -> tuple[int, int, int]:
-    """Of the reference, inside the proxy: with backward, without, and pictures rewarded (the table of `drs/estimators.py`), a sample."""
-    k, m = config.drp.steps, config.drp.particles
-    return {
-        "tweedie": (1, 0, 1),
-        "ode": (k, 0, 1),
-        "truncated": (1, k - 1, 1),
-        "stochastic": (1, m * (k - 1), m),
-        "importance": (0, 1 + m * (k - 1), m),
-        "hybrid": (0, 1 + m * (k + 2), m),
-    }[config.drp.estimator]
+def _calls(config: Config) -> Calls:
+    """Of the reference and the reward inside the proxy, a sample, as the estimator says."""
+    estimator: type[Estimator] = registry.find("drs", config.drp.estimator)
+    return estimator.calls(config.drp.steps, config.drp.particles)
 
 
 def _phases(config: Config, costs: _Costs) -> list[Line]:
@@ -278,7 +272,8 @@ def _phases(config: Config, costs: _Costs) -> list[Line]:
     kept, chain = b * costs.generator.kept, 0.0
     pictures = 1
     if costs.drs:
-        graphs, rollouts, pictures = _evaluations(config)
+        calls = _calls(config)
+        graphs, rollouts, pictures = calls.differentiated, calls.plain, calls.rewarded
         kept_steps = 1 if config.drp.gradient_checkpointing and graphs else graphs
         samples = b * _factor(inner)
         chain = float(kept_steps * samples * costs.reference.kept)
@@ -333,7 +328,8 @@ def _flops(config: Config, costs: _Costs) -> list[tuple[str, str, float]]:
     rows.append(("TA's answer", "forward", _factor(g.assistant) * costs.plain["assistant"].forward))
     plain, pictures = costs.plain["reference"].forward, 1
     if costs.drs:
-        graphs, rollouts, pictures = _evaluations(config)
+        calls = _calls(config)
+        graphs, rollouts, pictures = calls.differentiated, calls.plain, calls.rewarded
         inner = g.reference if config.drp.guidance is None else config.drp.guidance
         again = costs.reference.forward if config.drp.gradient_checkpointing else 0.0
         proxy = graphs * (costs.reference.forward + costs.reference.backward + again) + rollouts * plain

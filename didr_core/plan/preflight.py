@@ -11,7 +11,7 @@ from didr_core.config import Config, build
 from didr_core.data.prompts import PromptIndex, open_prompts
 from didr_core.evaluate.finish import find_export
 from didr_core.networks import optim as precision
-from didr_core.plan import fit
+from didr_core.plan import advice
 from didr_core.train.run_folder import local_folder
 from didr_core.types import DIDRError
 
@@ -51,7 +51,7 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
         find_export(config.evaluation.control)
     if torch.cuda.is_available():
         cards = range(torch.cuda.device_count())
-        fit.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
+        advice.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
     _output(config)
     return index
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.plan import fit, memory
+from didr_core.plan import advice, memory
 from didr_core.plan.memory import GIB, Line, Plan
 from didr_core.types import DIDRError
 from pipelines.cluster.resources import check, run_plan
@@ -105,7 +105,7 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
         out.print("no process asks for a GPU (workers.train_gpus=0): nothing to fit")
     if made.fits(gigabytes):
         return True
-    changes = fit.advice(config, gigabytes)
+    changes = advice.advice(config, gigabytes)
     fix = " ".join(f"--set {c}" for c in changes)
     out.print(
         f"change this: {fix}" if fix else "no single setting is enough: a smaller backbone.resolution, or a larger GPU"

@@ -12,7 +12,7 @@ from small_learner import batch, held, learner, lines, planned
 from torch.utils.flop_counter import FlopCounterMode
 
 from didr_core import config
-from didr_core.plan import fit, memory, shapes
+from didr_core.plan import advice, memory, shapes
 from didr_core.plan.footprint import Counter, measure
 from didr_core.plan.memory import Plan
 from didr_core.types import DIDRError
@@ -146,14 +146,14 @@ def test_the_published_recipes_fit_80_gb_and_say_what_60_would_take(capsys: pyte
     said = capsys.readouterr().out
     assert "does not fit" in said and "change this: --set" in said and "2,567M x 2 B (bfloat16)" in said
     with pytest.raises(DIDRError, match=r"memory: trainer .* needs about \d+ GB, the GPU has 60 GB. Change: --set"):
-        fit.check(config.load("sdxl_1gpu"), 60)
+        advice.check(config.load("sdxl_1gpu"), 60)
 
 
 def test_a_small_world_needs_no_plan(capsys: pytest.CaptureFixture[str]) -> None:
     from pipelines.cli.main import main
 
     assert memory.plan(config.load("exact_2d")) is None
-    fit.check(config.load("exact_2d"), 1)
+    advice.check(config.load("exact_2d"), 1)
     with pytest.raises(SystemExit) as done:
         main(["doctor", "--recipe", "exact_2d"])
     assert done.value.code == 0
