@@ -9,7 +9,7 @@ import torch
 
 from didr_core import config
 from didr_core.networks.fsdp import is_sharded
-from didr_core.networks.roles import LoRA
+from didr_core.networks.lora import LoRA
 from didr_core.plan import memory
 from didr_core.plan.memory import Plan
 from didr_core.train.learner import Learner

@@ -21,7 +21,7 @@ from torch import nn
 
 from didr_core.config import WORLD, Config, bundled, dump, locate, registry
 from didr_core.evaluate.scoreboard import commit, comparison_table, table
-from didr_core.networks import roles
+from didr_core.networks import lora
 from didr_core.types import Backbone, DIDRError
 
 CARD = "README.md"
@@ -73,8 +73,8 @@ def export_run(
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         part.mkdir(parents=True)
-        backbone.export(roles.plain(generator), str(part))
-        roles.save_adapter(generator, part)
+        backbone.export(lora.plain(generator), str(part))
+        lora.save_adapter(generator, part)
         _name_single_files(part, config.name)
         (part / "config.yaml").write_text(yaml.safe_dump(dump(config), sort_keys=False))
         if scores:

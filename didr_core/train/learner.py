@@ -21,7 +21,7 @@ from didr_core.data.teacher_pairs import TeacherPairs
 from didr_core.diffusion.noise import Noise
 from didr_core.diffusion.sampling import guided_x0
 from didr_core.diffusion.schedule import coeffs_like, diffuse
-from didr_core.networks import fsdp, optim, roles
+from didr_core.networks import fsdp, lora, optim, roles
 from didr_core.train.distributed import Single
 from didr_core.types import Backbone, Batch, NonFiniteError, Parallel, Reward, StepReport
 
@@ -292,7 +292,7 @@ class _Pass:
         if not grad:
             with torch.no_grad():
                 return self._evaluate(learner.assistant_net, self.x_t.detach(), self.t, w)
-        with roles.frozen(learner.assistant_net):
+        with lora.frozen(learner.assistant_net):
             return self._evaluate(learner.assistant_net, self.x_t, self.t, w)
 
     def _evaluate(self, network: nn.Module, x: Tensor, t: Tensor, guidance: float) -> Tensor:

@@ -12,8 +12,9 @@ from small_learner import batch, learner
 from torch import Tensor, nn
 
 from didr_core import config
-from didr_core.networks import roles
-from didr_core.networks.roles import LoRA, Roles
+from didr_core.config import Roles
+from didr_core.networks import lora
+from didr_core.networks.lora import LoRA
 from didr_core.train import checkpoint as state
 from didr_core.train.learner import Learner
 from didr_core.types import DIDRError
@@ -44,7 +45,7 @@ def test_a_shared_base_gives_the_gradients_of_separate_copies(folder: Path, chec
     apart = {name: copy.deepcopy(getattr(shared, f"{name}_net")) for name in ("generator", "assistant", "reference")}
     for network in apart.values():  # a copy of the base each, without activation checkpointing
         network.base.disable_gradient_checkpointing()
-        mode = roles.Mode.of(network.base)
+        mode = lora.Mode.of(network.base)
         mode.layers = [m.__dict__ for m in network.base.modules() if hasattr(m, "lora_A")]
     assert apart["generator"].base is not apart["assistant"].base
 
@@ -53,7 +54,7 @@ def test_a_shared_base_gives_the_gradients_of_separate_copies(folder: Path, chec
         z = torch.randn(4, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
         t = torch.tensor([0.1, 0.3, 0.5, 0.7])
         x0 = backbone.generate(generator, z, data.condition)
-        with roles.frozen(assistant):
+        with lora.frozen(assistant):
             told = backbone.x0(assistant, x0, t, data.condition)
         ((told - backbone.x0(reference, x0, t, data.condition)) ** 2).mean().backward()
         assert not gradients(assistant), "a frozen role took a gradient"
@@ -180,8 +181,8 @@ def test_the_export_is_merged_and_the_adapter_loads_in_diffusers(folder: Path, t
     pipe = StableDiffusionXLPipeline.from_pretrained(folder)
     pipe.load_lora_weights(out)
     with torch.no_grad():
-        expected = roles.plain(subject.ema_net)(x, t, **given).sample
-        bare = roles.plain(subject.reference_net)(x, t, **given).sample
+        expected = lora.plain(subject.ema_net)(x, t, **given).sample
+        bare = lora.plain(subject.reference_net)(x, t, **given).sample
         assert (expected - bare).abs().max() > 0.05
         assert (merged(x, t, **given).sample - expected).abs().max() < 2e-2  # fp16 files
         assert (pipe.unet(x, t, **given).sample - expected).abs().max() < 2e-2  # a bf16 base in training, fp32 here
@@ -198,7 +199,7 @@ def test_trained_generator_reads_an_adapter_from_the_checkpoint(folder: Path, tm
     state.save(run.checkpoint(1), subject, {})
     _, network, step = trained_generator(subject.config, run, "ema")
     assert step == 1
-    ours, theirs = roles.plain(subject.ema_net).state_dict(), roles.plain(network).state_dict()
+    ours, theirs = lora.plain(subject.ema_net).state_dict(), lora.plain(network).state_dict()
     assert ours.keys() == theirs.keys() == subject.backbone.load_network("generator").state_dict().keys()
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 

@@ -1,0 +1,223 @@
+"""The switch: LoRA adapters of several roles on one frozen base, which of them is on for a call, and what they merge into.
+
+A role is an ``nn.Module`` like any other: called, it is its base with its own adapter on; its parameters, its ``state_dict`` and so its
+checkpoints are the adapter alone. peft makes the layers, but its own switch is not used: ``set_adapter`` and ``disable_adapter`` flip
+``requires_grad``, and a backward pass after a switch then loses gradients without a word. Here all adapters stay trainable and a call
+turns layers on and off around itself (:class:`Mode`); activation checkpointing re-enters the mode that the forward pass had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from didr_core.config import Roles
+from didr_core.types import DIDRError
+
+
+class Mode:
+    """What a network is being called as: which adapter is on, and which weights are frozen for the call."""
+
+    _all: ClassVar[weakref.WeakKeyDictionary[nn.Module, Mode]] = weakref.WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self.layers: list[dict[str, Any]] = []  # __dict__ of each LoRA layer: an attribute of nn.Module is slow to set
+        self.role: str | None = None
+        self.frozen: tuple[nn.Parameter, ...] = ()
+        self.sharded: weakref.ref[nn.Module] | None = None  # the network, where it is split over workers
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Mode:
+        """The mode of ``network``, made when first asked for."""
+        return cls._all.setdefault(network, cls())
+
+    @contextlib.contextmanager
+    def __call__(self, role: str | None, frozen: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+        """Be ``role`` (None: the bare base) inside; no gradient reaches the weights in ``frozen`` from calls made inside."""
+        before = self.role, self.frozen
+        network = self.sharded() if self.sharded and frozen else None
+        # recomputation finds blocks of a split network gathered already: as parameters of their own
+        off = [p for p in (*frozen, *(network.parameters() if network else ())) if p.requires_grad]
+        self._enter(role, tuple(frozen))
+        for p in off:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in off:
+                p.requires_grad_(True)
+            self._enter(*before)
+
+    def _enter(self, role: str | None, frozen: tuple[nn.Parameter, ...]) -> None:
+        if role != self.role:
+            for layer in self.layers:
+                layer["_disable_adapters"] = role is None
+                layer["_active_adapter"] = [role] if role else []
+        self.role, self.frozen = role, frozen
+
+    def checkpoint(self, function: Any, *args: Any) -> Any:
+        """For ``enable_gradient_checkpointing``: recomputed in the mode of now, whatever is on when backward comes by."""
+        role, frozen = self.role, self.frozen
+
+        def run(*inputs: Any) -> Any:
+            with self(role, frozen):
+                return function(*inputs)
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+
+class LoRA(nn.Module):
+    """One role on a shared frozen base: its parameters are its adapter's, named by layer (dots written as slashes)."""
+
+    def __init__(self, base: nn.Module, role: str | None) -> None:
+        super().__init__()
+        self._base = (base,)  # in a tuple: not a submodule, so not in parameters() or state_dict()
+        self.role = role
+        self.frozen = False
+        if role is not None:
+            for name, parameter in base.named_parameters():
+                if f".{role}." in name:
+                    self.register_parameter(name.replace(f".{role}.", ".").replace(".", "/"), parameter)
+
+    @property
+    def base(self) -> nn.Module:
+        """The network that all its roles share."""
+        return self._base[0]
+
+    @property
+    def config(self) -> Any:
+        """The base's configuration."""
+        return self.base.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's."""
+        return next(self.base.parameters()).dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's, as this role."""
+        with Mode.of(self.base)(self.role, tuple(self.parameters()) if self.frozen else ()):
+            return self.base(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """No gradient reaches the weights of ``network`` from calls made inside, nor from their recomputation."""
+    if isinstance(network, LoRA):
+        network.frozen = True
+        try:
+            yield
+        finally:
+            network.frozen = False
+    else:
+        with Mode.of(network)(None, [p for p in network.parameters() if p.requires_grad]):
+            yield
+
+
+def cast_inputs(network: nn.Module) -> None:
+    """A bfloat16 network takes float32 latents and conditions; times ``[B]`` stay as they are (bfloat16 tells 1000 of them badly apart)."""
+    if any(p.dtype == torch.bfloat16 for p in network.parameters()):
+        network.register_forward_pre_hook(_cast, with_kwargs=True)
+
+
+def _cast(network: nn.Module, args: Any, kwargs: Any) -> Any:
+    dtype = next(network.parameters()).dtype  # looked up each time: a float32 copy of the network has this hook too
+    return tree_map_only(Tensor, lambda v: v.to(dtype) if v.is_floating_point() and v.dim() > 1 else v, (args, kwargs))
+
+
+def add_adapter(base: nn.Module, role: str, roles: Roles, backbone: object, seed: int) -> LoRA:
+    """A new adapter of ``base``, in its type and on its device; all of the base's own weights are frozen.
+
+    Raises:
+        DIDRError: no layer of the base matches ``roles.targets``.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    targets = roles.targets or getattr(backbone, "lora_targets", None) or _matrices(base)
+    settings = LoraConfig(
+        r=roles.rank,
+        lora_alpha=roles.alpha or roles.rank,  # type: ignore[arg-type]
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    trained = [p for p in base.parameters() if p.requires_grad]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            if not targets:
+                raise ValueError("it has no linear or convolution layer")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
+                inject_adapter_in_model(settings, base, role)
+        except ValueError as error:
+            raise DIDRError(
+                f"roles.targets={roles.targets!r}: no layer of {type(base).__name__} takes an adapter ({str(error)[:200]}). Name endings "
+                "of its layers' names, or use roles.generator=full and roles.assistant=full."
+            ) from error
+    base.requires_grad_(False)  # peft has just frozen the adapters that were there
+    for p in trained:
+        p.requires_grad_(True)
+    mode = Mode.of(base)
+    mode.layers = [m.__dict__ for m in base.modules() if isinstance(m, LoraLayer)]
+    mode.role = role  # whatever it was: the new layers are on
+    mode._enter(None, ())
+    return LoRA(base, role).requires_grad_(True)
+
+
+def _matrices(base: nn.Module) -> list[str]:
+    """Every linear and convolution layer of the base, as it was before adapters."""
+    names = (name for name, m in base.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and ".lora_" not in name)
+    return [name.removesuffix(".base_layer") for name in names]
+
+
+def plain(network: nn.Module) -> nn.Module:
+    """The same function without adapters: a role merged into a float32 copy of its base on the CPU, under the base's own names."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(network, LoRA):
+        return network
+    held = (*network.base.parameters(), *network.base.buffers())
+    merged = copy.deepcopy(network.base, {id(t): _on_cpu(t) for t in held})  # no second copy on the GPU
+    merged = merged.float()  # before the sum: small changes vanish in a bfloat16 one
+    for name, layer in list(merged.named_modules()):
+        if isinstance(layer, LoraLayer):
+            if network.role is not None:
+                layer.merge(adapter_names=[network.role])
+            parent, _, leaf = name.rpartition(".")
+            setattr(merged.get_submodule(parent), leaf, layer.get_base_layer())
+    return merged.requires_grad_(False)
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    copied = value.detach().to("cpu", copy=True)
+    return nn.Parameter(copied, requires_grad=False) if isinstance(value, nn.Parameter) else copied
+
+
+def save_adapter(network: nn.Module, folder: Path) -> None:
+    """Add a role's adapter to an exported pipeline folder, float32, with its scale: ``pipe.load_lora_weights(folder)`` on its base.
+
+    Does nothing for full networks and for families that diffusers has no pipeline of.
+    """
+    import diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    part = next((p for p in ("unet", "transformer") if (folder / p).is_dir()), None)
+    if not isinstance(network, LoRA) or network.role is None or part is None:
+        return
+    state = get_peft_model_state_dict(network.base, adapter_name=network.role)
+    layers = {k: v.detach().float().cpu().contiguous() for k, v in state.items()}
+    pipeline = getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
+    # without the metadata diffusers would take alpha = rank
+    metadata = network.base.peft_config[network.role].to_dict()  # type: ignore[index, union-attr, operator]
+    pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata})
