@@ -117,6 +117,12 @@ class Backbone(Protocol):
 
     schedule: Schedule
     latent_shape: tuple[int, ...]
+    lora_targets: tuple[str, ...] | None  # layers that adapters go on; None: every linear and convolution layer
+    usage: str  # the model card's code; empty: none
+
+    def to(self, device: torch.device | str) -> None:
+        """Move decoder and text towers; networks are moved by those who hold them."""
+        ...
 
     def check(self) -> None:
         """Cheap look at the weights folders (preflight). Raises DIDRError when they are not what the config says."""
@@ -160,12 +166,13 @@ class Backbone(Protocol):
 
 
 class Reward(Protocol):
-    """A score of pictures given prompts; higher is better. One file each in `rewards/`.
-
-    A reward made of others may also offer ``details(images, inputs) -> (score [B], {name: [B]})``: values for the logs.
-    """
+    """A score of pictures given prompts; higher is better. One file each in `rewards/`."""
 
     differentiable: bool
+    details: Callable[[Tensor, Tensors], tuple[Tensor, Tensors]] | None
+    """Of a reward made of others: ``(score [B], {name: [B]})``, values for the logs."""
+    features: Callable[[Tensor], Tensor] | None
+    """Picture features ``[B, F]``, for distances between models."""
 
     def check(self) -> None:
         """Cheap look at the weights (preflight). Raises DIDRError when they are not what the config says."""
@@ -211,17 +218,29 @@ class GeneratorContext(Protocol):
 
 
 class Algorithm(Protocol):
-    """One method: its equations and nothing else. One file each in `algorithms/`.
-
-    Three more flags may be left out: `needs_reward_gradient` (default False: the reward may be a black box), `needs_assistant` (default
-    True; False = the TA is not trained) and `uses_drs` (default False; True = asks for ``ctx.drs()``, so that its needs are checked).
-    """
+    """One method: its equations and nothing else. One file each in `algorithms/`."""
 
     needs_reward: bool
+    needs_reward_gradient: bool  # False: the reward may be a black box
+    needs_assistant: bool  # False: the TA is not trained
+    uses_drs: bool  # asks for ``ctx.drs()``, so that the estimator's needs are checked
 
     def generator_loss(self, ctx: GeneratorContext) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-sample loss ``[B]`` and per-sample metrics ``{name: [B]}``."""
         ...
+
+
+def _nothing(*_: Any) -> None:
+    """Stands for a method that a component leaves out."""
+
+
+OPTIONAL: Mapping[str, Mapping[str, Any]] = {
+    "algorithms": {"needs_reward_gradient": False, "needs_assistant": True, "uses_drs": False},
+    "backbones": {"lora_targets": None, "usage": "", "to": _nothing, "check": _nothing},
+    "rewards": {"details": None, "features": None, "check": _nothing},
+    "drs": {},
+}
+"""What a component may leave out, by kind, and what it then has: :func:`didr_core.config.registry.find` fills it in."""
 
 
 @dataclass(frozen=True)

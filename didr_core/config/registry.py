@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from didr_core.types import DIDRError
+from didr_core.types import OPTIONAL, DIDRError
 
 KINDS = {"algorithms": "Config", "backbones": "Config", "rewards": "Config", "drs": "estimate"}
 """Each kind is a package of `didr_core`; its components are the classes that have this attribute."""
@@ -36,7 +36,7 @@ def names(kind: str) -> list[str]:
 
 
 def find(kind: str, name: str) -> type[Any]:
-    """The component class behind ``name``.
+    """The component class behind ``name``, with defaults for what it leaves out (:data:`didr_core.types.OPTIONAL`).
 
     Raises:
         DIDRError: unknown key (names the nearest), or a module without a component class.
@@ -53,7 +53,7 @@ def find(kind: str, name: str) -> type[Any]:
         if not hasattr(found, KINDS[kind]):
             what = "nested Config class" if KINDS[kind] == "Config" else f"method {KINDS[kind]}"
             raise DIDRError(f"{key}: {name!r} has no {what}. See the README of didr_core/{kind}.")
-        return found  # type: ignore[no-any-return]
+        return _complete(kind, found)
     known = names(kind)
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
@@ -62,8 +62,15 @@ def find(kind: str, name: str) -> type[Any]:
     module = importlib.import_module(f"didr_core.{kind}.{name}")
     for value in vars(module).values():
         if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, KINDS[kind]):
-            return value
+            return _complete(kind, value)
     raise DIDRError(f"{key}: didr_core/{kind}/{name}.py defines no class with {KINDS[kind]}.")
+
+
+def _complete(kind: str, component: type[Any]) -> type[Any]:
+    for name, default in OPTIONAL[kind].items():
+        if not hasattr(component, name):
+            setattr(component, name, default)
+    return component
 
 
 def _module(name: str) -> ModuleType:

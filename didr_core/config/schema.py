@@ -256,12 +256,12 @@ class Config(Strict):
         if method.needs_reward and self.reward is None:
             raise ValueError(f"reward: algorithm {self.algorithm.name!r} needs one, got none; name one, e.g. pickscore")
         if self.reward and not differentiable(self.reward):
-            if getattr(method, "needs_reward_gradient", False):
+            if method.needs_reward_gradient:
                 raise ValueError(
                     f"reward.name={self.reward.name!r}: has no gradient, which algorithm {self.algorithm.name!r} needs; name a"
                     " differentiable reward, or say algorithm=didr and drp.estimator=importance"
                 )
-            if getattr(method, "uses_drs", False) and registry.find("drs", self.drp.estimator).needs_reward_gradient:
+            if method.uses_drs and registry.find("drs", self.drp.estimator).needs_reward_gradient:
                 raise ValueError(
                     f"reward.name={self.reward.name!r}: has no gradient, which drp.estimator={self.drp.estimator!r} needs; name a"
                     " differentiable reward, or say drp.estimator=importance"
@@ -306,7 +306,7 @@ class Config(Strict):
         share = self.train.batch // self.workers.train
         micro = self.train.micro_batch or share
         method = registry.find("algorithms", self.algorithm.name)
-        assistant_updates = self.train.assistant_updates if getattr(method, "needs_assistant", True) else 0
+        assistant_updates = self.train.assistant_updates if method.needs_assistant else 0
         return Sizes(
             share=share,
             micro_batch=micro,

@@ -149,7 +149,7 @@ class LocalFeed:
 
 def _move(backbone: Backbone, device: torch.device) -> None:
     """Backbones that hold towers of their own offer ``to``."""
-    getattr(backbone, "to", lambda _: None)(device)
+    backbone.to(device)
 
 
 def _arrays(prefix: str, tensors: Mapping[str, Tensor]) -> Columns:

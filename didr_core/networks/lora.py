@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from didr_core.config import Roles
-from didr_core.types import DIDRError
+from didr_core.types import Backbone, DIDRError
 
 
 class Mode:
@@ -136,7 +136,7 @@ def _cast(network: nn.Module, args: Any, kwargs: Any) -> Any:
     return tree_map_only(Tensor, lambda v: v.to(dtype) if v.is_floating_point() and v.dim() > 1 else v, (args, kwargs))
 
 
-def add_adapter(base: nn.Module, role: str, roles: Roles, backbone: object, seed: int) -> LoRA:
+def add_adapter(base: nn.Module, role: str, roles: Roles, backbone: Backbone, seed: int) -> LoRA:
     """A new adapter of ``base``, in its type and on its device; all of the base's own weights are frozen.
 
     Raises:
@@ -145,7 +145,7 @@ def add_adapter(base: nn.Module, role: str, roles: Roles, backbone: object, seed
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    targets = roles.targets or getattr(backbone, "lora_targets", None) or _matrices(base)
+    targets = roles.targets or backbone.lora_targets or _matrices(base)
     settings = LoraConfig(
         r=roles.rank,
         lora_alpha=roles.alpha or roles.rank,  # type: ignore[arg-type]

@@ -146,7 +146,7 @@ class _Costs:
             "reference": roles.dtype.reference,
         }
         backbone = registry.find("backbones", config.backbone.name)
-        targets = roles.targets or getattr(backbone, "lora_targets", None)
+        targets = roles.targets or backbone.lora_targets
         self.adapter = adapter_parameters(self.network, targets, roles.rank)
         check = roles.gradient_checkpointing
         self.generator = shapes.network_cost(of, self.dtypes["generator"], True, check)
@@ -154,7 +154,7 @@ class _Costs:
         self.reference = shapes.network_cost(of, self.dtypes["reference"], False, check)
         self.plain = {role: shapes.network_cost(of, dtype, None, False) for role, dtype in self.dtypes.items()}
         method = registry.find("algorithms", config.algorithm.name)
-        self.drs = bool(getattr(method, "uses_drs", False))
+        self.drs = bool(method.uses_drs)
         self.reward_parameters = 0
         self.decode = self.decode_plain = self.reward = self.reward_plain = NOTHING
         self.unknown: list[str] = []

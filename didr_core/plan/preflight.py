@@ -39,12 +39,12 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
         PromptIndex.open(config.data.heldout, config.data.column, config.data.id_column, "data.heldout").scan(SCAN_ROWS)
     precision.check(config)
     build("algorithms", config.algorithm)
-    _check(build("backbones", config.backbone))
+    build("backbones", config.backbone).check()
     if config.needs_reward and config.reward is not None:
-        _check(build("rewards", config.reward))
+        build("rewards", config.reward).check()
     if config.judge is not None:
         try:
-            _check(build("rewards", config.judge))
+            build("rewards", config.judge).check()
         except DIDRError as error:  # rewards know themselves as `reward`
             raise DIDRError(re.sub(r"\breward\.(?=[a-z]+[=:\[])", "judge.", str(error))) from error
     if config.evaluation.control:
@@ -54,11 +54,6 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
         advice.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
     _output(config)
     return index
-
-
-def _check(component: object) -> None:
-    """Components that can look at their files cheaply offer ``check()``."""
-    getattr(component, "check", lambda: None)()
 
 
 def _output(config: Config) -> None:

@@ -67,7 +67,7 @@ class Composite:
         """Raises DIDRError with the part that is not what the config says."""
         for number, (part, reward) in enumerate(zip(self.parts, self.rewards, strict=True)):
             try:
-                getattr(reward, "check", lambda: None)()
+                reward.check()
             except DIDRError as error:
                 raise DIDRError(f"reward.parts[{number}] ({part.reward.name}): {error}") from error
 

@@ -68,7 +68,7 @@ class Learner:
             if reward is None:
                 self.reward.load(self.device)
             self.backbone.load_decoder()
-            getattr(self.backbone, "to", lambda _: None)(self.device)
+            self.backbone.to(self.device)
         self.anchor = TeacherPairs(config.train.anchor, self.device) if config.train.anchor else None
         self.generator_opt = optim.optimizer(self.generator_weights, config.generator, config.seed)
         self.assistant_opt = optim.optimizer(self.assistant_weights, config.assistant, config.seed)
@@ -359,7 +359,7 @@ class _Pass:
         times = len(latent) // len(batch)
         inputs = {k: v.repeat(times, *([1] * (v.dim() - 1))) for k, v in batch.reward_inputs.items()}
         images = learner.backbone.decode(latent)
-        details = getattr(learner.reward, "details", None) if log else None
+        details = learner.reward.details if log else None
         if details:
             raw, parts = details(images, inputs)
             self.metrics |= {f"reward/{name}": value for name, value in parts.items()}

@@ -54,8 +54,8 @@ def _algorithm(config: Config) -> Table:
             table.add_row(f"algorithm.{name}", str(getattr(config.algorithm, name)), info.description or "")
     needs = {
         "reward": method.needs_reward,
-        "its gradient": getattr(method, "needs_reward_gradient", False),
-        "teaching assistant": getattr(method, "needs_assistant", True),
+        "its gradient": method.needs_reward_gradient,
+        "teaching assistant": method.needs_assistant,
     }
     table.add_row("needs", ", ".join(what for what, needed in needs.items() if needed), "")
     return table

@@ -6,7 +6,7 @@ need not: :class:`ActorReward` stands in for it in the learner, and `workers.rew
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ class ActorReward:
     """The reward as the learner sees it. Rows are dealt out evenly; an actor that dies is started again and asked again."""
 
     differentiable = False
+    details: Callable[[Tensor, Tensors], tuple[Tensor, Tensors]] | None = None
+    features: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, actors: Sequence[Any]) -> None:
         self.actors = list(actors)
