@@ -20,7 +20,7 @@ from didr_core.config import DRP, build
 from didr_core.diffusion.mixtures import Mixture, Quadratic, diffused_reward_score
 from didr_core.diffusion.schedule import Cosine, coeffs_like
 from didr_core.export.sample import OneStep
-from didr_core.train import loop as training
+from didr_core.train.__main__ import main
 
 ALPHA, SIGMA = 0.6, 0.8
 SCHEDULE = Cosine()
@@ -232,7 +232,7 @@ def test_batch_noise_is_seeded() -> None:
 def test_the_recipe_runs_and_its_export_samples(tmp_path: Path) -> None:
     sets = ["train.steps=3", "train.batch=8", "train.checkpoint_every=3", "evaluation.prompts=4", "evaluation.grid=2"]
     overrides = [a for s in [*sets, f"output={tmp_path}"] for a in ("--set", s)]
-    assert training.main(["--recipe", "exact_2d", *overrides, "--output", str(tmp_path / "run")]) == 0
+    assert main(["--recipe", "exact_2d", *overrides, "--output", str(tmp_path / "run")]) == 0
     export = tmp_path / "run" / "export"
     assert "not a diffusers pipeline" in (export / "README.md").read_text()
     assert OneStep(export).pictures(["a", "b"], [1, 2]).shape == (2, 3, 1, 2)
