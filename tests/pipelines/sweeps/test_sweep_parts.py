@@ -332,7 +332,7 @@ def test_a_trials_plan_counts_the_actors_that_score_a_black_box() -> None:
 def test_a_trial_that_an_earlier_driver_followed_gets_its_whole_curve(swept: SweepFolder, tmp_path: Path) -> None:
     """That driver was killed with the last steps in its hands; and one that followed nothing at all."""
     from pipelines.sweeps.board import Board
-    from pipelines.tracking import mlflow_tracker as mlflow_tracking
+    from pipelines.tracking import tracker as tracking
 
     folder = SweepFolder(Path(shutil.copytree(swept.path, tmp_path / "s")))
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -346,7 +346,7 @@ def test_a_trial_that_an_earlier_driver_followed_gets_its_whole_curve(swept: Swe
         with Board(folder, uri) as board:
             for number in folder.points():
                 board.settle(number)
-    client = mlflow_tracking.client(uri)
+    client = tracking.connect(uri)
     for number, run in folder.info()["mlflow"]["trials"].items():
         points = client.get_metric_history(run, "time/step")
         assert [p.step for p in points] == list(range(1, STEPS + 1)), number
