@@ -13,7 +13,7 @@ The role names below are the ones `cluster.yaml` gives its nodes. A process asks
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,6 @@ ROLES = ("head", TRAINER_RESOURCE, REWARD_RESOURCE)
 CPU, GPU, MEMORY = "CPU", "GPU", "memory"
 _EPS = 1e-6  # Ray counts in 1/10000
 _GIB = 2**30
-_SEARCH_LIMIT = 20_000
 
 
 class PlanDoesNotFit(DIDRError):
@@ -78,11 +77,7 @@ class Plan:
 
     def totals(self) -> dict[str, float]:
         """Resource name to the sum over all processes."""
-        out: dict[str, float] = {}
-        for group in self.groups:
-            for name, amount in group.need.amounts().items():
-                out[name] = out.get(name, 0.0) + amount * group.count
-        return out
+        return _sum((k, v * group.count) for group in self.groups for k, v in group.need.amounts().items())
 
 
 @dataclass(frozen=True)
@@ -108,11 +103,7 @@ class ClusterView:
 
     def totals(self) -> dict[str, float]:
         """Resource name to the sum over all nodes."""
-        out: dict[str, float] = {}
-        for node in self.nodes:
-            for name, amount in node.capacity().items():
-                out[name] = out.get(name, 0.0) + amount
-        return out
+        return _sum(item for node in self.nodes for item in node.capacity().items())
 
 
 @dataclass(frozen=True)
@@ -204,7 +195,7 @@ def run_plan(config: Config, cluster: ClusterView) -> Plan:
 
 
 def check(plan: Plan, cluster: ClusterView) -> Fit:
-    """Find room for every process of `plan`.
+    """Find room for every process of `plan`: greedy, so that an odd mix on odd nodes may be refused although some placement exists.
 
     Raises:
         PlanDoesNotFit: naming the first thing that is short, how much there is, and the setting to change.
@@ -216,17 +207,15 @@ def check(plan: Plan, cluster: ClusterView) -> Fit:
             )
     _each_fits_somewhere(plan, cluster)
     _totals_suffice(plan, cluster)
-    free = [node.capacity() for node in cluster.nodes]
-    needs = [group.need.amounts() for group in plan.groups]
-    counts = tuple(group.count for group in plan.groups)
-    placement = _first_fit(needs, counts, free, biggest_first=True) or _search(needs, counts, free)
+    friendly, unlucky = (_place(plan, cluster, biggest_first) for biggest_first in (True, False))
+    placement = unlucky if friendly is None else friendly
     if placement is None:
         raise PlanDoesNotFit(
             "the cluster is large enough in sum, but no way of placing the processes on single nodes was found.\n"
             + _listing(plan, cluster)
             + f"\nLower {_settings(plan.groups)}, or use fewer and larger nodes."
         )
-    return Fit(plan, cluster, placement, tight=_first_fit(needs, counts, free, biggest_first=False) is None)
+    return Fit(plan, cluster, placement, tight=friendly is None or unlucky is None)
 
 
 def _each_fits_somewhere(plan: Plan, cluster: ClusterView) -> None:
@@ -284,87 +273,42 @@ def _one(name: str, amount: float) -> str:
     return f"{amount / _GIB:.1f} GiB" if name == MEMORY else f"{amount:g}"
 
 
-def _amounts(amounts: Mapping[str, float], only: tuple[str, ...] = ()) -> str:
-    shown = {k: v for k, v in amounts.items() if not only or k in only}
-    return ", ".join(f"{_one(name, amount)} {name}" for name, amount in shown.items()) or "nothing"
+def _amounts(amounts: Mapping[str, float]) -> str:
+    return ", ".join(f"{_one(name, amount)} {name}" for name, amount in amounts.items()) or "nothing"
+
+
+def _sum(amounts: Iterable[tuple[str, float]]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for name, amount in amounts:
+        out[name] = out.get(name, 0.0) + amount
+    return out
 
 
 def _fits(need: Mapping[str, float], free: Mapping[str, float]) -> bool:
     return all(amount <= free.get(name, 0.0) + _EPS for name, amount in need.items())
 
 
-def _take(need: Mapping[str, float], free: Mapping[str, float], times: int) -> dict[str, float]:
-    return {**free, **{name: free.get(name, 0.0) - amount * times for name, amount in need.items()}}
+def _size(amounts: Mapping[str, float]) -> tuple[float, int, float]:
+    """What makes a process big, or a node roomy: GPUs, then kinds of resources, then CPUs."""
+    return amounts.get(GPU, 0.0), len(amounts), amounts.get(CPU, 0.0)
 
 
-def _how_many(need: Mapping[str, float], free: Mapping[str, float], limit: int) -> int:
-    """The most processes of `need` that fit into `free`, at most `limit`."""
-    most = [int((free.get(name, 0.0) + _EPS) / amount) for name, amount in need.items()]
-    return max(0, min([limit, *most]))
-
-
-def _first_fit(
-    needs: list[dict[str, float]], counts: tuple[int, ...], free: list[dict[str, float]], biggest_first: bool
-) -> tuple[tuple[int, ...], ...] | None:
-    """Greedy placement, whole groups at a time, or None.
+def _place(plan: Plan, cluster: ClusterView, biggest_first: bool) -> tuple[tuple[int, ...], ...] | None:
+    """Greedy placement, group after group, or None where a process finds no room.
 
     `biggest_first` is the friendly order: GPUs, then many CPUs, each on the node with the fewest GPUs that can hold it. The other order is
     Ray on a bad day: small processes first, on the nodes with the most room, where they take the CPUs a GPU worker would need.
     """
-    left = [dict(f) for f in free]
-    rows = [[0] * len(needs) for _ in free]
-    size = {g: (needs[g].get(GPU, 0.0), len(needs[g]), needs[g].get(CPU, 0.0)) for g in range(len(needs))}
-    for g in sorted(size, key=lambda i: size[i], reverse=biggest_first):
-        todo = counts[g]
-        while todo > 0:
-            able = [n for n in range(len(left)) if _fits(needs[g], left[n])]
+    left = [node.capacity() for node in cluster.nodes]
+    rows = [[0] * len(plan.groups) for _ in left]
+    needs = [group.need.amounts() for group in plan.groups]
+    choose = min if biggest_first else max
+    for g in sorted(range(len(needs)), key=lambda i: _size(needs[i]), reverse=biggest_first):
+        for _ in range(plan.groups[g].count):
+            able = [n for n, free in enumerate(left) if _fits(needs[g], free)]
             if not able:
                 return None
-            room = {n: (left[n].get(GPU, 0.0), len(left[n]), left[n].get(CPU, 0.0)) for n in able}
-            best = min(able, key=lambda n: room[n]) if biggest_first else max(able, key=lambda n: room[n])
-            placed = _how_many(needs[g], left[best], todo) if biggest_first else 1
-            left[best] = _take(needs[g], left[best], placed)
-            rows[best][g] += placed
-            todo -= placed
+            best = choose(able, key=lambda n: _size(left[n]))
+            left[best] |= {name: left[best].get(name, 0.0) - amount for name, amount in needs[g].items()}
+            rows[best][g] += 1
     return tuple(tuple(row) for row in rows)
-
-
-def _search(
-    needs: list[dict[str, float]], counts: tuple[int, ...], free: list[dict[str, float]]
-) -> tuple[tuple[int, ...], ...] | None:
-    """Exact: fill node after node in every way that leaves no further room there. Few groups and like nodes keep this small."""
-    dead: set[tuple[int, tuple[int, ...]]] = set()
-    steps = 0
-
-    def fill(node: int, todo: tuple[int, ...]) -> list[tuple[int, ...]] | None:
-        nonlocal steps
-        steps += 1
-        if not any(todo):
-            return [(0,) * len(todo)] * (len(free) - node)
-        if node == len(free) or (node, todo) in dead or steps > _SEARCH_LIMIT:
-            return None
-        for row in _full_rows(needs, todo, free[node]):
-            rest = fill(node + 1, tuple(t - r for t, r in zip(todo, row, strict=True)))
-            if rest is not None:
-                return [row, *rest]
-        dead.add((node, todo))
-        return None
-
-    found = fill(0, counts)
-    return None if found is None else tuple(found)
-
-
-def _full_rows(
-    needs: list[dict[str, float]], todo: tuple[int, ...], free: dict[str, float]
-) -> Iterator[tuple[int, ...]]:
-    """Every choice of processes for one node to which nothing can be added."""
-
-    def extend(g: int, row: tuple[int, ...], left: dict[str, float]) -> Iterator[tuple[int, ...]]:
-        if g == len(needs):
-            if not any(row[i] < todo[i] and _fits(needs[i], left) for i in range(len(needs))):
-                yield row
-            return
-        for count in range(_how_many(needs[g], left, todo[g]), -1, -1):
-            yield from extend(g + 1, (*row, count), _take(needs[g], left, count))
-
-    yield from extend(0, (), free)
