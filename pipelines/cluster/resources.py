@@ -1,10 +1,11 @@
-"""Does this plan fit this cluster? Pure arithmetic, no Ray: answered before anything starts, because Ray waits silently for ever when not.
+"""Is there room on this cluster for all that a run starts? Answered before anything starts, because Ray waits silently for ever when not.
 
-A plan is groups of equal processes (training workers, actor pools, Ray Data's listing task), each process with what it reserves. Every
-process must fit on one node as a whole, so totals are not enough: two GPUs with four CPUs each cannot hold one worker of 1 GPU + 8 CPUs.
+Pure arithmetic, no Ray. Demands are groups of equal processes (training workers, actor pools, Ray Data's listing task), each process with
+what it reserves. Every process must fit on one node as a whole, so totals are not enough: two GPUs with four CPUs each cannot hold one
+worker of 1 GPU + 8 CPUs.
 
-    fit = check(align_plan(config.workers, cluster), cluster)   # PlanDoesNotFit says what is short and which setting to change
-    console.print(fit.table())
+    room = check(demands_of(config, cluster), cluster)   # NoRoom says what is short and which setting to change
+    console.print(room.table())
 
 The role names below are the ones `cluster.yaml` gives its nodes. A process asks for a role only where the cluster knows it
 (:func:`role_resources`), so the same recipe runs on one machine without any. What a process reserves is computed once, here:
@@ -35,8 +36,8 @@ _EPS = 1e-6  # Ray counts in 1/10000
 _GIB = 2**30
 
 
-class PlanDoesNotFit(DIDRError):
-    """The plan needs more than the cluster has; the message says what, and which setting to change."""
+class NoRoom(DIDRError):
+    """More is asked for than the cluster has; the message says what, and which setting to change."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Demands:
     """Everything that runs at the same time."""
 
     groups: tuple[Group, ...]
@@ -107,28 +108,28 @@ class ClusterView:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A plan that fits, one way to place it, and whether Ray could place it so badly that it would wait for ever."""
+class Room:
+    """What found room: one way to place it, and whether Ray could place it so badly that it would wait for ever."""
 
-    plan: Plan
+    demands: Demands
     cluster: ClusterView
     placement: tuple[tuple[int, ...], ...]
     """`placement[node][group]` = processes of that group on that node."""
     tight: bool
 
     def table(self) -> Table:
-        """What each node has and what runs on it; the last row is the whole plan against the whole cluster."""
+        """What each node has and what runs on it; the last row is all of it against the whole cluster."""
         table = Table(title="plan and cluster", title_justify="left", title_style="bold", caption_justify="left")
         for heading in ("node", "has", "runs", "reserving"):
             table.add_column(heading)
         for node, row in zip(self.cluster.nodes, self.placement, strict=True):
-            here = [(g, n) for g, n in zip(self.plan.groups, row, strict=True) if n]
-            reserved = Plan(tuple(Group(g.name, n, g.need) for g, n in here)).totals()
+            here = [(g, n) for g, n in zip(self.demands.groups, row, strict=True) if n]
+            reserved = Demands(tuple(Group(g.name, n, g.need) for g, n in here)).totals()
             name = f"{node.labels[ROLE_LABEL]} {node.name}" if ROLE_LABEL in node.labels else node.name
             runs = ", ".join(f"{n} x {g.name}" for g, n in here) or "-"
             table.add_row(name, _amounts(node.capacity()), runs, _amounts(reserved) if here else "-")
         table.add_section()
-        table.add_row("in all", _amounts(self.cluster.totals()), "", _amounts(self.plan.totals()))
+        table.add_row("in all", _amounts(self.cluster.totals()), "", _amounts(self.demands.totals()))
         if self.tight:
             table.caption = "It only just fits: another job here, or an unlucky placement, would make it wait."
         return table
@@ -158,7 +159,9 @@ def reward_need(workers: Workers, cluster: ClusterView) -> Need:
     return Need(workers.reward_cpus, workers.reward_gpus, custom=custom)
 
 
-def align_plan(workers: Workers, cluster: ClusterView, with_rewards: bool = True, with_scorers: bool = False) -> Plan:
+def align_demands(
+    workers: Workers, cluster: ClusterView, with_rewards: bool = True, with_scorers: bool = False
+) -> Demands:
     """All that `didr align` runs at once.
 
     Args:
@@ -186,61 +189,61 @@ def align_plan(workers: Workers, cluster: ClusterView, with_rewards: bool = True
         *([Group("scoring actor", workers.rewards, reward, *rewards)] if with_scorers else []),
         Group("listing of the shards", 1, Need(cpus=1)),
     ]
-    return Plan(tuple(groups))
+    return Demands(tuple(groups))
 
 
-def run_plan(config: Config, cluster: ClusterView) -> Plan:
-    """:func:`align_plan` of what this config's algorithm and reward ask for."""
-    return align_plan(config.workers, cluster, with_rewards=config.needs_reward, with_scorers=config.black_box)
+def demands_of(config: Config, cluster: ClusterView) -> Demands:
+    """:func:`align_demands` of what this config's algorithm and reward ask for."""
+    return align_demands(config.workers, cluster, with_rewards=config.needs_reward, with_scorers=config.black_box)
 
 
-def check(plan: Plan, cluster: ClusterView) -> Fit:
-    """Find room for every process of `plan`: greedy, so that an odd mix on odd nodes may be refused although some placement exists.
+def check(demands: Demands, cluster: ClusterView) -> Room:
+    """Find room for every process: greedy, so that an odd mix on odd nodes may be refused although some placement exists.
 
     Raises:
-        PlanDoesNotFit: naming the first thing that is short, how much there is, and the setting to change.
+        NoRoom: naming the first thing that is short, how much there is, and the setting to change.
     """
-    for group in plan.groups:
+    for group in demands.groups:
         if group.count < 0:
-            raise PlanDoesNotFit(
+            raise NoRoom(
                 f"{group.name}: {group.count} processes. Set {group.count_setting or 'its size'} to 0 or more."
             )
-    _each_fits_somewhere(plan, cluster)
-    _totals_suffice(plan, cluster)
-    friendly, unlucky = (_place(plan, cluster, biggest_first) for biggest_first in (True, False))
+    _each_fits_somewhere(demands, cluster)
+    _totals_suffice(demands, cluster)
+    friendly, unlucky = (_place(demands, cluster, biggest_first) for biggest_first in (True, False))
     placement = unlucky if friendly is None else friendly
     if placement is None:
-        raise PlanDoesNotFit(
+        raise NoRoom(
             "the cluster is large enough in sum, but no way of placing the processes on single nodes was found.\n"
-            + _listing(plan, cluster)
-            + f"\nLower {_settings(plan.groups)}, or use fewer and larger nodes."
+            + _listing(demands, cluster)
+            + f"\nLower {_settings(demands.groups)}, or use fewer and larger nodes."
         )
-    return Fit(plan, cluster, placement, tight=friendly is None or unlucky is None)
+    return Room(demands, cluster, placement, tight=friendly is None or unlucky is None)
 
 
-def _each_fits_somewhere(plan: Plan, cluster: ClusterView) -> None:
-    for group in plan.groups:
+def _each_fits_somewhere(demands: Demands, cluster: ClusterView) -> None:
+    for group in demands.groups:
         need = group.need.amounts()
         if group.count == 0 or any(_fits(need, node.capacity()) for node in cluster.nodes):
             continue
         best = {name: max((node.capacity().get(name, 0.0) for node in cluster.nodes), default=0.0) for name in need}
         short = [name for name, amount in need.items() if amount > best[name] + _EPS] or list(need)
         setting = group.need_setting or "what it reserves"
-        raise PlanDoesNotFit(
+        raise NoRoom(
             f"no node can hold one process of {group.name}: it needs {_amounts(need)} on one node;"
             f" the most any node has is {_amounts(best)}"
             f" (short of {', '.join(short)}). Lower {setting}, or add a node with that much." + _hint(cluster, short)
         )
 
 
-def _totals_suffice(plan: Plan, cluster: ClusterView) -> None:
+def _totals_suffice(demands: Demands, cluster: ClusterView) -> None:
     there = cluster.totals()
-    for name, amount in plan.totals().items():
+    for name, amount in demands.totals().items():
         if amount <= there.get(name, 0.0) + _EPS:
             continue
-        users = [g for g in plan.groups if g.count and name in g.need.amounts()]
+        users = [g for g in demands.groups if g.count and name in g.need.amounts()]
         parts = " + ".join(f"{g.count} x {_one(name, g.need.amounts()[name])} {g.name}" for g in users)
-        raise PlanDoesNotFit(
+        raise NoRoom(
             f"the plan needs {_one(name, amount)} {name} and the cluster has {_one(name, there.get(name, 0.0))}: {parts}."
             f" Lower {_settings(users)}, or add {name}." + _hint(cluster, [name])
         )
@@ -263,8 +266,8 @@ def _settings(groups: Iterable[Group]) -> str:
     return " or ".join(dict.fromkeys(keys)) or "the number of processes"
 
 
-def _listing(plan: Plan, cluster: ClusterView) -> str:
-    needs = [f"  {g.count} x {g.name}, each {_amounts(g.need.amounts())}" for g in plan.groups if g.count]
+def _listing(demands: Demands, cluster: ClusterView) -> str:
+    needs = [f"  {g.count} x {g.name}, each {_amounts(g.need.amounts())}" for g in demands.groups if g.count]
     nodes = [f"  {node.name}: {_amounts(node.capacity())}" for node in cluster.nodes]
     return "\n".join(["needed:", *needs, "there is:", *nodes])
 
@@ -293,18 +296,18 @@ def _size(amounts: Mapping[str, float]) -> tuple[float, int, float]:
     return amounts.get(GPU, 0.0), len(amounts), amounts.get(CPU, 0.0)
 
 
-def _place(plan: Plan, cluster: ClusterView, biggest_first: bool) -> tuple[tuple[int, ...], ...] | None:
+def _place(demands: Demands, cluster: ClusterView, biggest_first: bool) -> tuple[tuple[int, ...], ...] | None:
     """Greedy placement, group after group, or None where a process finds no room.
 
     `biggest_first` is the friendly order: GPUs, then many CPUs, each on the node with the fewest GPUs that can hold it. The other order is
     Ray on a bad day: small processes first, on the nodes with the most room, where they take the CPUs a GPU worker would need.
     """
     left = [node.capacity() for node in cluster.nodes]
-    rows = [[0] * len(plan.groups) for _ in left]
-    needs = [group.need.amounts() for group in plan.groups]
+    rows = [[0] * len(demands.groups) for _ in left]
+    needs = [group.need.amounts() for group in demands.groups]
     choose = min if biggest_first else max
     for g in sorted(range(len(needs)), key=lambda i: _size(needs[i]), reverse=biggest_first):
-        for _ in range(plan.groups[g].count):
+        for _ in range(demands.groups[g].count):
             able = [n for n, free in enumerate(left) if _fits(needs[g], free)]
             if not able:
                 return None
