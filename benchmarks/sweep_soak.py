@@ -191,14 +191,13 @@ def _incomplete(folder: SweepFolder, trials: int) -> list[str]:
 
 def _mlflow_faults(folder: SweepFolder, trials: int) -> list[str]:
     """One parent, and one child a trial with its final score, and every step of its curve once."""
-    from pipelines.tracking import mlflow_tracker as mlflow_tracking
     from pipelines.tracking import tracker as tracking
 
     config = folder.config()
     uri = tracking.resolve(config.tracking, folder.path.parent)
     if uri == "none":
         return []
-    client = mlflow_tracking.client(uri)
+    client = tracking.connect(uri)
     home = client.get_experiment_by_name(config.tracking.experiment)
     tag = f"{folder.name}-{folder.info()['started']:.0f}"
     runs = client.search_runs([home.experiment_id], f"tags.`didr.sweep` = '{tag}'", max_results=5000)

@@ -27,7 +27,7 @@ from didr_core.plan.preflight import preflight
 from didr_core.train.loop import Observer, outcome
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import StepReport
-from pipelines.cluster.resources import check, run_plan
+from pipelines.cluster.resources import check, demands_of
 from pipelines.cluster.session import WAIT_FOR_NODES_S, await_room, ray_session, slots, view_of_this_machine
 from pipelines.report.console import Progress, print_summary
 from pipelines.report.figures import save_grid
@@ -64,7 +64,7 @@ def align(
     index = preflight(config, here=local)
     view = None if local else view_of_this_machine(config, address)
     if view:
-        check(run_plan(config, view), view)
+        check(demands_of(config, view), view)
     run = old or RunFolder.create(config, output, command)
     run.write_config(config)
     with outcome(run), _observer(config, run) as observer:
@@ -174,9 +174,9 @@ def _on_ray(
     """Start or join Ray, train there, follow."""
     observer.stage("starting Ray")
     with ray_session(address, slots(config), verbose) as view:
-        fit = await_room(lambda v: run_plan(config, v), view, WAIT_FOR_NODES_S)
+        room = await_room(lambda v: demands_of(config, v), view, WAIT_FOR_NODES_S)
         if verbose:
-            observer.progress.console.print(fit.table())
+            observer.progress.console.print(room.table())
         # Ray's libraries read their environment when they are imported: the session has set it
         from pipelines.cluster.group import fit_until_done, measured_scales
         from pipelines.cluster.watch import Follower
@@ -184,10 +184,10 @@ def _on_ray(
         observer.started(run, config, run.last_step())
         if scales.missing(config):
             observer.stage("measuring the scales of the reward's parts")
-            config = measured_scales(config, fit.cluster)
+            config = measured_scales(config, room.cluster)
             run.write_config(config)
         with Follower(run, observer, run.last_step()):
-            fit_until_done(config, run, index, observer, fit.cluster)
+            fit_until_done(config, run, index, observer, room.cluster)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from didr_core.config import Config
 from didr_core.data import scales
 from didr_core.plan.preflight import preflight
 from didr_core.types import DIDRError
-from pipelines.cluster.resources import ClusterView, Fit, PlanDoesNotFit
+from pipelines.cluster.resources import ClusterView, NoRoom, Room
 from pipelines.cluster.session import (
     WAIT_FOR_NODES_S,
     await_room,
@@ -33,7 +33,7 @@ from pipelines.cluster.session import (
 from pipelines.report.console import clock, console, rich_table
 from pipelines.sweeps import bench, results, space
 from pipelines.sweeps.folder import Sweep, SweepFolder
-from pipelines.sweeps.plan import estimate, fit, plan_table, slots, sweep_plan, trial_need
+from pipelines.sweeps.plan import estimate, fit, plan_table, slots, sweep_demands, trial_need
 from pipelines.sweeps.space import DEFAULT_TRIALS, Point
 from pipelines.tracking import tracker as tracking
 
@@ -97,7 +97,7 @@ def sweep(
         except KeyboardInterrupt:
             folder.update(status="interrupted")
             raise
-        except PlanDoesNotFit:
+        except NoRoom:
             if not resume:  # nothing was begun: the name is free again
                 shutil.rmtree(folder.path, ignore_errors=True)
             raise
@@ -182,7 +182,7 @@ def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) 
         ) as cluster:
             if view is None:
                 await_room(
-                    lambda v: sweep_plan(config, v, plan.workers, plan.concurrent or 1), cluster, WAIT_FOR_NODES_S
+                    lambda v: sweep_demands(config, v, plan.workers, plan.concurrent or 1), cluster, WAIT_FOR_NODES_S
                 )
                 plan, _ = _decide(folder, config, cluster, out)
             _on_ray(folder, cluster, opening, began)
@@ -196,7 +196,7 @@ def _with_slots(view: ClusterView, config: Config, plan: Sweep) -> ClusterView:
     return replace(view, nodes=(replace(node, resources={**node.resources, "CPU": cpus}),))
 
 
-def _decide(folder: SweepFolder, config: Config, view: ClusterView, out: Any) -> tuple[Sweep, Fit]:
+def _decide(folder: SweepFolder, config: Config, view: ClusterView, out: Any) -> tuple[Sweep, Room]:
     """How many trials at once; print the plan."""
     plan = folder.plan()
     asked = folder.info().get("asked", plan.concurrent)

@@ -16,7 +16,7 @@ from didr_core.config import Config
 from didr_core.plan import advice, memory
 from didr_core.plan.memory import GIB, Line, Plan
 from didr_core.types import DIDRError
-from pipelines.cluster.resources import check, run_plan
+from pipelines.cluster.resources import check, demands_of
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "ray", "mlflow")
 OPTIONAL = {"bitsandbytes": "for generator.optimizer=adamw8bit"}
@@ -153,7 +153,7 @@ def _cluster(out: Console, address: str | None, config: Config | None) -> bool:
     try:
         with ray_session(address) as cluster:
             if config is not None:
-                out.print(check(run_plan(config, cluster), cluster).table())
+                out.print(check(demands_of(config, cluster), cluster).table())
                 return True
             table = _table(f"cluster at {address}", "node", "has")
             for node in cluster.nodes:

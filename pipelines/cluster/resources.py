@@ -1,10 +1,11 @@
-"""Does this plan fit this cluster? Pure arithmetic, no Ray: answered before anything starts, because Ray waits silently for ever when not.
+"""Is there room on this cluster for all that a run starts? Answered before anything starts, because Ray waits silently for ever when not.
 
-A plan is groups of equal processes (training workers, actor pools, Ray Data's listing task), each process with what it reserves. Every
-process must fit on one node as a whole, so totals are not enough: two GPUs with four CPUs each cannot hold one worker of 1 GPU + 8 CPUs.
+Pure arithmetic, no Ray. Demands are groups of equal processes (training workers, actor pools, Ray Data's listing task), each process with
+what it reserves. Every process must fit on one node as a whole, so totals are not enough: two GPUs with four CPUs each cannot hold one
+worker of 1 GPU + 8 CPUs.
 
-    fit = check(align_plan(config.workers, cluster), cluster)   # PlanDoesNotFit says what is short and which setting to change
-    console.print(fit.table())
+    room = check(demands_of(config, cluster), cluster)   # NoRoom says what is short and which setting to change
+    console.print(room.table())
 
 The role names below are the ones `cluster.yaml` gives its nodes. A process asks for a role only where the cluster knows it
 (:func:`role_resources`), so the same recipe runs on one machine without any. What a process reserves is computed once, here:
@@ -13,7 +14,7 @@ The role names below are the ones `cluster.yaml` gives its nodes. A process asks
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,11 +34,10 @@ ROLES = ("head", TRAINER_RESOURCE, REWARD_RESOURCE)
 CPU, GPU, MEMORY = "CPU", "GPU", "memory"
 _EPS = 1e-6  # Ray counts in 1/10000
 _GIB = 2**30
-_SEARCH_LIMIT = 20_000
 
 
-class PlanDoesNotFit(DIDRError):
-    """The plan needs more than the cluster has; the message says what, and which setting to change."""
+class NoRoom(DIDRError):
+    """More is asked for than the cluster has; the message says what, and which setting to change."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,14 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Demands:
     """Everything that runs at the same time."""
 
     groups: tuple[Group, ...]
 
     def totals(self) -> dict[str, float]:
         """Resource name to the sum over all processes."""
-        out: dict[str, float] = {}
-        for group in self.groups:
-            for name, amount in group.need.amounts().items():
-                out[name] = out.get(name, 0.0) + amount * group.count
-        return out
+        return _sum((k, v * group.count) for group in self.groups for k, v in group.need.amounts().items())
 
 
 @dataclass(frozen=True)
@@ -108,36 +104,32 @@ class ClusterView:
 
     def totals(self) -> dict[str, float]:
         """Resource name to the sum over all nodes."""
-        out: dict[str, float] = {}
-        for node in self.nodes:
-            for name, amount in node.capacity().items():
-                out[name] = out.get(name, 0.0) + amount
-        return out
+        return _sum(item for node in self.nodes for item in node.capacity().items())
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A plan that fits, one way to place it, and whether Ray could place it so badly that it would wait for ever."""
+class Room:
+    """What found room: one way to place it, and whether Ray could place it so badly that it would wait for ever."""
 
-    plan: Plan
+    demands: Demands
     cluster: ClusterView
     placement: tuple[tuple[int, ...], ...]
     """`placement[node][group]` = processes of that group on that node."""
     tight: bool
 
     def table(self) -> Table:
-        """What each node has and what runs on it; the last row is the whole plan against the whole cluster."""
+        """What each node has and what runs on it; the last row is all of it against the whole cluster."""
         table = Table(title="plan and cluster", title_justify="left", title_style="bold", caption_justify="left")
         for heading in ("node", "has", "runs", "reserving"):
             table.add_column(heading)
         for node, row in zip(self.cluster.nodes, self.placement, strict=True):
-            here = [(g, n) for g, n in zip(self.plan.groups, row, strict=True) if n]
-            reserved = Plan(tuple(Group(g.name, n, g.need) for g, n in here)).totals()
+            here = [(g, n) for g, n in zip(self.demands.groups, row, strict=True) if n]
+            reserved = Demands(tuple(Group(g.name, n, g.need) for g, n in here)).totals()
             name = f"{node.labels[ROLE_LABEL]} {node.name}" if ROLE_LABEL in node.labels else node.name
             runs = ", ".join(f"{n} x {g.name}" for g, n in here) or "-"
             table.add_row(name, _amounts(node.capacity()), runs, _amounts(reserved) if here else "-")
         table.add_section()
-        table.add_row("in all", _amounts(self.cluster.totals()), "", _amounts(self.plan.totals()))
+        table.add_row("in all", _amounts(self.cluster.totals()), "", _amounts(self.demands.totals()))
         if self.tight:
             table.caption = "It only just fits: another job here, or an unlucky placement, would make it wait."
         return table
@@ -167,7 +159,9 @@ def reward_need(workers: Workers, cluster: ClusterView) -> Need:
     return Need(workers.reward_cpus, workers.reward_gpus, custom=custom)
 
 
-def align_plan(workers: Workers, cluster: ClusterView, with_rewards: bool = True, with_scorers: bool = False) -> Plan:
+def align_demands(
+    workers: Workers, cluster: ClusterView, with_rewards: bool = True, with_scorers: bool = False
+) -> Demands:
     """All that `didr align` runs at once.
 
     Args:
@@ -195,63 +189,61 @@ def align_plan(workers: Workers, cluster: ClusterView, with_rewards: bool = True
         *([Group("scoring actor", workers.rewards, reward, *rewards)] if with_scorers else []),
         Group("listing of the shards", 1, Need(cpus=1)),
     ]
-    return Plan(tuple(groups))
+    return Demands(tuple(groups))
 
 
-def run_plan(config: Config, cluster: ClusterView) -> Plan:
-    """:func:`align_plan` of what this config's algorithm and reward ask for."""
-    return align_plan(config.workers, cluster, with_rewards=config.needs_reward, with_scorers=config.black_box)
+def demands_of(config: Config, cluster: ClusterView) -> Demands:
+    """:func:`align_demands` of what this config's algorithm and reward ask for."""
+    return align_demands(config.workers, cluster, with_rewards=config.needs_reward, with_scorers=config.black_box)
 
 
-def check(plan: Plan, cluster: ClusterView) -> Fit:
-    """Find room for every process of `plan`.
+def check(demands: Demands, cluster: ClusterView) -> Room:
+    """Find room for every process: greedy, so that an odd mix on odd nodes may be refused although some placement exists.
 
     Raises:
-        PlanDoesNotFit: naming the first thing that is short, how much there is, and the setting to change.
+        NoRoom: naming the first thing that is short, how much there is, and the setting to change.
     """
-    for group in plan.groups:
+    for group in demands.groups:
         if group.count < 0:
-            raise PlanDoesNotFit(
+            raise NoRoom(
                 f"{group.name}: {group.count} processes. Set {group.count_setting or 'its size'} to 0 or more."
             )
-    _each_fits_somewhere(plan, cluster)
-    _totals_suffice(plan, cluster)
-    free = [node.capacity() for node in cluster.nodes]
-    needs = [group.need.amounts() for group in plan.groups]
-    counts = tuple(group.count for group in plan.groups)
-    placement = _first_fit(needs, counts, free, biggest_first=True) or _search(needs, counts, free)
+    _each_fits_somewhere(demands, cluster)
+    _totals_suffice(demands, cluster)
+    friendly, unlucky = (_place(demands, cluster, biggest_first) for biggest_first in (True, False))
+    placement = unlucky if friendly is None else friendly
     if placement is None:
-        raise PlanDoesNotFit(
+        raise NoRoom(
             "the cluster is large enough in sum, but no way of placing the processes on single nodes was found.\n"
-            + _listing(plan, cluster)
-            + f"\nLower {_settings(plan.groups)}, or use fewer and larger nodes."
+            + _listing(demands, cluster)
+            + f"\nLower {_settings(demands.groups)}, or use fewer and larger nodes."
         )
-    return Fit(plan, cluster, placement, tight=_first_fit(needs, counts, free, biggest_first=False) is None)
+    return Room(demands, cluster, placement, tight=friendly is None or unlucky is None)
 
 
-def _each_fits_somewhere(plan: Plan, cluster: ClusterView) -> None:
-    for group in plan.groups:
+def _each_fits_somewhere(demands: Demands, cluster: ClusterView) -> None:
+    for group in demands.groups:
         need = group.need.amounts()
         if group.count == 0 or any(_fits(need, node.capacity()) for node in cluster.nodes):
             continue
         best = {name: max((node.capacity().get(name, 0.0) for node in cluster.nodes), default=0.0) for name in need}
         short = [name for name, amount in need.items() if amount > best[name] + _EPS] or list(need)
         setting = group.need_setting or "what it reserves"
-        raise PlanDoesNotFit(
+        raise NoRoom(
             f"no node can hold one process of {group.name}: it needs {_amounts(need)} on one node;"
             f" the most any node has is {_amounts(best)}"
             f" (short of {', '.join(short)}). Lower {setting}, or add a node with that much." + _hint(cluster, short)
         )
 
 
-def _totals_suffice(plan: Plan, cluster: ClusterView) -> None:
+def _totals_suffice(demands: Demands, cluster: ClusterView) -> None:
     there = cluster.totals()
-    for name, amount in plan.totals().items():
+    for name, amount in demands.totals().items():
         if amount <= there.get(name, 0.0) + _EPS:
             continue
-        users = [g for g in plan.groups if g.count and name in g.need.amounts()]
+        users = [g for g in demands.groups if g.count and name in g.need.amounts()]
         parts = " + ".join(f"{g.count} x {_one(name, g.need.amounts()[name])} {g.name}" for g in users)
-        raise PlanDoesNotFit(
+        raise NoRoom(
             f"the plan needs {_one(name, amount)} {name} and the cluster has {_one(name, there.get(name, 0.0))}: {parts}."
             f" Lower {_settings(users)}, or add {name}." + _hint(cluster, [name])
         )
@@ -274,8 +266,8 @@ def _settings(groups: Iterable[Group]) -> str:
     return " or ".join(dict.fromkeys(keys)) or "the number of processes"
 
 
-def _listing(plan: Plan, cluster: ClusterView) -> str:
-    needs = [f"  {g.count} x {g.name}, each {_amounts(g.need.amounts())}" for g in plan.groups if g.count]
+def _listing(demands: Demands, cluster: ClusterView) -> str:
+    needs = [f"  {g.count} x {g.name}, each {_amounts(g.need.amounts())}" for g in demands.groups if g.count]
     nodes = [f"  {node.name}: {_amounts(node.capacity())}" for node in cluster.nodes]
     return "\n".join(["needed:", *needs, "there is:", *nodes])
 
@@ -284,87 +276,42 @@ def _one(name: str, amount: float) -> str:
     return f"{amount / _GIB:.1f} GiB" if name == MEMORY else f"{amount:g}"
 
 
-def _amounts(amounts: Mapping[str, float], only: tuple[str, ...] = ()) -> str:
-    shown = {k: v for k, v in amounts.items() if not only or k in only}
-    return ", ".join(f"{_one(name, amount)} {name}" for name, amount in shown.items()) or "nothing"
+def _amounts(amounts: Mapping[str, float]) -> str:
+    return ", ".join(f"{_one(name, amount)} {name}" for name, amount in amounts.items()) or "nothing"
+
+
+def _sum(amounts: Iterable[tuple[str, float]]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for name, amount in amounts:
+        out[name] = out.get(name, 0.0) + amount
+    return out
 
 
 def _fits(need: Mapping[str, float], free: Mapping[str, float]) -> bool:
     return all(amount <= free.get(name, 0.0) + _EPS for name, amount in need.items())
 
 
-def _take(need: Mapping[str, float], free: Mapping[str, float], times: int) -> dict[str, float]:
-    return {**free, **{name: free.get(name, 0.0) - amount * times for name, amount in need.items()}}
+def _size(amounts: Mapping[str, float]) -> tuple[float, int, float]:
+    """What makes a process big, or a node roomy: GPUs, then kinds of resources, then CPUs."""
+    return amounts.get(GPU, 0.0), len(amounts), amounts.get(CPU, 0.0)
 
 
-def _how_many(need: Mapping[str, float], free: Mapping[str, float], limit: int) -> int:
-    """The most processes of `need` that fit into `free`, at most `limit`."""
-    most = [int((free.get(name, 0.0) + _EPS) / amount) for name, amount in need.items()]
-    return max(0, min([limit, *most]))
-
-
-def _first_fit(
-    needs: list[dict[str, float]], counts: tuple[int, ...], free: list[dict[str, float]], biggest_first: bool
-) -> tuple[tuple[int, ...], ...] | None:
-    """Greedy placement, whole groups at a time, or None.
+def _place(demands: Demands, cluster: ClusterView, biggest_first: bool) -> tuple[tuple[int, ...], ...] | None:
+    """Greedy placement, group after group, or None where a process finds no room.
 
     `biggest_first` is the friendly order: GPUs, then many CPUs, each on the node with the fewest GPUs that can hold it. The other order is
     Ray on a bad day: small processes first, on the nodes with the most room, where they take the CPUs a GPU worker would need.
     """
-    left = [dict(f) for f in free]
-    rows = [[0] * len(needs) for _ in free]
-    size = {g: (needs[g].get(GPU, 0.0), len(needs[g]), needs[g].get(CPU, 0.0)) for g in range(len(needs))}
-    for g in sorted(size, key=lambda i: size[i], reverse=biggest_first):
-        todo = counts[g]
-        while todo > 0:
-            able = [n for n in range(len(left)) if _fits(needs[g], left[n])]
+    left = [node.capacity() for node in cluster.nodes]
+    rows = [[0] * len(demands.groups) for _ in left]
+    needs = [group.need.amounts() for group in demands.groups]
+    choose = min if biggest_first else max
+    for g in sorted(range(len(needs)), key=lambda i: _size(needs[i]), reverse=biggest_first):
+        for _ in range(demands.groups[g].count):
+            able = [n for n, free in enumerate(left) if _fits(needs[g], free)]
             if not able:
                 return None
-            room = {n: (left[n].get(GPU, 0.0), len(left[n]), left[n].get(CPU, 0.0)) for n in able}
-            best = min(able, key=lambda n: room[n]) if biggest_first else max(able, key=lambda n: room[n])
-            placed = _how_many(needs[g], left[best], todo) if biggest_first else 1
-            left[best] = _take(needs[g], left[best], placed)
-            rows[best][g] += placed
-            todo -= placed
+            best = choose(able, key=lambda n: _size(left[n]))
+            left[best] |= {name: left[best].get(name, 0.0) - amount for name, amount in needs[g].items()}
+            rows[best][g] += 1
     return tuple(tuple(row) for row in rows)
-
-
-def _search(
-    needs: list[dict[str, float]], counts: tuple[int, ...], free: list[dict[str, float]]
-) -> tuple[tuple[int, ...], ...] | None:
-    """Exact: fill node after node in every way that leaves no further room there. Few groups and like nodes keep this small."""
-    dead: set[tuple[int, tuple[int, ...]]] = set()
-    steps = 0
-
-    def fill(node: int, todo: tuple[int, ...]) -> list[tuple[int, ...]] | None:
-        nonlocal steps
-        steps += 1
-        if not any(todo):
-            return [(0,) * len(todo)] * (len(free) - node)
-        if node == len(free) or (node, todo) in dead or steps > _SEARCH_LIMIT:
-            return None
-        for row in _full_rows(needs, todo, free[node]):
-            rest = fill(node + 1, tuple(t - r for t, r in zip(todo, row, strict=True)))
-            if rest is not None:
-                return [row, *rest]
-        dead.add((node, todo))
-        return None
-
-    found = fill(0, counts)
-    return None if found is None else tuple(found)
-
-
-def _full_rows(
-    needs: list[dict[str, float]], todo: tuple[int, ...], free: dict[str, float]
-) -> Iterator[tuple[int, ...]]:
-    """Every choice of processes for one node to which nothing can be added."""
-
-    def extend(g: int, row: tuple[int, ...], left: dict[str, float]) -> Iterator[tuple[int, ...]]:
-        if g == len(needs):
-            if not any(row[i] < todo[i] and _fits(needs[i], left) for i in range(len(needs))):
-                yield row
-            return
-        for count in range(_how_many(needs[g], left, todo[g]), -1, -1):
-            yield from extend(g + 1, (*row, count), _take(needs[g], left, count))
-
-    yield from extend(0, (), free)

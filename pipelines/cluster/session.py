@@ -1,7 +1,7 @@
 """Start Ray, or attach to it, quietly: one context manager for a laptop, a cluster and a job.
 
     with ray_session(config.address, config.num_cpus, verbose) as cluster:
-        fit = await_room(plan_for, wait_s=config.wait_s)
+        room = await_room(demands_for, wait_s=config.wait_s)
 
 Three cases, told apart by :func:`where_to_run`:
 
@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from didr_core.config import Config
 from didr_core.types import DIDRError
-from pipelines.cluster.resources import ClusterView, Fit, Node, Plan, PlanDoesNotFit, check
+from pipelines.cluster.resources import ClusterView, Demands, Node, NoRoom, Room, check
 
 LOCAL_CPUS = 4
 """Least CPUs of a local Ray. They are slots, not cores: fewer than the plan needs would hang, each further one costs 128 MiB."""
@@ -162,17 +162,17 @@ def cluster_view(place: Place | None = None) -> ClusterView:
     )
 
 
-def await_room(plan_for: Callable[[ClusterView], Plan], cluster: ClusterView, wait_s: float = 0.0) -> Fit:
+def await_room(demands_for: Callable[[ClusterView], Demands], cluster: ClusterView, wait_s: float = 0.0) -> Room:
     """Check the plan against the cluster; on a cluster whose nodes may still be starting, look again for up to `wait_s` seconds.
 
     Raises:
-        PlanDoesNotFit: at once on a Ray of our own, after `wait_s` elsewhere.
+        NoRoom: at once on a Ray of our own, after `wait_s` elsewhere.
     """
     deadline = time.monotonic() + (0.0 if cluster.local else wait_s)
     while True:
         try:
-            return check(plan_for(cluster), cluster)
-        except PlanDoesNotFit:
+            return check(demands_for(cluster), cluster)
+        except NoRoom:
             if time.monotonic() >= deadline:
                 raise
         time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))

@@ -90,7 +90,7 @@ class Board:
         self.guard = threading.RLock()
         self.running: dict[int, tuple[TrialBoard, Follower]] = {}
         self._trackers: dict[int, tracking.Tracker] = {}
-        self._parent: tracking.Tracker = tracking.NullTracker()
+        self._parent: tracking.Tracker = tracking.Tracker()
         self._live: Live | None = None
         self._heard = time.monotonic()
         self._done = threading.Event()

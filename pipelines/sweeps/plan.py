@@ -16,13 +16,13 @@ from didr_core.train.run_folder import local_folder, read_lines
 from pipelines.cluster.resources import (
     CPU,
     ClusterView,
-    Fit,
+    Demands,
     Group,
     Need,
-    Plan,
-    PlanDoesNotFit,
+    NoRoom,
+    Room,
     check,
-    run_plan,
+    demands_of,
     train_need,
 )
 from pipelines.report.console import clock
@@ -40,16 +40,16 @@ def trial_need(config: Config, view: ClusterView, workers: int) -> Need:
     return train_need(config.workers, view) if workers == 1 else Need(DRIVER_CPUS)
 
 
-def sweep_plan(config: Config, view: ClusterView, workers: int, at_once: int) -> Plan:
+def sweep_demands(config: Config, view: ClusterView, workers: int, at_once: int) -> Demands:
     """All that runs at the same time: trials x (their process, or driver + workers + actors)."""
     own = Group(
         "trial", at_once, trial_need(config, view, workers), "--concurrent", "workers.train_cpus or .train_gpus"
     )
     if workers == 1:
-        return Plan((own,))
+        return Demands((own,))
     settings = config.workers.model_copy(update={"train": workers})
-    inner = run_plan(config.model_copy(update={"workers": settings}), view).groups
-    return Plan(
+    inner = demands_of(config.model_copy(update={"workers": settings}), view).groups
+    return Demands(
         (
             own,
             *(Group(f"{g.name} of a trial", g.count * at_once, g.need, "--concurrent", g.need_setting) for g in inner),
@@ -57,29 +57,29 @@ def sweep_plan(config: Config, view: ClusterView, workers: int, at_once: int) ->
     )
 
 
-def fit(config: Config, view: ClusterView, workers: int, trials: int, at_once: int | None) -> tuple[int, Fit]:
+def fit(config: Config, view: ClusterView, workers: int, trials: int, at_once: int | None) -> tuple[int, Room]:
     """How many trials run at once, and how they are placed: as many as fit (on this machine not more than it has cores), or ``at_once``.
 
     Raises:
-        PlanDoesNotFit: not even one does, or not ``at_once``.
+        NoRoom: not even one does, or not ``at_once``.
     """
     if at_once:
-        return at_once, check(sweep_plan(config, view, workers, at_once), view)
+        return at_once, check(sweep_demands(config, view, workers, at_once), view)
     most = min(trials, MOST_AT_ONCE)
     if view.local and not config.workers.train_gpus:
         most = min(most, max(1, (os.cpu_count() or 1) // (config.train.threads * workers)))
-    found = check(sweep_plan(config, view, workers, 1), view)
+    found = check(sweep_demands(config, view, workers, 1), view)
     for count in range(2, most + 1):
         try:
-            found = check(sweep_plan(config, view, workers, count), view)
-        except PlanDoesNotFit:
+            found = check(sweep_demands(config, view, workers, count), view)
+        except NoRoom:
             return count - 1, found
     return max(1, most), found
 
 
 def slots(config: Config, workers: int, at_once: int) -> int:
     """CPUs that a Ray of our own is told it has."""
-    needed = sweep_plan(config, ClusterView(()), workers, at_once).totals().get(CPU, 0.0)
+    needed = sweep_demands(config, ClusterView(()), workers, at_once).totals().get(CPU, 0.0)
     return max(config.workers.local_cpus, os.cpu_count() or 1, math.ceil(needed) + 1)
 
 
@@ -104,7 +104,7 @@ def estimate(config: Config, plan: Sweep, seconds_a_step: float | None) -> str:
     return f"about {clock(one * rounds)} ({plan.trials} trials of about {clock(one)}, {plan.concurrent} at once), plus shared work"
 
 
-def plan_table(config: Config, space: Space, plan: Sweep, found: Fit, path: Path) -> Table:
+def plan_table(config: Config, space: Space, plan: Sweep, found: Room, path: Path) -> Table:
     """The plan for people."""
     table = Table(
         title=f"sweep {plan.name}",

@@ -1,98 +1,76 @@
 """Where a run's numbers go besides its own folder: MLflow, or nowhere.
 
-Only rank 0 tracks. The MLflow run id is kept by the caller (run.json, checkpoints): a restarted or resumed worker hands it back and
-stays in the same run, and steps that the run already has are not logged twice. A tracking server that cannot be reached fails
-:func:`preflight`, before anything starts; one that goes away later never stops a training: metrics wait in memory, one warning is
-printed, and metrics.jsonl has them all.
+Only the driver tracks. The MLflow run id is kept by the caller (run.json): a resumed run hands it back and stays in the same MLflow
+run, and steps that this has already are not logged twice. A tracking server that cannot be reached fails :func:`preflight`, before
+anything starts; one that goes away later never stops a training: metrics wait in memory, one warning is printed, and metrics.jsonl has
+them all.
+
+MLflow is spoken to through its client alone (no global active run), and imported where it is used: that takes seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import json
+import logging
+import os
+import socket
+import time
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from didr_core.config import Config, Tracking
+from didr_core.config import Config, Tracking, dump, flatten
+from didr_core.evaluate.scoreboard import commit
+from didr_core.train.alarms import explain
 from didr_core.types import DIDRError
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks", "uc")
+FLUSH_SECONDS, LONGEST_PAUSE = 10.0, 300.0
+LONGEST_VALUE = 500  # characters of a param; MLflow itself stops at 6,000
+BATCH = 900  # metrics a log_batch; MLflow stops at 1,000
+WAITING = 100_000  # metrics kept in memory while a server is away
+SETTINGS = {  # of MLflow: quiet, and giving up within seconds rather than minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
 
 
-class Tracker(Protocol):
-    """What a training loop says to its trackers. No method raises because a server is away."""
-
-    run_id: str | None
-
-    def params(self, tree: Mapping[str, Any]) -> None:
-        """The resolved config, once; nested keys become ``a.b``."""
-        ...
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One step's numbers."""
-        ...
-
-    def alarms(self, step: int, names: Sequence[str]) -> None:
-        """Alarms that ring at this step."""
-        ...
-
-    def final(self, values: Mapping[str, float]) -> None:
-        """Numbers that a run has once, at its end; not tied to a step."""
-        ...
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Tags of the run."""
-        ...
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """A file or a folder to keep with the run."""
-        ...
-
-    def flush(self) -> None:
-        """Hand over what is buffered."""
-        ...
-
-    def close(self, status: Status = "FINISHED") -> None:
-        """End the run; further calls do nothing."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class NullTracker:
-    """Tracks nothing; base of the others, with the context manager."""
+class Tracker:
+    """What a run says to its tracker; this one tracks nothing. No method raises because a server is away."""
 
     run_id: str | None = None
 
     def params(self, tree: Mapping[str, Any]) -> None:
-        """See :class:`Tracker`."""
+        """The resolved config, once; nested keys become ``a.b``."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """See :class:`Tracker`."""
+        """One step's numbers."""
 
     def alarms(self, step: int, names: Sequence[str]) -> None:
-        """See :class:`Tracker`."""
+        """Alarms that ring at this step."""
 
     def final(self, values: Mapping[str, float]) -> None:
-        """See :class:`Tracker`."""
+        """Numbers that a run has once, at its end; not tied to a step."""
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """See :class:`Tracker`."""
+        """Tags of the run."""
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """See :class:`Tracker`."""
-
-    def flush(self) -> None:
-        """See :class:`Tracker`."""
+        """A file or a folder to keep with the run."""
 
     def close(self, status: Status = "FINISHED") -> None:
-        """See :class:`Tracker`."""
+        """Hand over what waits and end the run; further calls do nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -102,6 +80,116 @@ class NullTracker:
     ) -> None:
         killed = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         self.close("KILLED" if killed else "FAILED" if kind else "FINISHED")
+
+
+class MlflowTracker(Tracker):
+    """One MLflow run. Metrics wait and go in batches; those that a server does not take stay, and are tried again."""
+
+    def __init__(self, client: Any, run_id: str, last_step: int = 0, params: Mapping[str, str] | None = None) -> None:
+        self.run_id: str = run_id
+        self._client = client
+        self._last_step = last_step
+        self._params = params or {}
+        self._waiting: deque[tuple[str, float, int, int]] = deque(maxlen=WAITING)  # key, value, milliseconds, step
+        self._untaken = 0  # those that waited too long among them
+        self._pause = FLUSH_SECONDS
+        self._next_flush = time.monotonic() + FLUSH_SECONDS
+        self._ringing: tuple[str, ...] = ()
+        self._warned = self._closed = False
+
+    def params(self, tree: Mapping[str, Any]) -> None:
+        """Log what the run does not have yet; a resumed run keeps the params it began with and is tagged when they differ."""
+        from mlflow.entities import Param
+
+        flat = {key: shorten(value) for key, value in flatten(tree).items()}
+        fresh = [Param(key, value) for key, value in flat.items() if key not in self._params]
+        changed = sorted(key for key, value in flat.items() if self._params.get(key, value) != value)
+        if fresh:
+            self._try(self._client.log_batch, self.run_id, params=fresh)
+        if changed:
+            self.tags({"didr.changed_params": shorten(", ".join(changed))})
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """One step's numbers; a step that the run already has (before a crash) is skipped."""
+        if step > self._last_step and not self._closed:
+            self._wait(step, values)
+            if time.monotonic() >= self._next_flush:
+                self.flush()
+
+    def alarms(self, step: int, names: Sequence[str]) -> None:
+        """A 0/1 metric for every alarm that ever rang, and a tag with its sentence the first time."""
+        fresh = [name for name in names if name not in self._ringing]
+        self.tags({f"alarm.{name}": f"from step {step}: {explain(name)}" for name in fresh})
+        self._ringing = (*self._ringing, *fresh)
+        self.metrics(step, {f"alarm/{name}": float(name in names) for name in self._ringing})
+
+    def final(self, values: Mapping[str, float]) -> None:
+        """See :class:`Tracker`."""
+        self._wait(0, values)
+        self.flush()
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """See :class:`Tracker`."""
+        if values:
+            from mlflow.entities import RunTag
+
+            self._try(self._client.log_batch, self.run_id, tags=[RunTag(k, str(v)) for k, v in values.items()])
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """See :class:`Tracker`."""
+        log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
+        self._try(log, self.run_id, str(path), folder or None)
+
+    def close(self, status: Status = "FINISHED") -> None:
+        """See :class:`Tracker`. What waits is tried three times."""
+        if self._closed:
+            return
+        for pause in (0.0, 1.0, 3.0):
+            time.sleep(pause)
+            if self.flush():
+                break
+        self._try(self._client.set_terminated, self.run_id, status=status)
+        if self._untaken:
+            warnings.warn(
+                f"MLflow did not take {self._untaken} metrics of run {self.run_id}; metrics.jsonl in the run folder has them",
+                stacklevel=2,
+            )
+        self._closed = True
+
+    def flush(self) -> bool:
+        """Whether the server took all that waits. While it does not, it is asked ever less often."""
+        from mlflow.entities import Metric
+
+        taken = True
+        while self._waiting and taken:
+            rows = [Metric(*row) for row in islice(self._waiting, BATCH)]
+            taken = self._try(self._client.log_batch, self.run_id, metrics=rows)
+            if taken:
+                self._untaken -= len(rows)
+                for _ in rows:
+                    self._waiting.popleft()
+        self._pause = FLUSH_SECONDS if taken else min(self._pause * 2, LONGEST_PAUSE)
+        self._next_flush = time.monotonic() + self._pause
+        return taken
+
+    def _wait(self, step: int, values: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        self._waiting.extend((key, float(value), now, step) for key, value in values.items())
+        self._untaken += len(values)
+
+    def _try(self, call: Callable[..., Any], *args: Any, **named: Any) -> bool:
+        """Whether the call went through. The first failure is warned of; a training never stops because of its log book."""
+        try:
+            call(*args, **named)
+        except Exception as error:
+            if not self._warned:
+                warnings.warn(
+                    f"MLflow is not answering ({_reason(error)}); training goes on, metrics are kept and tried again",
+                    stacklevel=3,
+                )
+            self._warned = True
+            return False
+        return True
 
 
 def resolve(tracking: Tracking, runs: Path) -> str:
@@ -132,61 +220,177 @@ def preflight(tracking: Tracking, runs: Path) -> str:
     """
     uri = resolve(tracking, runs)
     if uri != "none":
-        from pipelines.tracking import mlflow_tracker as mlflow_tracking  # importing mlflow takes seconds
-
-        client = mlflow_tracking.client(uri)
+        client = connect(uri)
         try:
-            mlflow_tracking.experiment(client, tracking.experiment, uri, runs)
+            _experiment(client, tracking.experiment, uri, runs)
         except DIDRError:
             raise
         except Exception as error:
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise DIDRError(
-                f"tracking.uri={uri!r}: cannot be used ({reason}). Start the server, correct the address, "
+                f"tracking.uri={uri!r}: cannot be used ({_reason(error)}). Start the server, correct the address, "
                 "or track nothing with --set tracking.uri=none."
             ) from error
     return uri
 
 
 def find_run(tracking: Tracking, uri: str, tags: Mapping[str, str]) -> str | None:
-    """The MLflow run that has all these tags: for those who may have died between starting a run and noting its id."""
+    """Id of the oldest MLflow run with all ``tags`` and nothing else under ``didr.trial``; None where there is none.
+
+    For those who may have died between starting a run and noting its id.
+    """
     if uri == "none":
         return None
-    from pipelines.tracking import mlflow_tracker as mlflow_tracking
-
-    return mlflow_tracking.find(mlflow_tracking.client(uri), tracking.experiment, tags)
+    client = connect(uri)
+    home = client.get_experiment_by_name(tracking.experiment)
+    if home is None:
+        return None
+    asked = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    runs = client.search_runs([home.experiment_id], asked, order_by=["attributes.start_time ASC"])
+    same = (str(run.info.run_id) for run in runs if run.data.tags.get("didr.trial") == tags.get("didr.trial"))
+    return next(same, None)
 
 
 def open_tracker(
     config: Config,
     run_folder: Path,
     *,
-    rank: int = 0,
     run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
     parent: str | None = None,
     uri: str | None = None,
 ) -> Tracker:
-    """The tracker of one process of a run; metrics.jsonl is :class:`didr_core.train.run_folder.RunFolder`'s own.
+    """The tracker of a run; metrics.jsonl is :class:`didr_core.train.run_folder.RunFolder`'s own.
 
     Args:
         run_folder: gives the run its name; the default MLflow database lies beside it.
-        rank: only rank 0 tracks.
         run_id: the MLflow run to go on with; None starts one.
         tags: more tags. parent: MLflow run id of a sweep.
-        uri: what :func:`preflight` returned on the driver; resolved from the config otherwise.
+        uri: what :func:`preflight` returned; resolved from the config otherwise.
+
+    Raises:
+        DIDRError: the server does not know ``run_id``.
     """
-    if rank != 0:
-        return NullTracker()
     run_folder = Path(run_folder)
     uri = uri or resolve(config.tracking, run_folder.parent)
     if uri == "none":
-        return NullTracker()
-    from pipelines.tracking import mlflow_tracker as mlflow_tracking
-
-    client = mlflow_tracking.client(uri)
-    if run_id is None:
-        return mlflow_tracking.start(client, config, run_folder, uri, tags or {}, parent)
-    tracker = mlflow_tracking.attach(client, run_id)
-    tracker.tags(tags or {})
+        return Tracker()
+    client = connect(uri)
+    if run_id is not None:
+        tracker = _attach(client, run_id)
+        tracker.tags(tags or {})
+        return tracker
+    known = {
+        "mlflow.user": os.environ.get("USER", "didr"),
+        "mlflow.source.name": "didr",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": commit(),
+        "didr.recipe": config.name,
+        "didr.algorithm": config.algorithm.name,
+        "didr.run_folder": run_folder.name,
+        **({"mlflow.parentRunId": parent} if parent else {}),
+        **(tags or {}),
+    }
+    home = _experiment(client, config.tracking.experiment, uri, run_folder.parent)
+    run = client.create_run(home, run_name=run_folder.name, tags=known)
+    tracker = MlflowTracker(client, run.info.run_id)
+    tracker.params(dump(config))
     return tracker
+
+
+def connect(uri: str) -> Any:
+    """A quiet MLflow client, with its database made or its server asked whether it is there.
+
+    Raises:
+        DIDRError: the folder of the database cannot be made, or nobody answers at the address.
+    """
+    for key, value in SETTINGS.items():
+        os.environ.setdefault(key, value)
+    if uri.startswith("http"):
+        _knock(uri)
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic", "alembic.runtime.migration", "sqlalchemy"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+        try:
+            database.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DIDRError(
+                f"tracking.uri={uri!r}: cannot make the folder {str(database.parent)!r} ({error.strerror})"
+            ) from error
+        _make_whole(database)
+    return MlflowClient(tracking_uri=uri)
+
+
+def shorten(value: Any, longest: int = LONGEST_VALUE) -> str:
+    """A param's value as text: JSON for lists, the middle left out where it is too long."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= longest else f"{text[: longest * 2 // 3]} … {text[-(longest // 4) :]}"
+
+
+def _attach(client: Any, run_id: str) -> MlflowTracker:
+    """Go on with a run, from the last step that it has."""
+    try:
+        run = client.get_run(run_id)
+    except Exception as error:
+        raise DIDRError(
+            f"tracking: MLflow run {run_id!r} is not there ({_reason(error)}). "
+            "Remove mlflow_run_id from run.json to start another."
+        ) from error
+    client.update_run(run_id, status="RUNNING")
+    logged = run.data.metrics
+    key = next((key for key in ("time/step", "loss/generator", *logged) if key in logged), None)
+    history = client.get_metric_history(run_id, key) if key else []
+    return MlflowTracker(client, run_id, max((point.step for point in history), default=0), run.data.params)
+
+
+def _experiment(client: Any, name: str, uri: str, runs: Path) -> str:
+    """Id of the experiment, made when absent. A local database keeps artifacts beside itself, a server decides itself."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        where = (Path(runs).expanduser().absolute() / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+        try:
+            return str(client.create_experiment(name, artifact_location=where))
+        except Exception:
+            found = client.get_experiment_by_name(name)  # another run was faster
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise DIDRError(f"tracking.experiment={name!r} was deleted in MLflow; restore it there or choose another name")
+    return str(found.experiment_id)
+
+
+def _make_whole(database: Path) -> None:
+    """MLflow's tables, made aside and moved into place: a process killed during its migrations leaves no half of a database behind."""
+    if database.exists():
+        return
+    from mlflow import MlflowClient
+
+    part = database.with_name(f".{database.name}.{uuid.uuid4().hex}.part")  # MLflow keeps a store open per name
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{part}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # somebody else was quicker: theirs is whole too
+            os.link(part, database)
+    except OSError:
+        os.replace(part, database)  # no hard links here
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _knock(uri: str) -> None:
+    """Whether anybody listens: an answer in words, before an HTTP client's page of nested exceptions."""
+    parts = urlsplit(uri)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except OSError as error:
+        raise DIDRError(
+            f"tracking.uri={uri!r}: nobody answers at {parts.hostname}:{port} ({error.strerror or error}). Start the server, "
+            "correct the address, or track nothing with --set tracking.uri=none."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """An error's first line: MLflow's go on for pages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -17,8 +17,8 @@ from pipelines.cluster.resources import (
     TRAINER_RESOURCE,
     ClusterView,
     Node,
-    PlanDoesNotFit,
-    align_plan,
+    NoRoom,
+    align_demands,
     check,
 )
 
@@ -80,15 +80,15 @@ def test_roles_are_the_ones_the_code_reserves(config: dict[str, Any]) -> None:
 def test_a_gpu_run_fits_and_each_process_lands_on_its_role(config: dict[str, Any]) -> None:
     view = as_cluster(config)
     workers = Workers(train=4, train_cpus=8, train_gpus=1, encoders=4, encoder_gpus=0.25, rewards=4, reward_gpus=0.25)
-    fit = check(align_plan(workers, view), view)
-    for node, (train, encoders, rewards, listing) in zip(view.nodes, fit.placement, strict=True):
+    room = check(align_demands(workers, view), view)
+    for node, (train, encoders, rewards, listing) in zip(view.nodes, room.placement, strict=True):
         role = node.labels[ROLE_LABEL]
         assert role == TRAINER_RESOURCE or train == 0
         assert role == REWARD_RESOURCE or (encoders, rewards) == (0, 0)
         assert role != "head" or listing == 0
-    assert not fit.tight, "with roles no placement can go wrong"
-    with pytest.raises(PlanDoesNotFit, match=r"workers\.train"):
-        check(align_plan(workers.model_copy(update={"train": 5}), view), view)
+    assert not room.tight, "with roles no placement can go wrong"
+    with pytest.raises(NoRoom, match=r"workers\.train"):
+        check(align_demands(workers.model_copy(update={"train": 5}), view), view)
 
 
 def test_nodes_install_from_the_lock_and_show_the_token(config: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from didr_core.types import DIDRError
 from pipelines.cluster import session
-from pipelines.cluster.resources import ClusterView, Group, Need, Node, Plan, PlanDoesNotFit
+from pipelines.cluster.resources import ClusterView, Demands, Group, Need, Node, NoRoom
 from pipelines.cluster.session import Place, await_room, inside_ray_job, prepare_environment, where_to_run
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -77,7 +77,7 @@ def test_all_packages_travel_when_attached() -> None:
     assert [p.name for p in session._package_folders()] == list(session.PACKAGES)
 
 
-PLAN = Plan((Group("training worker", 2, Need(), "workers.train"),))
+DEMANDS = Demands((Group("training worker", 2, Need(), "workers.train"),))
 
 
 def small(n: int, local: bool) -> ClusterView:
@@ -93,10 +93,10 @@ def test_room_is_awaited_on_a_cluster_and_not_here(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(session, "cluster_view", grown)
     monkeypatch.setattr(session.time, "sleep", lambda s: None)
-    assert await_room(lambda view: PLAN, small(1, local=False), wait_s=60).placement == ((2,),)
+    assert await_room(lambda view: DEMANDS, small(1, local=False), wait_s=60).placement == ((2,),)
     assert len(looks) == 2
-    with pytest.raises(PlanDoesNotFit, match="workers.train"):
-        await_room(lambda view: PLAN, small(1, local=True), wait_s=60)
+    with pytest.raises(NoRoom, match="workers.train"):
+        await_room(lambda view: DEMANDS, small(1, local=True), wait_s=60)
     assert len(looks) == 2
 
 

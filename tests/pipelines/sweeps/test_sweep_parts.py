@@ -24,7 +24,7 @@ from didr_core.train.loop import train
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError, NonFiniteError
 from pipelines.cli.main import main
-from pipelines.cluster.resources import ClusterView, Node, PlanDoesNotFit
+from pipelines.cluster.resources import ClusterView, Node, NoRoom
 from pipelines.sweeps import bench, figures, plan, results, search, space, work
 from pipelines.sweeps.folder import Sweep, SweepFolder
 
@@ -250,12 +250,12 @@ def test_arithmetic_of_trials_at_once(toy: Path) -> None:
     whole = configs.load(str(toy), ["workers.train_gpus=1"])
     assert plan.fit(whole, cluster, 1, 12, None)[0] == 2
     assert plan.fit(whole, cluster, 1, 1, None)[0] == 1
-    with pytest.raises(PlanDoesNotFit, match="--concurrent"):
+    with pytest.raises(NoRoom, match="--concurrent"):
         plan.fit(whole, cluster, 1, 12, 3)
     # two workers each: 2 CPUs, two half-CPU actors and the listing beside them
     many = ClusterView((Node("a", {"CPU": 9}),), local=False)
     at_once, found = plan.fit(configs.load(str(toy)), many, 2, 12, None)
-    assert at_once == 2 and found.plan.totals()["CPU"] == pytest.approx(2 * (0.1 + 2 + 0.5 + 0.5 + 1))
+    assert at_once == 2 and found.demands.totals()["CPU"] == pytest.approx(2 * (0.1 + 2 + 0.5 + 0.5 + 1))
 
 
 def test_wrong_sweeps_are_refused_at_once(toy: Path, swept: SweepFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,15 +324,17 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_a_trials_plan_counts_the_actors_that_score_a_black_box() -> None:
     view = ClusterView((Node("one", {"CPU": 64.0}),))
-    names = [g.name for g in plan.sweep_plan(configs.load("tiny_blackbox"), view, 2, 3).groups]
+    names = [g.name for g in plan.sweep_demands(configs.load("tiny_blackbox"), view, 2, 3).groups]
     assert "scoring actor of a trial" in names
-    assert "scoring actor of a trial" not in [g.name for g in plan.sweep_plan(configs.load("tiny"), view, 2, 3).groups]
+    assert "scoring actor of a trial" not in [
+        g.name for g in plan.sweep_demands(configs.load("tiny"), view, 2, 3).groups
+    ]
 
 
 def test_a_trial_that_an_earlier_driver_followed_gets_its_whole_curve(swept: SweepFolder, tmp_path: Path) -> None:
     """That driver was killed with the last steps in its hands; and one that followed nothing at all."""
     from pipelines.sweeps.board import Board
-    from pipelines.tracking import mlflow_tracker as mlflow_tracking
+    from pipelines.tracking import tracker as tracking
 
     folder = SweepFolder(Path(shutil.copytree(swept.path, tmp_path / "s")))
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -346,7 +348,7 @@ def test_a_trial_that_an_earlier_driver_followed_gets_its_whole_curve(swept: Swe
         with Board(folder, uri) as board:
             for number in folder.points():
                 board.settle(number)
-    client = mlflow_tracking.client(uri)
+    client = tracking.connect(uri)
     for number, run in folder.info()["mlflow"]["trials"].items():
         points = client.get_metric_history(run, "time/step")
         assert [p.step for p in points] == list(range(1, STEPS + 1)), number

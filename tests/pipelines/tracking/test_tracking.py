@@ -16,13 +16,10 @@ from didr_core import config as configs
 from didr_core.config import Config, Tracking
 from didr_core.types import DIDRError
 from pipelines.tracking import tracker as tracking
-from pipelines.tracking.tracker import NullTracker, open_tracker, preflight, resolve
+from pipelines.tracking.tracker import MlflowTracker, Tracker, open_tracker, preflight, resolve, shorten
 
 pytest.importorskip("mlflow")
 from mlflow import MlflowClient
-
-from pipelines.tracking import mlflow_tracker as mlflow_tracking
-from pipelines.tracking.mlflow_tracker import MlflowTracker, shorten
 
 pytestmark = pytest.mark.timeout(
     300
@@ -44,7 +41,7 @@ def config() -> Config:
 
 @pytest.fixture(scope="module")
 def client(runs: Path) -> MlflowClient:
-    return mlflow_tracking.client(resolve(Tracking(), runs))
+    return tracking.connect(resolve(Tracking(), runs))
 
 
 def steps_of(client: MlflowClient, run_id: str, key: str) -> list[int]:
@@ -139,7 +136,7 @@ class Flaky:
 
 
 def test_a_hiccup_never_stops_a_training_and_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(mlflow_tracking, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
     server = Flaky()
     tracker = MlflowTracker(server, "run")
     tracker.metrics(1, {"a": 1.0})
@@ -157,7 +154,7 @@ def test_a_hiccup_never_stops_a_training_and_loses_nothing(monkeypatch: pytest.M
 
 
 def test_a_server_that_never_comes_back_costs_seconds_and_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_tracking.time, "sleep", lambda _: None)
+    monkeypatch.setattr(tracking.time, "sleep", lambda _: None)
     server = Flaky()
     server.away = True
     tracker = MlflowTracker(server, "run")
@@ -207,13 +204,10 @@ def test_a_deleted_experiment_is_named(runs: Path, client: MlflowClient) -> None
 def test_who_does_not_track_is_silent(config: Config, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for tracker in (
-            open_tracker(config, tmp_path / "x", rank=1),
-            open_tracker(config.model_copy(update={"tracking": Tracking(uri="none")}), tmp_path / "x"),
-        ):
-            assert isinstance(tracker, NullTracker) and tracker.run_id is None
-            tracker.metrics(1, {"a": 1.0})
-            tracker.close()
+        tracker = open_tracker(config.model_copy(update={"tracking": Tracking(uri="none")}), tmp_path / "x")
+        assert type(tracker) is Tracker and tracker.run_id is None
+        tracker.metrics(1, {"a": 1.0})
+        tracker.close()
     assert list(tmp_path.iterdir()) == [], "not even a database"
     assert preflight(Tracking(uri="none"), tmp_path) == "none"
 
@@ -231,9 +225,6 @@ def test_mlflow_is_imported_only_when_it_is_used() -> None:
 
 def test_a_database_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while MLflow makes its tables: the next process starts from nothing, not from half of them."""
-    from mlflow import MlflowClient
-
-    from pipelines.tracking import mlflow_tracker as mlflow_tracking
 
     def killed(self: object, **_: object) -> None:
         raise KeyboardInterrupt
@@ -241,7 +232,7 @@ def test_a_database_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     database = tmp_path / "mlflow.db"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MlflowClient, "search_experiments", killed)
-        mlflow_tracking.client(f"sqlite:///{database}")
+        tracking.connect(f"sqlite:///{database}")
     assert list(tmp_path.iterdir()) == []
-    assert mlflow_tracking.client(f"sqlite:///{database}").search_experiments()
+    assert tracking.connect(f"sqlite:///{database}").search_experiments()
     assert [p.name for p in tmp_path.iterdir()] == ["mlflow.db"]
