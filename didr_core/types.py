@@ -137,7 +137,11 @@ class Backbone(Protocol):
         ...
 
     def load_text(self) -> None:
-        """Make :meth:`encode` usable. Only encoder actors call it: text towers never sit on a trainer."""
+        """Make :meth:`encode` usable. Who calls it on a trainer calls :meth:`free_text` before training goes on."""
+        ...
+
+    def free_text(self) -> None:
+        """Let go of what :meth:`load_text` loaded: text towers never sit on a trainer."""
         ...
 
     def encode(self, prompts: Sequence[str]) -> Condition:

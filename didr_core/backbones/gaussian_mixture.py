@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from didr_core.config import Component, locate
 from didr_core.diffusion.mixtures import Mixture
 from didr_core.diffusion.schedule import Cosine, coeffs_like
-from didr_core.rewards.images import clamp_straight_through
+from didr_core.diffusion.sampling import clamp_straight_through
 from didr_core.types import Condition, DIDRError
 
 WEIGHTS = "generator.safetensors"
@@ -106,6 +106,9 @@ class GaussianMixture:
 
     def load_text(self) -> None:
         """Nothing to load."""
+
+    def free_text(self) -> None:
+        """Nothing to let go of."""
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """``unused [B, 1]`` zeros: the law does not depend on the prompt."""
