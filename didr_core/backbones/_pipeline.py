@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from didr_core.config import Component, locate
+from didr_core.diffusion.sampling import clamp_straight_through
 from didr_core.networks.loading import (
     assemble,
     check_folder,
@@ -26,7 +27,6 @@ from didr_core.networks.loading import (
     variant,
     without_prefix,
 )
-from didr_core.diffusion.sampling import clamp_straight_through
 from didr_core.types import DIDRError, Schedule
 
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -52,7 +52,12 @@ def one_step_contestant(name: str, backbone: Backbone, network: nn.Module) -> Co
 
 
 def teacher_contestant(
-    backbone: Backbone, network: nn.Module, steps: int = 50, guidance: float = 4.0, extra: str = "", name: str = "teacher"
+    backbone: Backbone,
+    network: nn.Module,
+    steps: int = 50,
+    guidance: float = 4.0,
+    extra: str = "",
+    name: str = "teacher",
 ) -> Contestant:
     """The reference with guided DDIM: about ``2 * steps`` times as dear as one step, so its latents may be kept.
 

@@ -214,7 +214,8 @@ class Evaluator:
         row = {"steps": contestant.steps, "guidance": contestant.guidance, "seconds": round(seconds, 3)}
         row |= {"pictures_made": made, "pictures_cached": total - made}
         return row, {
-            name: np.stack([np.concatenate(parts) for parts in by_seed.values()])[None] for name, by_seed in values.items()
+            name: np.stack([np.concatenate(parts) for parts in by_seed.values()])[None]
+            for name, by_seed in values.items()
         }
 
     def _latents(self, contestant: Contestant, part: _Part, seed: int) -> tuple[Tensor, int]:
@@ -282,7 +283,9 @@ def _world(images: Tensor, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
     from didr_core.world import assess
 
     seen = assess.assess(images.cpu().numpy(), list(captions))
-    measures = {(f"right_{name}" if name in FACETS else name): seen[name].astype(np.float64) for name in assess.MEASURES}
+    measures = {
+        (f"right_{name}" if name in FACETS else name): seen[name].astype(np.float64) for name in assess.MEASURES
+    }
     measures["right_relation"] = np.where(seen["kind"] == "relation", measures["right_relation"], np.nan)
     measures["right_background"] = np.where(seen["background_free"], np.nan, measures["right_background"])
     for kind in KINDS:

@@ -257,7 +257,7 @@ def show(entry: Mapping[str, float | None] | None, name: str) -> str:
 
 
 def origin(prompts_source: str = "", commands: Sequence[str] = (), **more: Any) -> dict[str, Any]:
-    """Where, when and with what a table was made: the ``facts`` of scores. No host names, no absolute paths: files with it are published."""
+    """Where, when and with what a table was made: the ``facts`` of scores. No host names, no paths: files with it are published."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

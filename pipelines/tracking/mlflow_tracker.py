@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from didr_core.config import Config, dump, flatten
-from didr_core.evaluate.scoreboard import commit
+from didr_core.config.provenance import commit
 from didr_core.train.alarms import explain
 from didr_core.types import DIDRError
 from pipelines.tracking.tracker import NullTracker, Status
