@@ -106,7 +106,7 @@ class Plain:
         self.generator, self.assistant, self.reference = nets
         self.reference.requires_grad_(False)
         for net in nets:
-            net.register_forward_pre_hook(lambda m, a, k: learning.roles._cast(m, a, k), with_kwargs=True)
+            net.register_forward_pre_hook(lambda m, a, k: learning.lora._cast(m, a, k), with_kwargs=True)
             if checkpointing:
                 net.enable_gradient_checkpointing()
         self.backbone.load_decoder()

@@ -240,7 +240,7 @@ def _nothing(*_: Any) -> None:
 
 OPTIONAL: Mapping[str, Mapping[str, Any]] = {
     "algorithms": {"needs_reward_gradient": False, "needs_assistant": True, "uses_drs": False},
-    "backbones": {"lora_targets": None, "usage": "", "to": _nothing, "check": _nothing},
+    "backbones": {"lora_targets": None, "usage": "", "to": _nothing, "check": _nothing, "free_text": _nothing},
     "rewards": {"details": None, "features": None, "check": _nothing},
     "drs": {},
 }

@@ -107,9 +107,6 @@ class GaussianMixture:
     def load_text(self) -> None:
         """Nothing to load."""
 
-    def free_text(self) -> None:
-        """Nothing to let go of."""
-
     def encode(self, prompts: Sequence[str]) -> Condition:
         """``unused [B, 1]`` zeros: the law does not depend on the prompt."""
         return Condition({"unused": torch.zeros(len(prompts), 1)})

@@ -53,7 +53,7 @@ FACETS = ("count", "colour", "shape", "relation", "background")
 def text_towers(backbone: Backbone, device: torch.device | str = "cpu") -> Iterator[None]:
     """Text towers are there inside the block and gone after it: a trainer does not keep them."""
     backbone.load_text()
-    getattr(backbone, "to", lambda _: None)(device)
+    backbone.to(device)
     try:
         yield
     finally:
@@ -250,8 +250,7 @@ def _loaded(config: Component | None, device: torch.device | str) -> Reward | No
 
 def _features(reward: Reward | None, images: Tensor) -> NDArray[Any]:
     """``[B, D]``, float32: of the reward's picture tower; for a reward without ``features`` the pictures shrunk to 4 x 4 pixels."""
-    look = getattr(reward, "features", None)
-    found = look(images) if look else F.adaptive_avg_pool2d(images, SIDE).flatten(1)
+    found = reward.features(images) if reward and reward.features else F.adaptive_avg_pool2d(images, SIDE).flatten(1)
     return np.asarray(found.float().cpu().numpy())
 
 

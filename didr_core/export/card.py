@@ -112,7 +112,7 @@ def _source(component: Any) -> str:
 
 def usage(backbone: str) -> str:
     """What a family that diffusers does not know says of sampling from its exports; empty for the others."""
-    return str(getattr(registry.find("backbones", backbone), "usage", ""))
+    return str(registry.find("backbones", backbone).usage)
 
 
 def _sampling(config: Config, single: str | None) -> str:
