@@ -27,17 +27,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from benchmarks.tiny_world import markdown
 from benchmarks.trainings import train
 from didr_core import config as configs
-from didr_core.config import Config, build, registry
-from didr_core.evaluate.finish import exported, heldout
-from didr_core.evaluate.fronts import Array
-from didr_core.evaluate.picture_cache import fingerprint
-from didr_core.evaluate.scoreboard import provenance
-from didr_core.evaluate.scores import Contestant, one_step_contestant, score_models, teacher_contestant
+from didr_core.config import registry
+from didr_core.evaluate.contestants import Contestant, fingerprint, one_step_contestant, teacher_contestant
+from didr_core.evaluate.evaluator import Evaluator
+from didr_core.evaluate.finish import heldout
+from didr_core.evaluate.paired import Array
+from didr_core.evaluate.scores import origin
+from didr_core.export.card import markdown
+from didr_core.export.folder import exported
 
 QUANTITIES = ("reward", "utility", "size")
 
@@ -96,41 +96,6 @@ def overrides(estimator: str) -> list[str]:
     return [f"drp.estimator={key}", f"drp.steps={steps}", f"drp.particles={particles}", "drp.snr_gate=false"]
 
 
-class Scorer:
-    """Scores contestants one at a time on the same captions; what was scored is kept."""
-
-    def __init__(self, config: Config, prompts: Sequence[str], work: Path) -> None:
-        self.config, self.prompts, self.work = config, list(prompts), work
-        self.backbone = build("backbones", config.backbone)
-        self.backbone.load_text()
-        self.backbone.load_decoder()
-        assert config.reward is not None
-        self.reward = build("rewards", config.reward)
-        self.reward.load()
-
-    def __call__(self, contestant: Contestant, key: str, seeds: int) -> dict[str, Array]:
-        """``{quantity: [S, N]}``."""
-        wanted = json.dumps([key, self.prompts, seeds])
-        file = self.work / "scores" / f"{contestant.name}.npz"
-        if file.is_file():
-            with np.load(file, allow_pickle=False) as stored:
-                if str(stored["wanted"]) == wanted:
-                    return {name: stored[name] for name in QUANTITIES}
-        arrays: dict[str, NDArray[Any]] = score_models(
-            self.backbone,
-            [contestant],
-            self.prompts,
-            seeds=range(seeds),
-            reward=self.reward,
-            world=self.config.evaluation.world,
-            cache=self.work / "teacher",
-        ).arrays[contestant.name]
-        found = {name: arrays[name][0].astype(np.float64) for name in QUANTITIES}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(file, wanted=np.array(wanted), **found)  # type: ignore[arg-type]
-        return found
-
-
 def table(tree: dict[str, Any]) -> str:
     """Markdown, nearest in reward first; several trainings of one kind are a median with the lowest and highest."""
     rows = []
@@ -183,12 +148,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         exports[name.rpartition("-")[0], name] = folder
 
     torch.set_num_threads(given.jobs)
-    score = Scorer(base, heldout(base, given.captions), given.work)
-    teacher_net = score.backbone.load_network("reference")
-    teacher = teacher_contestant(score.backbone, teacher_net, given.teacher_steps, base.guidance.reference)
+    evaluator = Evaluator.of(
+        base.model_copy(update={"judge": None}),
+        heldout(base, given.captions),
+        range(max(given.samples, given.pictures)),
+        cache=given.work / "teacher",
+    )
+
+    def score(contestant: Contestant, key: str, seeds: int) -> dict[str, Array]:
+        """``{quantity: [S, N]}``; what was scored is kept."""
+        found = evaluator.first(given.captions, seeds).measured(contestant, key, given.work / "scores")
+        return {name: found[name][0].astype(np.float64) for name in QUANTITIES}
+
+    teacher_net = evaluator.backbone.load_network("reference")
+    teacher = teacher_contestant(evaluator.backbone, teacher_net, given.teacher_steps, base.guidance.reference)
     reference = score(teacher, teacher.fingerprint or "", given.samples)
-    start_net = score.backbone.load_network("generator")
-    start = score(one_step_contestant("start", score.backbone, start_net), fingerprint(start_net), given.pictures)
+    start_net = evaluator.backbone.load_network("generator")
+    start = score(one_step_contestant("start", evaluator.backbone, start_net), fingerprint(start_net), given.pictures)
     scale = spread(start["reward"])
     weights = tilt(reference["reward"], given.beta * scale)
     even = np.full_like(weights, 1 / len(weights))
@@ -202,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     for (label, name), folder in exports.items():
         network = exported(base, folder)
-        found = score(one_step_contestant(name, score.backbone, network), fingerprint(network), given.pictures)
+        found = score(one_step_contestant(name, evaluator.backbone, network), fingerprint(network), given.pictures)
         for quantity, value in compare(found, reference, weights).items():
             rows.setdefault(label, {}).setdefault(quantity, []).append(value)
     command = "python -m benchmarks.histograms " + " ".join(arguments if arguments is not None else sys.argv[1:])
@@ -212,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "effective_samples": effective_size(weights),
         "unit": "standard deviations of the quantity under the reference",
         "rows": rows,
-        "facts": provenance(base.data.heldout or base.data.prompts, [command.strip()]),
+        "facts": origin(base.data.heldout or base.data.prompts, [command.strip()]),
     }
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(tree, indent=1) + "\n")

@@ -35,18 +35,19 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.pareto_figure import save_fronts
-from benchmarks.tiny_world import markdown
 from benchmarks.trainings import train
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.config.registry import find
 from didr_core.data.feed import LocalFeed
-from didr_core.evaluate.finish import exported, heldout
-from didr_core.evaluate.fronts import Array, Draws, front, hypervolumes, interval
-from didr_core.evaluate.judges import Judges
-from didr_core.evaluate.picture_cache import fingerprint
-from didr_core.evaluate.scoreboard import describe, provenance
-from didr_core.evaluate.scores import one_step_contestant, teacher_contestant
+from didr_core.evaluate.contestants import fingerprint, one_step_contestant, teacher_contestant
+from didr_core.evaluate.evaluator import Evaluator
+from didr_core.evaluate.finish import heldout
+from didr_core.evaluate.fronts import distances, front, hypervolumes
+from didr_core.evaluate.paired import Array, Bootstrap, interval
+from didr_core.evaluate.scores import describe, origin
+from didr_core.export.card import markdown
+from didr_core.export.folder import exported
 from didr_core.train.learner import Learner
 from didr_core.types import Batch, DIDRError
 
@@ -172,12 +173,12 @@ def summarise(
     arrays: dict[str, dict[str, NDArray[Any]]], reference: NDArray[Any], trainings: int, resamples: int
 ) -> dict[str, dict[str, Array]]:
     """``{label: {measure: [R + 1]}}`` from ``{label: {measure: [T, S, N], "features": [T, S, N, D]}}``."""
-    draws = Draws.make(reference.shape[2], trainings, resamples)
+    draws = Bootstrap(reference.shape[2], trainings, resamples)
     summary = {}
     for label, values in arrays.items():
         summary[label] = {name: draws.means(values[name]) for name in (*GAINS, *FIDELITIES, "reward") if name in values}
-        summary[label]["feature_distance"] = draws.distances(
-            values["features"].astype(np.float64), reference.astype(np.float64)
+        summary[label]["feature_distance"] = distances(
+            draws, values["features"].astype(np.float64), reference.astype(np.float64)
         )
     return summary
 
@@ -204,7 +205,7 @@ def fronts(summary: dict[str, dict[str, Array]], methods: dict[str, list[str]]) 
                     if other not in labels
                     and any(at[other][0] > at[m][0] and at[other][1] > at[m][1] for m in on_front)
                 ],
-                "hypervolume": interval(hypervolumes(x, y, worst, best)),
+                "hypervolume": interval(hypervolumes(x, y, worst, best)).tree(),
             }
         out.append(entry)
     return out
@@ -324,18 +325,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         exports = {point: job.result() for point, job in jobs.items()}
     torch.set_num_threads(given.jobs)
-    judges = Judges(base, prompts, given.noise_seeds, given.work)
-    teacher_net = judges.backbone.load_network("reference")
-    teacher = teacher_contestant(judges.backbone, teacher_net, given.teacher_steps, base.guidance.reference)
-    start_net = judges.backbone.load_network("generator")
-    start = one_step_contestant("start", judges.backbone, start_net)
+    evaluator = Evaluator.of(base, prompts, given.noise_seeds, features=True, cache=given.work / "teacher")
+    kept = given.work / "scores"
+    teacher_net = evaluator.backbone.load_network("reference")
+    teacher = teacher_contestant(evaluator.backbone, teacher_net, given.teacher_steps, base.guidance.reference)
+    start_net = evaluator.backbone.load_network("generator")
+    start = one_step_contestant("start", evaluator.backbone, start_net)
     measured: dict[str, list[dict[str, NDArray[Any]]]] = {
-        "teacher": [judges.measure(teacher, teacher.fingerprint or "")],
-        "start": [judges.measure(start, fingerprint(start_net))],
+        "teacher": [evaluator.measured(teacher, teacher.fingerprint or "", kept)],
+        "start": [evaluator.measured(start, fingerprint(start_net), kept)],
     }
     for point in todo:
         network = exported(base, exports[point])
-        row = judges.measure(one_step_contestant(point.name, judges.backbone, network), fingerprint(network))
+        contestant = one_step_contestant(point.name, evaluator.backbone, network)
+        row = evaluator.measured(contestant, fingerprint(network), kept)
         measured.setdefault(point.label, []).append(row)
     arrays = {
         label: {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
@@ -357,14 +360,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             label: {
                 "weight": of_label[label].weight if label in of_label else None,
                 "steps": budget[of_label[label].method] if label in of_label else None,
-                "measures": {name: interval(value) for name, value in values.items()},
+                "measures": {name: interval(value).tree() for name, value in values.items()},
             }
             for label, values in summary.items()
         },
         "fronts": fronts(competing, sweeps),
         "by_seed": by_seed({k: v for k, v in arrays.items() if k in on_fronts}, arrays["teacher"]["features"], sweeps),
         "intervals": f"95 %, bootstrap over captions and training seeds, {given.resamples} resamples",
-        "facts": provenance(base.data.heldout, [command.strip()]),
+        "facts": origin(base.data.heldout, [command.strip()]),
     }
     _write(given.json or given.out / "pareto.json", tree)
     save_fronts(tree, given.out / "pareto.png")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from didr_core.evaluate.scoreboard import describe
+from didr_core.evaluate.scores import describe
 from pipelines.report.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION
 
 COLOURS = {

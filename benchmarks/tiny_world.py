@@ -21,11 +21,13 @@ import torch
 
 from benchmarks.trainings import train
 from didr_core import config as configs
-from didr_core.config import Config, build
-from didr_core.data.prompts import PromptIndex
-from didr_core.evaluate.finish import contestants, exported
-from didr_core.evaluate.scoreboard import Scores, comparison_table, pool, provenance, show, table, title
-from didr_core.evaluate.scores import score_models
+from didr_core.config import Config
+from didr_core.evaluate.contestants import contestants
+from didr_core.evaluate.evaluator import Evaluator
+from didr_core.evaluate.finish import heldout
+from didr_core.evaluate.scores import Scores, comparison_table, origin, pool, show, table, title
+from didr_core.export.card import markdown
+from didr_core.export.folder import exported
 
 ARMS = {"aligned": (), "control": ("algorithm=diff_instruct",)}
 FACETS = (
@@ -35,34 +37,12 @@ FACETS = (
 SHOWN = ("utility", "judge", "reward", "strict", "background_entropy", "position_entropy")
 
 
-def score(
-    config: Config, exports: dict[str, Path], prompts: list[str], noise_seeds: Sequence[int], cache: Path
-) -> Scores:
+def score(config: Config, exports: dict[str, Path], evaluator: Evaluator) -> Scores:
     """Start, control, aligned and teacher against each other, for one training seed."""
-    backbone = build("backbones", config.backbone)
-    backbone.load_text()
-    backbone.load_decoder()
-    reward, judge = build("rewards", config.reward), build("rewards", config.judge)
-    reward.load()
-    judge.load()
+    backbone = evaluator.backbone
     generators = {arm: exported(config, export) for arm, export in exports.items()}
     generators["start"] = backbone.load_network("generator")
-    return score_models(
-        backbone,
-        contestants(config, backbone, generators, backbone.load_network("reference")),
-        prompts,
-        seeds=noise_seeds,
-        reward=reward,
-        judge=judge,
-        world=config.evaluation.world,
-        cache=cache,
-    )
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return evaluator.compare(contestants(config, backbone, generators, backbone.load_network("reference")))
 
 
 def facet_table(tree: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -98,10 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = configs.load(given.recipe, ["evaluation.teacher_steps=50", *given.overrides])
     if config.data.heldout is None:
         parser.error("the recipe names no data.heldout")
-    prompts = [
-        p.prompt
-        for p in PromptIndex.open(config.data.heldout, config.data.column, config.data.id_column).first(given.prompts)
-    ]
+    prompts = heldout(config, given.prompts)
     given.work.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(given.jobs) as jobs:
         waiting = {
@@ -113,12 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         exports = {key: job.result() for key, job in waiting.items()}
     torch.set_num_threads(given.jobs)
-    scores = []
-    for seed in given.seeds:
-        pair = {arm: exports[seed, arm] for arm in ARMS}
-        scores.append(score(config, pair, prompts, given.noise_seeds, given.work / "teacher"))
+    evaluator = Evaluator.of(config, prompts, given.noise_seeds, cache=given.work / "teacher")
+    scores = [score(config, {arm: exports[seed, arm] for arm in ARMS}, evaluator) for seed in given.seeds]
     command = "python -m benchmarks.tiny_world " + " ".join(arguments if arguments is not None else sys.argv[1:])
-    pooled = pool(scores, facts=provenance(config.data.heldout, [command.strip()]))
+    pooled = pool(scores, facts=origin(config.data.heldout, [command.strip()]))
     pooled.write(given.out)
     text = tables(pooled.tree)
     (given.out / "table.md").write_text(f"{text}\n\n`{command.strip()}`, {pooled.tree['facts']['date'][:10]}\n")

@@ -137,7 +137,11 @@ class Backbone(Protocol):
         ...
 
     def load_text(self) -> None:
-        """Make :meth:`encode` usable. Only encoder actors call it: text towers never sit on a trainer."""
+        """Make :meth:`encode` usable. Who calls it on a trainer calls :meth:`free_text` before training goes on."""
+        ...
+
+    def free_text(self) -> None:
+        """Let go of what :meth:`load_text` loaded: text towers never sit on a trainer."""
         ...
 
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -236,7 +240,7 @@ def _nothing(*_: Any) -> None:
 
 OPTIONAL: Mapping[str, Mapping[str, Any]] = {
     "algorithms": {"needs_reward_gradient": False, "needs_assistant": True, "uses_drs": False},
-    "backbones": {"lora_targets": None, "usage": "", "to": _nothing, "check": _nothing},
+    "backbones": {"lora_targets": None, "usage": "", "to": _nothing, "check": _nothing, "free_text": _nothing},
     "rewards": {"details": None, "features": None, "check": _nothing},
     "drs": {},
 }

@@ -72,7 +72,7 @@ def test_the_report_ranks_a_front_that_is_known(tmp_path: Path) -> None:
     tree = {
         "methods": methods,
         "points": {
-            label: {"steps": 7, "measures": {name: pareto.interval(v) for name, v in values.items()}}
+            label: {"steps": 7, "measures": {name: pareto.interval(v).tree() for name, v in values.items()}}
             for label, values in summary.items()
         },
         "fronts": panels,

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from didr_core.config import Component, locate
+from didr_core.diffusion.sampling import clamp_straight_through
 from didr_core.networks.loading import (
     assemble,
     check_folder,
@@ -26,7 +27,6 @@ from didr_core.networks.loading import (
     variant,
     without_prefix,
 )
-from didr_core.rewards.images import clamp_straight_through
 from didr_core.types import DIDRError, Schedule
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -261,6 +261,10 @@ class PipelineBackbone:
         self._text = self._load_pipeline(
             getattr(torch, self._options.text_dtype), **{self.family.part: None, "vae": None}
         )
+
+    def free_text(self) -> None:
+        """Let go of tokenizers and text encoders."""
+        self._text = None
 
     def _export(self, generator: nn.Module, folder: str, scheduler: Any, single: str) -> None:
         """A pipeline folder with the generator and ``scheduler``, and the bare state dict as the file ``single``, in the family's dtype."""

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from didr_core.config import Component, locate
 from didr_core.diffusion.mixtures import Mixture
+from didr_core.diffusion.sampling import clamp_straight_through
 from didr_core.diffusion.schedule import Cosine, coeffs_like
-from didr_core.rewards.images import clamp_straight_through
 from didr_core.types import Condition, DIDRError
 
 WEIGHTS = "generator.safetensors"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from didr_core.config import Config, dump
+from didr_core.config.files import replaced
 from didr_core.data.feed import Columns, LocalFeed, to_batch
 from didr_core.data.prompts import open_prompts
 from didr_core.types import Batch
@@ -47,25 +47,25 @@ class CachedFeed:
         size, made = self.config.train.batch, None
         for step in range(self.start // size, self.config.train.steps):
             path = self.folder / f"{step:06d}.npz"
-            columns = _read(path)
+            columns = read_arrays(path)
             if columns is None:
                 made = made or LocalFeed(self.config)
                 columns = made.columns(step)
-                _write(path, columns)
+                write_arrays(path, columns)
             yield to_batch(columns)
 
 
-def _read(path: Path) -> Columns | None:
+def read_arrays(path: Path) -> Columns | None:
+    """The arrays of ``path`` (.npz); None where it is not there or cut short (a full disk): make them again."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile):
-        return None  # not there, or cut short by a full disk: made again
+        return None
 
 
-def _write(path: Path, columns: Columns) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    plain = {k: np.asarray(v, str) if np.asarray(v).dtype == object else v for k, v in columns.items()}
-    np.savez(part, **plain)  # type: ignore[arg-type]
-    os.replace(part, path)
+def write_arrays(path: Path, arrays: Columns) -> None:
+    """Write ``path`` (.npz), whole or not at all; texts become fixed-width."""
+    plain = {k: np.asarray(v, str) if np.asarray(v).dtype == object else v for k, v in arrays.items()}
+    with replaced(path) as partial:
+        np.savez(partial, **plain)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ prompts and seed start from the same ``z`` whatever their batch size: comparison
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -84,37 +84,6 @@ def reference(backbone: Backbone, network: nn.Module, steps: int = 50, guidance:
     return lambda condition, z: sample_reference(backbone, network, condition, z, steps, guidance)
 
 
-def latents(
-    backbone: Backbone,
-    sampler: Sampler,
-    prompts: Sequence[str],
-    seed: int = 0,
-    *,
-    first: int = 0,
-    batch: int = 64,
-    device: torch.device | str = "cpu",
-) -> Iterator[Tensor]:
-    """Clean latents of ``prompts``, ``batch`` rows at a time, on ``device``; needs ``backbone.load_text()`` done.
-
-    ``first`` is the position of ``prompts[0]`` in the whole list, for callers that hand over a part of it.
-    """
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        z = noise(seed, range(first + start, first + start + len(part)), backbone.latent_shape).to(device)
-        yield sampler(backbone.encode(part).to(device), z)
-
-
-@torch.no_grad()
-def pictures(
-    backbone: Backbone,
-    sampler: Sampler,
-    prompts: Sequence[str],
-    seed: int = 0,
-    *,
-    first: int = 0,
-    batch: int = 64,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Pictures ``[N, 3, H, W]`` in [0, 1], float32 on the CPU; needs text encoder and decoder loaded. See :func:`latents`."""
-    made = latents(backbone, sampler, prompts, seed, first=first, batch=batch, device=device)
-    return torch.cat([backbone.decode(rows).float().cpu() for rows in made])
+def clamp_straight_through(images: Tensor) -> Tensor:
+    """``clamp(0, 1)`` whose gradient is the identity: a saturated pixel can still come back."""
+    return images + (images.detach().clamp(0, 1) - images.detach())

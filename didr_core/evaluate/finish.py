@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from didr_core.config import Component, Config, build, locate
+from didr_core.config import Config
 from didr_core.data.prompts import PromptIndex
 from didr_core.diffusion import sampling
-from didr_core.evaluate.scoreboard import provenance
-from didr_core.evaluate.scores import Contestant, Scores, one_step_contestant, score_models, teacher_contestant
-from didr_core.export.folder import export_run
+from didr_core.evaluate.contestants import contestants
+from didr_core.evaluate.evaluator import Evaluator, text_towers
+from didr_core.evaluate.scores import Scores, card_section, origin, read_scores
+from didr_core.export.folder import export_run, exported
 from didr_core.train.learner import Learner
 from didr_core.train.loop import Observer, train
 from didr_core.train.run_folder import RunFolder
-from didr_core.types import Backbone, DIDRError, Reward
+from didr_core.types import Backbone
 
 Say = Callable[[str, int, int], None]
 """``(what is being done, done, to do)``; 0, 0 where there is nothing to count."""
@@ -34,8 +35,8 @@ class Gallery:
     def __init__(self, learner: Learner, config: Config, run: RunFolder, draw: Draw) -> None:
         self.learner, self.config, self.run, self.draw = learner, config, run, draw
         self.captions = heldout(config, config.evaluation.grid)
-        _ready(learner.backbone, learner.device)
-        with torch.no_grad():
+        learner.backbone.load_decoder()
+        with text_towers(learner.backbone, learner.device), torch.no_grad():
             self.condition = learner.backbone.encode(self.captions).to(learner.device)
         self.start: Tensor | None = None
 
@@ -89,79 +90,65 @@ def finish(
     if draw:
         say("drawing the grid", 0, 0)
         Gallery(learner, config, run, draw).show(picture, f"{config.name}: before and after {config.train.steps} steps")
-    scores = score(learner, config, run, say) if config.evaluation.prompts else None
+    if config.evaluation.prompts:
+        score(learner, config, run, say)
     say("exporting", 0, 0)
-    export_run(
+    scored = bool(config.evaluation.prompts)
+    export(config, run, learner.backbone, learner.generator("ema"), scored=scored, overwrite=True)
+
+
+def export(
+    config: Config,
+    run: RunFolder,
+    backbone: Backbone,
+    network: nn.Module,
+    folder: Path | None = None,
+    *,
+    scored: bool = True,
+    overwrite: bool = False,
+) -> Path:
+    """``network`` as an export folder (`export/` of the run), with the run's grid and, where ``scored``, its scores beside it.
+
+    Raises:
+        DIDRError: see :func:`didr_core.export.folder.export_run`; or scores.json is broken.
+    """
+    scores = run.path / "scores.json"
+    tree = read_scores(scores) if scored and scores.is_file() else None
+    return export_run(
         config,
-        learner.backbone,
-        learner.generator("ema"),
-        run.path / "export",
-        scores=scores.tree if scores else None,
+        backbone,
+        network,
+        folder or run.path / "export",
+        scores=tree,
+        told=card_section(tree),
         run=run.info(),
-        pictures=picture if picture.is_file() else None,
-        overwrite=True,
+        pictures=run.path / "grid.png",
+        overwrite=overwrite,
     )
 
 
 def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
     """Every contestant on the held-out prompts; writes ``scores.json`` and ``scores.npz``."""
-    backbone, device = learner.backbone, learner.device
     say("scoring", 0, 0)
-    _ready(backbone, device)
     generators = {"start": learner.generator("start"), "aligned": learner.generator("ema")}
     if config.evaluation.control:
-        generators["control"] = exported(config, config.evaluation.control).to(device)
-    scores = score_models(
-        backbone,
-        contestants(config, backbone, generators, learner.generator("reference")),
+        generators["control"] = exported(config, config.evaluation.control).to(learner.device)
+    evaluator = Evaluator.of(
+        config,
         heldout(config, config.evaluation.prompts),
-        seeds=range(config.evaluation.seeds),
-        reward=_reward(config.reward, device, learner.reward),
-        judge=_reward(config.judge, device),
-        world=config.evaluation.world,
+        range(config.evaluation.seeds),
+        learner.device,
+        backbone=learner.backbone,
+        reward=learner.reward,
         batch=config.train.micro_batch or 64,
-        device=device,
+    )
+    scores = evaluator.compare(
+        contestants(config, learner.backbone, generators, learner.generator("reference")),
+        facts=origin(config.data.heldout or config.data.prompts, [run.info().get("command") or "didr align"]),
         progress=lambda name, done, total: say(f"scoring {name}", done, total),
-        facts=provenance(config.data.heldout or config.data.prompts, [run.info().get("command") or "didr align"]),
     )
     scores.write(run.path)
     return scores
-
-
-def contestants(
-    config: Config, backbone: Backbone, generators: Mapping[str, nn.Module], reference: nn.Module
-) -> list[Contestant]:
-    """The rows of the table: start, control (where there is one), aligned, then the guided teacher of `evaluation.teacher_steps`."""
-    rows = [
-        one_step_contestant(name, backbone, generators[name])
-        for name in ("start", "control", "aligned")
-        if name in generators
-    ]
-    if steps := config.evaluation.teacher_steps:
-        rows.append(teacher_contestant(backbone, reference, steps, config.guidance.reference))
-    return rows
-
-
-def exported(config: Config, folder: str | Path) -> nn.Module:
-    """The generator that another run exported, as this config's backbone loads it; ``folder`` is the run's or its ``export``.
-
-    Raises:
-        DIDRError: nothing exported there, or nothing of this config's family.
-    """
-    backbone = config.backbone.exported(find_export(folder))
-    network: nn.Module = build("backbones", backbone).load_network("generator")
-    return network
-
-
-def find_export(folder: str | Path) -> Path:
-    """The exported pipeline of a run folder, or the folder itself where it is one."""
-    for export in (locate(str(folder)) / "export", locate(str(folder))):
-        if (export / "model_index.json").is_file():
-            return export
-    raise DIDRError(
-        f"evaluation.control={str(folder)!r}: no export there. Expected the folder of a finished run (with export/model_index.json)"
-        " or an exported pipeline."
-    )
 
 
 def heldout(config: Config, count: int) -> list[str]:
@@ -171,18 +158,3 @@ def heldout(config: Config, count: int) -> list[str]:
     return [
         p.prompt for p in PromptIndex.open(data.heldout or data.prompts, data.column, data.id_column, key).first(count)
     ]
-
-
-def _ready(backbone: Backbone, device: torch.device) -> None:
-    """Text towers and decoder, which training itself does not hold or may not need."""
-    backbone.load_text()
-    backbone.load_decoder()
-    getattr(backbone, "to", lambda _: None)(device)
-
-
-def _reward(config: Component | None, device: torch.device, loaded: Reward | None = None) -> Reward | None:
-    if config is None or loaded is not None:
-        return loaded
-    reward = build("rewards", config)
-    reward.load(device)
-    return reward  # type: ignore[no-any-return]

@@ -1,56 +1,28 @@
-"""Two measures at once: Pareto fronts, hypervolume, a Fréchet distance, and all of them on bootstrap resamples. Pure numpy.
+"""Two measures at once: Pareto fronts, hypervolume, a Fréchet distance, and all of them on the resamples of a :class:`Bootstrap`.
 
 Shape legend: ``P`` points (a method at one reward weight), ``T`` training seeds, ``S`` noise seeds, ``N`` captions, ``D`` features,
-``R`` resamples. Every resample draws captions and, apart from them, training seeds; all points share the draws, so comparisons are paired.
+``R`` resamples. All points share the draws, so comparisons are paired.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from didr_core.evaluate.paired import Array, Bootstrap
 
 
-@dataclass(frozen=True)
-class Draws:
-    """How often each caption ``[R, N]`` and training seed ``[R, T]`` is drawn; row 0 is the sample itself."""
-
-    captions: Array
-    trainings: Array
-
-    @classmethod
-    def make(cls, captions: int, trainings: int, resamples: int, seed: int = 0) -> Draws:
-        """``resamples`` draws after the sample itself."""
-        rng = np.random.default_rng(seed)
-        drawn = [
-            np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), resamples)]).astype(np.float64)
-            for n in (captions, trainings)
-        ]
-        return cls(*drawn)
-
-    def means(self, values: Array) -> Array:
-        """Mean of ``[T, S, N]`` over everything that is not NaN, on each resample: ``[R + 1]``. T = 1 serves any number of trainings."""
-        values = np.broadcast_to(values, (self.trainings.shape[1], *values.shape[1:]))
-        known = np.isfinite(values)
-        total, count = np.where(known, values, 0.0).sum(1), known.sum(1).astype(np.float64)  # [T, N]
-        sums = [np.einsum("rt,tn,rn->r", self.trainings, v, self.captions, optimize=True) for v in (total, count)]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(sums[0] / sums[1])
-
-    def distances(self, features: Array, reference: Array) -> Array:
-        """:func:`frechet` of ``features [T, S, N, D]`` and ``reference [1, S, N, D]`` on each resample, captions paired: ``[R + 1]``."""
-        out = []
-        for captions, trainings in zip(self.captions, self.trainings, strict=True):
-            seeds = trainings if len(features) > 1 else np.ones(1)
-            moments = []
-            for rows, weight in ((features, seeds), (reference, np.ones(1))):
-                share = np.broadcast_to(weight[:, None, None] * captions, rows.shape[:3]).reshape(-1)
-                moments.append(_moments(rows.reshape(-1, rows.shape[-1]), share))
-            out.append(frechet(*moments[0], *moments[1]))
-        return np.array(out)
+def distances(boot: Bootstrap, features: Array, reference: Array) -> Array:
+    """:func:`frechet` of ``features [T, S, N, D]`` and ``reference [1, S, N, D]`` on each resample, captions paired: ``[R + 1]``."""
+    out = []
+    for captions, trainings in zip(boot.captions, boot.trainings, strict=True):
+        seeds = trainings if len(features) > 1 else np.ones(1)
+        moments = []
+        for rows, weight in ((features, seeds), (reference, np.ones(1))):
+            share = np.broadcast_to(weight[:, None, None] * captions, rows.shape[:3]).reshape(-1)
+            moments.append(_moments(rows.reshape(-1, rows.shape[-1]), share))
+        out.append(frechet(*moments[0], *moments[1]))
+    return np.array(out)
 
 
 def _moments(rows: Array, share: Array) -> tuple[Array, Array]:
@@ -97,9 +69,3 @@ def hypervolumes(gain: Array, fidelity: Array, worst: Array, best: Array) -> Arr
     """
     points = (np.stack([gain, fidelity], -1) - worst) / np.maximum(best - worst, 1e-12)  # [P, R + 1, 2]
     return np.array([hypervolume(points[:, r], np.zeros(2)) for r in range(points.shape[1])])
-
-
-def interval(values: Array) -> dict[str, float]:
-    """``values [R + 1]``: the sample's own, then resamples, to mean and 95 % interval."""
-    low, high = np.nanpercentile(values[1:], (2.5, 97.5)) if len(values) > 1 else (np.nan, np.nan)
-    return {key: float(f"{v:.6g}") for key, v in (("mean", values[0]), ("low", low), ("high", high))}

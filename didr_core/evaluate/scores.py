@@ -1,270 +1,333 @@
-"""Score models against each other: same held-out prompts, same noise, several judges, paired intervals.
-
-``score_models`` makes the pictures batch by batch and keeps measures only (never the pictures), so that it runs at any resolution:
-
-- ``reward``: the reward that was trained on; ``judge``: the held-out reward, never trained on;
-- ``clipped``, ``saturation``, ``latent_mean``, ``latent_std``: the watch against reward hacking, to be read against the start's;
-- ``diversity``, ``layout_diversity``: root mean square difference between a prompt's pictures across noise seeds, of pixels and of
-  their 8x8 means (two seeds at least);
-- with ``world="tiny"`` what the analytic checker measures: utility, strict and loose accuracy, facets, and the entropies of what captions
-  leave free.
-
-The result is ``scores.json`` (means, paired differences, win rates, intervals, provenance) and ``scores.npz`` (every measured value, from
-which :func:`pool` compares several training seeds).
-"""
+"""The scores of models as a file and a table: ``scores.json`` to read, ``scores.npz`` to compute with."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from didr_core.diffusion import sampling
-from didr_core.evaluate.picture_cache import LatentCache, fingerprint
-from didr_core.evaluate.scoreboard import Scores, commit, pool, provenance, read_scores, table
-from didr_core.types import Backbone, Condition, NonFiniteError, Reward
+from didr_core.config.files import replace_text, replaced
+from didr_core.config.provenance import provenance
+from didr_core.evaluate.paired import Bootstrap, interval, won
+from didr_core.export.card import markdown
+from didr_core.types import DIDRError
 
-Progress = Callable[[str, int, int], None]
-"""``(model, pictures done, pictures to do)``."""
+VERSION = 1
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A way of making pictures. With a ``fingerprint`` its latents are cached on disk: it must change whenever they would."""
+class Measure:
+    """How a measure is named and read. ``better`` is "higher", "lower" or "" (to be compared with the start's)."""
 
-    name: str
-    sampler: sampling.Sampler
-    steps: int = 1
-    guidance: float | None = None
-    fingerprint: str | None = None
-
-
-def one_step_contestant(name: str, backbone: Backbone, network: nn.Module) -> Contestant:
-    """A one-step generator."""
-    return Contestant(name, sampling.one_step(backbone, network))
+    title: str
+    better: str = "higher"
+    unit: str = ""
+    shown: bool = True  # in the short table
 
 
-def teacher_contestant(
-    backbone: Backbone,
-    network: nn.Module,
-    steps: int = 50,
-    guidance: float = 4.0,
-    extra: str = "",
-    name: str = "teacher",
-) -> Contestant:
-    """The reference with guided DDIM, cached: about ``2 * steps`` times as dear as one step.
-
-    ``extra`` is whatever else the latents depend on (the text encoder's folder, say).
-    """
-    key = f"{fingerprint(network)}/{type(backbone.schedule).__name__}/{backbone.latent_shape}/{steps}/{guidance:g}/{extra}"
-    return Contestant(name, sampling.reference(backbone, network, steps, guidance), steps, guidance, key)
-
-
-@dataclass
-class _Ledger:
-    """Values of one model as they come in: ``{measure: [S][chunks] arrays}``."""
-
-    values: dict[str, list[list[NDArray[Any]]]] = field(default_factory=dict)
-
-    def add(self, seed: int, measures: Mapping[str, NDArray[Any]]) -> None:
-        for name, value in measures.items():
-            rows = self.values.setdefault(name, [])
-            while len(rows) <= seed:
-                rows.append([])
-            rows[seed].append(np.asarray(value))
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """``[1, S, N]`` each."""
-        return {name: np.stack([np.concatenate(row) for row in rows])[None] for name, rows in self.values.items()}
+MEASURES: dict[str, Measure] = {
+    "reward": Measure("training reward"),
+    "judge": Measure("held-out judge"),
+    "utility": Measure("true utility"),
+    "strict": Measure("strict accuracy", unit="%"),
+    "loose": Measure("loose accuracy", unit="%", shown=False),
+    "diversity": Measure("diversity over seeds"),
+    "layout_diversity": Measure("layout diversity over seeds", shown=False),
+    "background_entropy": Measure("free background", unit="bits"),
+    "position_entropy": Measure("free position", unit="bits"),
+    "clipped": Measure("clipped values", "", "%", shown=False),
+    "saturation": Measure("saturation", "", shown=False),
+    "latent_mean": Measure("latent mean", "", shown=False),
+    "latent_std": Measure("latent deviation", "", shown=False),
+    "size": Measure("object size", shown=False),
+    "contrast": Measure("contrast", shown=False),
+    "centring": Measure("centring", "", shown=False),
+    "shape_iou": Measure("shape overlap", shown=False),
+}
+for _facet in ("count", "colour", "shape", "relation", "background"):
+    MEASURES[f"right_{_facet}"] = Measure(f"{_facet} right", unit="%", shown=False)
+for _kind in ("single", "count", "pair", "relation"):
+    MEASURES[f"strict_{_kind}"] = Measure(f"strict, {_kind}", unit="%", shown=False)
 
 
-@torch.no_grad()
-def score_models(
-    backbone: Backbone,
-    contestants: Sequence[Contestant],
-    prompts: Sequence[str],
-    *,
-    seeds: Sequence[int] = (0,),
-    reward: Reward | None = None,
-    judge: Reward | None = None,
-    world: str = "none",
-    batch: int = 64,
-    device: torch.device | str = "cpu",
-    cache: Path | None = None,
-    progress: Progress | None = None,
-    facts: Mapping[str, Any] | None = None,
-    focus: str = "aligned",
-) -> Scores:
-    """Make and score every contestant's pictures of every prompt with every noise seed.
+def describe(name: str) -> Measure:
+    """The entry of :data:`MEASURES`, or a plain one for a measure that a world brought itself."""
+    return MEASURES.get(name) or Measure(name.replace("_", " "), shown=False)
 
-    Args:
-        backbone: text encoder and decoder loaded.
-        contestants: models; comparisons are made for all pairs, ``focus`` (when among them) always named first.
-        prompts: N held-out prompts; the noise of a picture depends on (seed, position in this list).
-        seeds: S noise seeds.
-        reward: the training reward. judge: the held-out one.
-        world: "tiny" adds the analytic checker of the bundled world; its captions only.
-        batch: prompts a batch.
-        cache: folder for the latents of contestants that have a fingerprint.
-        facts: provenance for scores.json, see :func:`didr_core.evaluate.scoreboard.provenance`.
+
+@dataclass(frozen=True)
+class Scores:
+    """``tree`` is what scores.json holds; ``arrays`` is ``{model: {measure: [T, S, N]}}``, NaN (or a negative code) where undefined."""
+
+    tree: dict[str, Any]
+    arrays: dict[str, Arrays]
+
+    @classmethod
+    def build(
+        cls,
+        models: Mapping[str, Mapping[str, Any]],
+        arrays: dict[str, Arrays],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        facts: Mapping[str, Any] | None = None,
+        focus: str = "aligned",
+        world: str = "none",
+        resamples: int = 2000,
+    ) -> Scores:
+        """Statistics over measured values. Codes (integer arrays named ``<what>_code``, groups ``<what>_group``) become entropies."""
+        trainings = max(len(next(iter(values.values()))) for values in arrays.values())
+        full = {name: {key: _numbers(value) for key, value in values.items()} for name, values in arrays.items()}
+        boot = Bootstrap(len(prompts), trainings, resamples)
+        rows: dict[str, Any] = {}
+        for name, values in full.items():
+            drawn = {key: boot.means(value) for key, value in values.items() if not _is_code(key)}
+            drawn |= {f"{what}_entropy": boot.entropy(codes, groups) for what, codes, groups in _codes(values)}
+            rows[name] = {**models[name], "measures": _ordered({k: interval(v).tree() for k, v in drawn.items()})}
+        pairs = [_compare(boot, a, b, full[a], full[b]) for a, b in _pairs(list(full), focus)]
+        named = sorted({key for row in rows.values() for key in row["measures"]}, key=_rank)
+        tree = {
+            "version": VERSION,
+            "world": world,
+            "counts": {
+                "prompts": len(prompts),
+                "seeds": len(seeds),
+                "trainings": trainings,
+                "pictures_per_model": len(prompts) * len(seeds) * trainings,
+            },
+            "seeds": list(seeds),
+            "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+            "intervals": f"95 %, paired bootstrap over captions{' and training seeds' if trainings > 1 else ''}, {resamples} resamples",
+            "models": rows,
+            "pairs": pairs,
+            "measures": {key: {k: v for k, v in vars(describe(key)).items() if k != "shown"} for key in named},
+            "facts": dict(facts or {}),
+        }
+        return cls(tree, arrays)
+
+    def write(self, folder: Path) -> Path:
+        """``scores.json`` and ``scores.npz`` into ``folder``, each atomically; returns the path of the JSON."""
+        folder = Path(folder)
+        arrays = {f"{model}/{key}": v for model, values in self.arrays.items() for key, v in values.items()}
+        with replaced(folder / "scores.npz") as partial:
+            np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
+        replace_text(folder / "scores.json", json.dumps(self.tree, indent=1, ensure_ascii=False) + "\n")
+        return folder / "scores.json"
+
+    @classmethod
+    def read(cls, folder: Path) -> Scores:
+        """What :meth:`write` wrote."""
+        arrays: dict[str, Arrays] = {}
+        with np.load(Path(folder) / "scores.npz", allow_pickle=False) as file:
+            for name in file.files:
+                model, _, measure = name.partition("/")
+                arrays.setdefault(model, {})[measure] = file[name]
+        return cls(read_scores(Path(folder) / "scores.json"), arrays)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """:func:`table` of this tree."""
+        return table(self.tree)
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """The tree of a scores.json.
 
     Raises:
-        ValueError: no prompts, no seeds, or two contestants of one name.
-        NonFiniteError: a reward is NaN or infinite (names the prompts).
+        DIDRError: not there, not JSON, or of another version.
     """
-    names = [c.name for c in contestants]
-    if not prompts or not seeds or not names or len(set(names)) < len(names) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"nothing to score: {len(prompts)} prompts, seeds {list(seeds)}, models {names} (each once)")
-    chunks = [slice(i, min(i + batch, len(prompts))) for i in range(0, len(prompts), batch)]
-    conditions = [backbone.encode(prompts[rows]).to(device) for rows in chunks]
-    scorers = {
-        name: _Scorer(name, r, prompts, chunks, device) for name, r in (("reward", reward), ("judge", judge)) if r
+    path = Path(path)
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DIDRError(
+            f"{path}: cannot read scores ({error}). A run with evaluation.prompts above 0 writes them."
+        ) from error
+    if not isinstance(tree, dict) or tree.get("version") != VERSION:
+        found = tree.get("version") if isinstance(tree, dict) else type(tree).__name__
+        raise DIDRError(f"{path}: scores of version {found!r}, expected {VERSION}. Score the run again.")
+    return tree
+
+
+def pool(scores: Sequence[Scores], facts: Mapping[str, Any] | None = None, focus: str = "aligned") -> Scores:
+    """One comparison out of several trainings of the same contest (same prompts, noise seeds and models), paired training by training.
+
+    Raises:
+        DIDRError: prompts, seeds or models differ.
+    """
+    first = scores[0].tree
+    for other in scores[1:]:
+        for key in ("prompts_sha256", "seeds", "world"):
+            if other.tree[key] != first[key]:
+                raise DIDRError(
+                    f"pool: scores differ in {key!r} ({first[key]!r}, {other.tree[key]!r}); only like can be compared with like"
+                )
+        if list(other.arrays) != list(scores[0].arrays):
+            raise DIDRError(f"pool: scores of other models: {list(scores[0].arrays)} and {list(other.arrays)}")
+    arrays = {
+        model: {key: np.concatenate([s.arrays[model][key] for s in scores]) for key in values}
+        for model, values in scores[0].arrays.items()
     }
-    arrays: dict[str, dict[str, NDArray[Any]]] = {}
-    models: dict[str, dict[str, Any]] = {}
-    for contestant in contestants:
-        ledger, store = _Ledger(), LatentCache.open(cache, contestant.fingerprint, backbone.latent_shape)
-        seconds = made = 0.0
-        for number, rows in enumerate(chunks):
-            seen: list[Tensor] = []
-            for place, seed in enumerate(seeds):
-                began = time.perf_counter()
-                latent, fresh = _latents(backbone, contestant, store, conditions[number], prompts, rows, seed, device)
-                images = backbone.decode(latent).float()
-                seconds, made = seconds + (time.perf_counter() - began) * bool(fresh), made + fresh
-                measures = _watch(latent.float(), images)
-                measures |= {name: scorer(number, images) for name, scorer in scorers.items()}
-                if world == "tiny":
-                    measures |= _world(images, prompts[rows])
-                ledger.add(place, measures)
-                seen.append(images)
-                if progress:
-                    progress(
-                        contestant.name,
-                        rows.start * len(seeds) + (place + 1) * (rows.stop - rows.start),
-                        len(prompts) * len(seeds),
-                    )
-            if len(seen) > 1:
-                ledger.add(0, _diversity(torch.stack(seen)))
-            if store:
-                store.save(every=60.0)
-        if store:
-            store.save()
-        arrays[contestant.name] = ledger.arrays()
-        models[contestant.name] = {
-            "steps": contestant.steps,
-            "guidance": contestant.guidance,
-            "seconds": round(seconds, 3),
-            "pictures_made": int(made),
-            "pictures_cached": len(prompts) * len(seeds) - int(made),
-        }
-    return Scores.build(models, arrays, list(prompts), list(seeds), facts=facts, focus=focus, world=world)
+    models = {name: {k: v for k, v in row.items() if k != "measures"} for name, row in first["models"].items()}
+    count = first["counts"]["prompts"]
+    built = Scores.build(
+        models, arrays, [""] * count, first["seeds"], facts=facts or first["facts"], focus=focus, world=first["world"]
+    )
+    return Scores(built.tree | {"prompts_sha256": first["prompts_sha256"]}, arrays)
 
 
-class _Scorer:
-    """A reward with its text features prepared once."""
-
-    def __init__(
-        self, name: str, reward: Reward, prompts: Sequence[str], chunks: Sequence[slice], device: torch.device | str
-    ) -> None:
-        self.name, self.reward, self.prompts, self.chunks = name, reward, prompts, chunks
-        self.inputs = [{k: v.to(device) for k, v in reward.prepare(prompts[rows]).items()} for rows in chunks]
-
-    def __call__(self, number: int, images: Tensor) -> NDArray[Any]:
-        value = self.reward.score(images, self.inputs[number]).float().cpu().numpy()
-        if not np.isfinite(value).all():
-            prompts = np.asarray(self.prompts[self.chunks[number]], dtype=object)[~np.isfinite(value)]
-            raise NonFiniteError(f"{self.name}: not finite for {len(prompts)} prompts, the first: {list(prompts[:3])}")
-        return value
+def table(tree: Mapping[str, Any], everything: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of text: a row a model, a column a measure, "mean ± half the 95 % interval"."""
+    names = [n for n in tree["measures"] if (everything or describe(n).shown) and _known(tree, n)]
+    header = ["model", "steps", *(title(n) for n in names)]
+    rows = []
+    for model, row in tree["models"].items():
+        rows.append([model, str(row.get("steps", "")), *(show(row["measures"].get(n), n) for n in names)])
+    return header, rows
 
 
-def _latents(
-    backbone: Backbone,
-    contestant: Contestant,
-    store: LatentCache | None,
-    condition: Condition,
-    prompts: Sequence[str],
-    rows: slice,
-    seed: int,
-    device: torch.device | str,
-) -> tuple[Tensor, int]:
-    """Latents of ``prompts[rows]`` and how many of them were made afresh."""
-    positions = range(rows.start, rows.stop)
-    z = sampling.noise(seed, positions, backbone.latent_shape).to(device)
-    if store is None:
-        return contestant.sampler(condition, z), len(z)
-    keys = [f"{seed}/{position}/{prompts[position]}" for position in positions]
-    missing = [i for i, key in enumerate(keys) if key not in store]
-    if missing:
-        pick = torch.tensor(missing, device=device)
-        fresh = contestant.sampler(condition.map(lambda v: v[pick]), z[pick])
-        for i, row in zip(missing, fresh.float().cpu(), strict=True):
-            store[keys[i]] = row
-    return torch.stack([store[key] for key in keys]).to(device), len(missing)
+def comparison_table(
+    tree: Mapping[str, Any], a: str, measures: Sequence[str] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Model ``a`` against every other: difference and win rate with intervals, one row per (opponent, measure)."""
+    header = ["against", "measure", "difference", "95 % interval", "wins", "95 % interval"]
+    rows = []
+    for pair in tree["pairs"]:
+        if pair["a"] != a:
+            continue
+        for name in measures or [n for n in pair["measures"] if describe(n).shown]:
+            entry = pair["measures"].get(name)
+            if entry is None or entry["difference"]["mean"] is None:
+                continue
+            wins = entry.get("wins")
+            difference = entry["difference"]
+            rows.append(
+                [
+                    pair["b"],
+                    title(name),
+                    _number(difference["mean"], name, sign=True),
+                    f"{_number(difference['low'], name, sign=True)} to {_number(difference['high'], name, sign=True)}",
+                    f"{100 * wins['mean']:.1f} %" if wins else "",
+                    f"{100 * wins['low']:.1f} to {100 * wins['high']:.1f} %" if wins else "",
+                ]
+            )
+    return header, rows
 
 
-def _watch(latent: Tensor, images: Tensor) -> dict[str, NDArray[Any]]:
-    """Per picture: latent mean and standard deviation, share of clipped values, mean HSV saturation."""
-    flat = latent.flatten(1)
-    top, bottom = images.amax(1), images.amin(1)
-    measures = {
-        "latent_mean": flat.mean(1),
-        "latent_std": flat.std(1),
-        "clipped": ((images <= 1 / 512) | (images >= 1 - 1 / 512)).float().flatten(1).mean(1),
-        "saturation": ((top - bottom) / top.clamp_min(1e-6)).flatten(1).mean(1),
-    }
-    return {name: value.cpu().numpy() for name, value in measures.items()}
+def card_section(tree: Mapping[str, Any] | None) -> str:
+    """What a model card says of scores, in Markdown."""
+    if not tree:
+        return "Not scored."
+    counts, facts = tree["counts"], tree.get("facts", {})
+    lines = [
+        f"{counts['prompts']} held-out prompts, noise seeds {tree['seeds']}, {counts['pictures_per_model']} pictures a model; "
+        f"mean ± half the 95 % interval ({tree['intervals']}).",
+        markdown(*table(tree)),
+    ]
+    header, rows = comparison_table(tree, "aligned")
+    if rows:
+        lines += ["The aligned generator against the others, prompt by prompt:", markdown(header, rows)]
+    if facts.get("commands"):
+        lines.append("Made by `" + "`, then `".join(facts["commands"]) + "`.")
+    return "\n\n".join(lines)
 
 
-def _diversity(images: Tensor) -> dict[str, NDArray[Any]]:
-    """``[S, B, 3, H, W]`` to the root mean square difference over pairs of seeds, per prompt ``[B]``."""
-    small = torch.nn.functional.adaptive_avg_pool2d(images.flatten(0, 1), 8).unflatten(0, images.shape[:2])
-    measures = {}
-    for name, pictures in (("diversity", images), ("layout_diversity", small)):
-        pairs = [(a - b).square().flatten(1).mean(1) for a, b in combinations(pictures, 2)]
-        measures[name] = torch.stack(pairs).mean(0).sqrt().cpu().numpy()
-    return measures
+def title(name: str) -> str:
+    """Name of a measure with its unit."""
+    entry = describe(name)
+    return f"{entry.title}, {entry.unit}" if entry.unit else entry.title
 
 
-KINDS = ("single", "count", "pair", "relation")
-FACETS = ("count", "colour", "shape", "relation", "background")
+def show(entry: Mapping[str, float | None] | None, name: str) -> str:
+    """``mean ± half the interval``; a dash where undefined."""
+    if not entry or entry["mean"] is None:
+        return "–"
+    low, high = entry["low"], entry["high"]
+    half = "" if low is None or high is None else f" ± {_number((high - low) / 2, name)}"
+    return _number(entry["mean"], name) + half
 
 
-def _world(images: Tensor, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """The analytic checker's measures; a facet that a caption does not ask for is NaN, codes say what captions left free."""
-    from didr_core.world import judge
+def origin(prompts_source: str = "", commands: Sequence[str] = (), **more: Any) -> dict[str, Any]:
+    """Where, when and with what a table was made: the ``facts`` of scores. No host names, no paths: files with it are published."""
+    import torch
 
-    seen = judge.assess(images.cpu().numpy(), list(captions))
-    measures = {(f"right_{name}" if name in FACETS else name): seen[name].astype(np.float64) for name in judge.MEASURES}
-    measures["right_relation"] = np.where(seen["kind"] == "relation", measures["right_relation"], np.nan)
-    measures["right_background"] = np.where(seen["background_free"], np.nan, measures["right_background"])
-    for kind in KINDS:
-        measures[f"strict_{kind}"] = np.where(seen["kind"] == kind, measures["strict"], np.nan)
-    groups = list(judge.POSITION_GROUPS)
-    return measures | {
-        "background_code": np.where(seen["background_free"], seen["background_seen"], -1),
-        "position_code": seen["position_bin"],
-        "position_group": np.array([groups.index(g) if g in groups else len(groups) for g in seen["position_group"]]),
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    hardware = {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commands": list(commands),
+        "prompts_source": prompts_source,
+        "hardware": hardware,
+        **provenance(),
+        **more,
     }
 
 
-__all__ = [
-    "Contestant",
-    "Scores",
-    "commit",
-    "one_step_contestant",
-    "pool",
-    "provenance",
-    "read_scores",
-    "score_models",
-    "table",
-    "teacher_contestant",
-]
+def _compare(boot: Bootstrap, a: str, b: str, first: Arrays, second: Arrays) -> dict[str, Any]:
+    measures: dict[str, Any] = {}
+    for key in first:
+        if key not in second or _is_code(key):
+            continue
+        measures[key] = {"difference": interval(boot.means(first[key] - second[key])).tree()}
+        # A share of wins says something of one prompt's pictures; a yes/no measure would count mostly ties.
+        if describe(key).better and not key.startswith(("strict", "loose", "right_")):
+            measures[key]["wins"] = interval(boot.means(won(first[key], second[key]))).tree()
+    for (what, codes, groups), (_, others, _) in zip(_codes(first), _codes(second), strict=False):
+        difference = boot.entropy(codes, groups) - boot.entropy(others, groups)
+        measures[f"{what}_entropy"] = {"difference": interval(difference).tree()}
+    return {"a": a, "b": b, "measures": _ordered(measures)}
+
+
+def _pairs(names: Sequence[str], focus: str) -> Iterator[tuple[str, str]]:
+    """All pairs, ``focus`` first in each of its own; of the rest the later against the earlier."""
+    rest = [n for n in names if n != focus]
+    if focus in names:
+        yield from ((focus, n) for n in rest)
+    yield from ((rest[j], rest[i]) for j in range(len(rest)) for i in range(j))
+
+
+def _is_code(key: str) -> bool:
+    return key.endswith(("_code", "_group"))
+
+
+def _codes(values: Arrays) -> Iterator[tuple[str, NDArray[Any], NDArray[Any] | None]]:
+    for key, codes in values.items():
+        if key.endswith("_code"):
+            what = key.removesuffix("_code")
+            groups = values.get(f"{what}_group")
+            yield what, codes, None if groups is None else groups[0, 0]
+
+
+def _numbers(values: NDArray[Any]) -> NDArray[Any]:
+    """Yes/no becomes 1/0."""
+    return values.astype(np.float64) if values.dtype == bool else values
+
+
+def _rank(name: str) -> tuple[int, str]:
+    order = list(MEASURES)
+    return (order.index(name) if name in order else len(order), name)
+
+
+def _ordered(measures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: measures[name] for name in sorted(measures, key=_rank)}
+
+
+def _known(tree: Mapping[str, Any], name: str) -> bool:
+    return any((row["measures"].get(name) or {}).get("mean") is not None for row in tree["models"].values())
+
+
+def _number(value: float | None, name: str, sign: bool = False) -> str:
+    if value is None:
+        return "–"
+    if describe(name).unit == "%":
+        return f"{100 * value:{'+' if sign else ''}.1f}"
+    return f"{value:{'+' if sign else ''}.3f}" if abs(value) < 100 else f"{value:{'+' if sign else ''}.1f}"

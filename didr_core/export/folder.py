@@ -10,29 +10,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from safetensors.torch import save_file
 from torch import nn
 
-from didr_core.config import WORLD, Config, bundled, dump, locate, registry
-from didr_core.evaluate.scoreboard import commit, comparison_table, table
+from didr_core.config import Config, build, dump, locate
+from didr_core.export.card import CARD, model_card
 from didr_core.networks import lora
 from didr_core.types import Backbone, DIDRError
-
-CARD = "README.md"
-# Terms of published weights that runs usually start from, by repository; what lies on disk is read from its own card instead.
-KNOWN_LICENCES = {
-    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
-    "tianweiy/DMD2": "cc-by-nc-sa-4.0",
-    "madebyollin/sdxl-vae-fp16-fix": "mit",
-    "Tongyi-MAI/Z-Image": "apache-2.0",
-    "Tongyi-MAI/Z-Image-Turbo": "apache-2.0",
-}
 
 
 def export_run(
@@ -42,6 +30,7 @@ def export_run(
     folder: Path,
     *,
     scores: Mapping[str, Any] | None = None,
+    told: str = "Not scored.",
     run: Mapping[str, Any] | None = None,
     pictures: Path | None = None,
     overwrite: bool = False,
@@ -49,7 +38,7 @@ def export_run(
     """Write the export folder, all of it or nothing.
 
     Args:
-        scores: tree of scores.json. run: tree of run.json (command, commit).
+        scores: tree of scores.json. told: the same in Markdown, for the card. run: tree of run.json (command, commit).
         pictures: a grid to show in the card.
         overwrite: replace a folder that an earlier export wrote (recognised by its card).
 
@@ -82,7 +71,7 @@ def export_run(
         if pictures and Path(pictures).is_file():
             shutil.copyfile(pictures, part / "grid.png")
         files = sorted(p.name for p in part.iterdir())
-        (part / CARD).write_text(model_card(config, scores=scores, run=run, files=files))
+        (part / CARD).write_text(model_card(config, scores=told, run=run, files=files))
         if folder.exists():
             os.replace(folder, old)
         os.replace(part, folder)
@@ -99,60 +88,26 @@ def export_run(
     return folder
 
 
-def save_single_file(module: nn.Module, path: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Bare diffusers-format state dict, the layout of the official DIDR weights (integer buffers keep their type)."""
-    state = {
-        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
-        for name, value in module.state_dict().items()
-    }
-    save_file(state, path, metadata={"format": "pt"})
+def exported(config: Config, folder: str | Path) -> nn.Module:
+    """The generator that another run exported, as this config's backbone loads it; ``folder`` is the run's or its ``export``.
+
+    Raises:
+        DIDRError: nothing exported there, or nothing of this config's family.
+    """
+    backbone = config.backbone.exported(find_export(folder))
+    network: nn.Module = build("backbones", backbone).load_network("generator")
+    return network
 
 
-def model_card(
-    config: Config,
-    *,
-    scores: Mapping[str, Any] | None = None,
-    run: Mapping[str, Any] | None = None,
-    files: Sequence[str] = (),
-) -> str:
-    """The README.md of an export: front matter, how to sample, scores, training settings, licences."""
-    run = run or {}
-    terms = list(licences(config))
-    shared = {terms_of for _, terms_of in terms}
-    one_licence = len(shared) == 1 and not any(t.startswith("not stated") for t in shared)
-    front = {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["didr", "one-step", "text-to-image", config.backbone.name, config.algorithm.name],
-    } | ({"license": shared.pop()} if one_licence else {"license": "other", "license_name": "see-licence-section"})
-    single = next((f for f in files if f.startswith("didr_") and f.endswith(".safetensors")), None)
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {config.name}: a one-step text-to-image generator, aligned with DIDR",
-        f"Trained with `{config.algorithm.name}` on a `{config.backbone.name}` backbone"
-        + (f", towards the reward `{_source(config.reward)}`" if config.reward else ", without a reward")
-        + f". Commit `{run.get('commit') or commit() or 'unknown'}`.",
-        "![The same prompts and noise before and after](grid.png)" if "grid.png" in files else "",
-        "## Sampling",
-        _sampling(config, single),
-        "## Scores",
-        _scores(scores),
-        "## Training",
-        _training(config, run),
-        "## Licence",
-        "These weights derive from, and are bound by the terms of:\n\n"
-        + "\n".join(f"- {what}: {terms_of}" for what, terms_of in terms),
-    ]
-    return "\n\n".join(p for p in parts if p) + "\n"
-
-
-def licences(config: Config) -> Iterator[tuple[str, str]]:
-    """``(part, terms)`` of every set of weights that a run starts from or is trained against."""
-    for part in ("backbone", "reward"):
-        component = getattr(config, part)
-        for key, value in sorted((component.model_dump() if component else {}).items()):
-            if key != "name" and isinstance(value, str) and _is_weights(value):
-                yield f"{part} {key} `{_public(value)}`", _terms(value)
+def find_export(folder: str | Path) -> Path:
+    """The exported pipeline of a run folder, or the folder itself where it is one."""
+    for export in (locate(str(folder)) / "export", locate(str(folder))):
+        if (export / "model_index.json").is_file():
+            return export
+    raise DIDRError(
+        f"evaluation.control={str(folder)!r}: no export there. Expected the folder of a finished run (with export/model_index.json)"
+        " or an exported pipeline."
+    )
 
 
 def _name_single_files(folder: Path, name: str) -> None:
@@ -161,120 +116,3 @@ def _name_single_files(folder: Path, name: str) -> None:
     for path in folder.glob("didr_*.safetensors"):
         if not path.name.startswith(f"didr_{slug}_"):
             path.rename(path.with_name(path.name.replace("didr_", f"didr_{slug}_", 1)))
-
-
-def _is_weights(value: str) -> bool:
-    return "/" in value or value.endswith((".safetensors", ".bin"))
-
-
-def _terms(value: str) -> str:
-    """From the card beside the weights or above them; else from the table by repository; else it must be looked up."""
-    for repository, terms in KNOWN_LICENCES.items():
-        if value.rstrip("/").endswith(repository) or repository.replace("/", "--") in value:
-            return terms
-    place = locate(value)
-    stop = (WORLD if bundled(value) else place).resolve()
-    for folder in (place, *place.parents):
-        card = folder / CARD
-        if card.is_file() and (found := _front_matter(card).get("license")):
-            return str(found)
-        if folder.resolve() == stop:
-            break
-    return "not stated beside the weights; look it up before publishing"
-
-
-def _front_matter(card: Path) -> dict[str, Any]:
-    text = card.read_text(errors="replace")
-    if not text.startswith("---\n"):
-        return {}
-    try:
-        found = yaml.safe_load(text[4:].partition("\n---")[0])
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _public(value: str) -> str:
-    """A path without the machine's own folders: cards are published."""
-    return value if not Path(value).expanduser().is_absolute() else Path(value).name
-
-
-def _source(component: Any) -> str:
-    path = component.model_dump().get("path")
-    return f"{component.name} {_public(path)}" if isinstance(path, str) else str(component.name)
-
-
-def usage(backbone: str) -> str:
-    """What a family that diffusers does not know says of sampling from its exports; empty for the others."""
-    return str(getattr(registry.find("backbones", backbone), "usage", ""))
-
-
-def _sampling(config: Config, single: str | None) -> str:
-    if told := usage(config.backbone.name):
-        return told
-    if config.backbone.name != "sdxl":
-        return "Load this folder with `diffusers.DiffusionPipeline.from_pretrained` and sample with one step, without guidance."
-    step = config.backbone.model_dump().get("timestep", 399)
-    text = f"""With stock diffusers, nothing else installed:
-
-```python
-import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", torch_dtype=torch.float16).to("cuda")  # float32 on a CPU
-image = pipe("a prompt", num_inference_steps=1, guidance_scale=0, timesteps=[{step}]).images[0]
-```
-
-The scheduler is an `LCMScheduler`; pure N(0, I) noise is fed as timestep {step}; guidance stays off."""
-    if single:
-        text += f"""
-
-`{single}` holds the UNet alone (diffusers key names, float16), in the layout of the official DIDR weights:
-
-```python
-from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
-
-unet = UNet2DConditionModel.from_config("path/to/this/folder", subfolder="unet").to(torch.float16)
-unet.load_state_dict(load_file("{single}"))
-```"""
-    return text
-
-
-def _scores(scores: Mapping[str, Any] | None) -> str:
-    if not scores:
-        return "Not scored."
-    counts, facts = scores["counts"], scores.get("facts", {})
-    lines = [
-        f"{counts['prompts']} held-out prompts, noise seeds {scores['seeds']}, {counts['pictures_per_model']} pictures a model; "
-        f"mean ± half the 95 % interval ({scores['intervals']}).",
-        _markdown(*table(scores)),
-    ]
-    header, rows = comparison_table(scores, "aligned")
-    if rows:
-        lines += ["The aligned generator against the others, prompt by prompt:", _markdown(header, rows)]
-    if facts.get("commands"):
-        lines.append("Made by `" + "`, then `".join(facts["commands"]) + "`.")
-    return "\n\n".join(lines)
-
-
-def _training(config: Config, run: Mapping[str, Any]) -> str:
-    rows = [
-        ["steps", str(config.train.steps)],
-        ["global batch", str(config.train.batch)],
-        ["assistant updates a step", str(config.train.assistant_updates)],
-        ["estimator of the diffused reward score", f"{config.drp.estimator}, K = {config.drp.steps}"],
-        ["beta", f"{config.drp.beta:g} (standard deviations of the starting generator's reward)"],
-        ["reference guidance", f"{config.guidance.reference:g}"],
-        ["learning rates", f"generator {config.generator.lr:g}, assistant {config.assistant.lr:g}"],
-        ["seed", str(config.seed)],
-    ]
-    if not config.reward:
-        rows = [row for row in rows if row[0] not in ("beta", "estimator of the diffused reward score")]
-    command = f"\n\nCommand: `{run['command']}`" if run.get("command") else ""
-    return _markdown(["setting", "value"], rows) + "\n\nThe whole configuration is in `config.yaml`." + command
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

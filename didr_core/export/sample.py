@@ -39,7 +39,7 @@ class OneStep:
         self.network: nn.Module = self.backbone.load_network("generator").to(self.device)
         self.backbone.load_text()
         self.backbone.load_decoder()
-        getattr(self.backbone, "to", lambda _: None)(self.device)
+        self.backbone.to(self.device)
 
     @torch.no_grad()
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from didr_core.config import Config, build
 from didr_core.data.prompts import PromptIndex, open_prompts
-from didr_core.evaluate.finish import find_export
+from didr_core.export.folder import find_export
 from didr_core.networks import optim as precision
 from didr_core.plan import advice
 from didr_core.train.run_folder import local_folder

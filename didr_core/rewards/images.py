@@ -10,11 +10,6 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def clamp_straight_through(images: Tensor) -> Tensor:
-    """``clamp(0, 1)`` whose gradient is the identity: a saturated pixel can still come back."""
-    return images + (images.detach().clamp(0, 1) - images.detach())
-
-
 def resize(images: Tensor, height: int, width: int) -> Tensor:
     """``[B, 3, H, W]`` in [0, 1] -> ``[B, 3, height, width]`` in [0, 1], float32: PIL's bicubic without its rounding to 8 bits."""
     images = images.float()

@@ -16,13 +16,11 @@ import errno
 import fcntl
 import json
 import math
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,11 +28,10 @@ import yaml
 
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.evaluate.scoreboard import commit
+from didr_core.config.provenance import provenance
 from didr_core.types import DIDRError, StepReport
 
 Status = Literal["running", "finished", "failed", "interrupted"]
-PACKAGES = ("didr", "torch", "diffusers", "transformers", "ray", "mlflow")
 FREE_TO_CHANGE = (
     "workers",
     "tracking",
@@ -246,19 +243,3 @@ def disk(key: str, path: Path) -> Iterator[None]:
 
 def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
-
-
-def provenance() -> dict[str, Any]:
-    """Commit and versions, for ``run.json`` and the model card."""
-    return {
-        "commit": commit() or None,
-        "python": platform.python_version(),
-        "versions": {p: v for p in PACKAGES if (v := _version(p))},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

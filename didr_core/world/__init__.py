@@ -1,6 +1,6 @@
-"""The bundled tiny world: renderer, captions, checker, judge, trained weights and the command that makes them.
+"""The bundled tiny world: renderer, captions, checker, measures, trained weights and the command that makes them.
 
-Start with ``judge.assess`` (measure pictures), ``build`` (make the world again) and ``README.md``.
+Start with ``assess.assess`` (measure pictures), ``build`` (make the world again) and ``README.md``.
 ``WORLD`` is the folder of committed weights.
 """
 

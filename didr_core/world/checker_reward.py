@@ -9,7 +9,7 @@ from torch import Tensor
 
 from didr_core.config.registry import Component
 from didr_core.types import DIDRError, Tensors
-from didr_core.world import judge
+from didr_core.world import assess
 
 LONGEST = 128  # bytes of a caption; the world's longest has 76
 
@@ -42,7 +42,7 @@ class CheckerReward:
         rows = torch.zeros(len(prompts), LONGEST, dtype=torch.uint8)
         for row, prompt in zip(rows, prompts, strict=True):
             try:
-                judge.parse_caption(prompt)
+                assess.parse_caption(prompt)
             except ValueError as error:
                 raise DIDRError(
                     f"reward.name={self.config.name!r}: prompt {prompt!r} is not a caption of the bundled world ({error}). "
@@ -59,5 +59,5 @@ class CheckerReward:
         pictures = images.detach().float().cpu()
         broken = ~pictures.flatten(1).isfinite().all(1)
         readable = pictures.masked_fill(broken[:, None, None, None], 0.0)
-        scores = torch.from_numpy(judge.utility(readable.numpy(), captions))
+        scores = torch.from_numpy(assess.utility(readable.numpy(), captions))
         return scores.masked_fill(broken, float("nan")).to(images.device)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from didr_core.world.assess import utility_of
 from didr_core.world.captions import CaptionFacts, draw_scenes, sample_facts, spoil, write_caption
 from didr_core.world.checker import check, read_pictures
-from didr_core.world.judge import utility_of
 from didr_core.world.scenes import render
 from examples.tiny_world.sampling import decode
 

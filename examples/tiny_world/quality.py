@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
+from didr_core.world.assess import assess, compare, summary
 from didr_core.world.captions import draw_scenes, parse_caption, sample_facts, spoil
 from didr_core.world.checker import check, read_pictures
-from didr_core.world.judge import assess, compare, summary
 from didr_core.world.scenes import render
 from examples.tiny_world import training
 from examples.tiny_world.prompts import read_shards

@@ -148,25 +148,14 @@ def export_command(
 
     if weights not in ("ema", "generator"):
         raise DIDRError(f"--weights {weights!r}: expected ema or generator")
-    from didr_core.evaluate.scoreboard import read_scores
-    from didr_core.export.folder import export_run
+    from didr_core.evaluate.finish import export as export_of
     from didr_core.export.sample import trained_generator
     from didr_core.train.run_folder import RunFolder
 
     found = RunFolder.find(run)
     config = found.config()
     backbone, network, step = trained_generator(config, found, weights)
-    scores = found.path / "scores.json"
-    folder = export_run(
-        config,
-        backbone,
-        network,
-        output or found.path / "export",
-        scores=read_scores(scores) if scores.is_file() and weights == "ema" else None,
-        run=found.info(),
-        pictures=found.path / "grid.png",
-        overwrite=overwrite,
-    )
+    folder = export_of(config, found, backbone, network, output, scored=weights == "ema", overwrite=overwrite)
     typer.echo(f"{folder} (weights of step {step})")
 
 

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from didr_core.evaluate.scoreboard import comparison_table, table
+from didr_core.evaluate.scores import comparison_table, table
 from didr_core.train.alarms import explain
 
 SMOOTHING = 0.9  # of the numbers shown; the curves in the report are raw

@@ -36,13 +36,12 @@ def save_grid(
     captions: Sequence[str],
     path: Path,
     title: str = "",
-    notes: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
     """A card a prompt: the models' pictures side by side (same prompt, same noise), the caption below.
 
     Args:
         rows: ``{model: pictures [N, 3, H, W] in [0, 1]}``, in the order to show.
-        captions: N prompts. notes: a short text under each picture, ``{model: N texts}``.
+        captions: N prompts.
 
     Raises:
         ValueError: models with other numbers of pictures than captions, or none at all.
@@ -55,14 +54,13 @@ def save_grid(
     high = next(iter(tiles.values()))[0].height
     card = len(rows) * side + (len(rows) - 1) * GAP
     columns = min(len(captions), max(1, round(4 * 2 / len(rows)) if len(rows) < 4 else 2))
-    head, body, small = _font(17, bold=True), _font(16), _font(14)
+    head, body = _font(17, bold=True), _font(16)
     wrapped = [_wrap(caption, body, card) for caption in captions]
-    note_height = 22 if notes else 0
     title_height, label_height = (40 if title else 0), 34
     heights = []  # of the lines of cards
     for first in range(0, len(captions), columns):
         longest = max(len(lines) for lines in wrapped[first : first + columns])
-        heights.append(high + note_height + 8 + 21 * longest + CARD_GAP)
+        heights.append(high + 8 + 21 * longest + CARD_GAP)
     width = 2 * MARGIN + columns * card + (columns - 1) * CARD_GAP
     canvas = Image.new("RGB", (width, 2 * MARGIN + title_height + label_height + sum(heights) - CARD_GAP), PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -82,10 +80,8 @@ def save_grid(
             x = left + place * (side + GAP)
             canvas.paste(tiles[name][i], (x, y))
             draw.rectangle((x, y, x + side - 1, y + high - 1), outline="#d7dae0")
-            if notes and name in notes:
-                draw.text((x, y + high + 4), notes[name][i], fill=FAINT, font=small)
         for k, line in enumerate(wrapped[i]):
-            draw.text((left, y + high + note_height + 5 + 21 * k), line, fill=INK, font=body)
+            draw.text((left, y + high + 5 + 21 * k), line, fill=INK, font=body)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path, optimize=True)
@@ -145,7 +141,6 @@ class Panel:
 PANELS = (
     Panel("Reward", "gain over start (sd)", (("reward/gain", "training reward", BLUE),), zero="start"),
     Panel("Reward, published scale", "score (mean of the batch)", (("reward/raw", "training reward", SKY),)),
-    Panel("Held-out judge", "gain over start (sd)", (("judge/gain", "held-out judge", GREEN),), zero="start"),
     Panel("Teaching assistant", "DSM loss", (("loss/assistant", "TA loss", VERMILION),)),
     Panel(
         "Reward against matching",

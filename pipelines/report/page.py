@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,8 +16,9 @@ from typing import Any
 
 import yaml
 
-from didr_core.evaluate.scoreboard import comparison_table, describe, read_scores, table
-from didr_core.export.folder import usage
+from didr_core.config.files import replace_text
+from didr_core.evaluate.scores import comparison_table, describe, read_scores, table
+from didr_core.export.card import usage
 from didr_core.train.alarms import explain
 from didr_core.train.run_folder import read_lines
 from pipelines.report.console import clock
@@ -126,9 +126,7 @@ def write_report(run: Path) -> Path:
         f"<title>DIDR: {escape(found.name)}</title><style>{STYLE}</style></head><body><main>{''.join(parts)}"
         "<footer>Written by DIDR. Every number is in scores.json and metrics.jsonl beside this page.</footer></main></body></html>\n"
     )
-    part = folder / f".report.{os.getpid()}.part"
-    part.write_text(page)
-    os.replace(part, folder / "report.html")
+    replace_text(folder / "report.html", page)
     return folder / "report.html"
 
 

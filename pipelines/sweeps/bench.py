@@ -14,7 +14,6 @@ The start's and the reference's pictures are scored once a sweep (:class:`Bench`
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +26,12 @@ from torch import nn
 from didr_core.config import Config, dump
 from didr_core.diffusion import sampling
 from didr_core.diffusion.sampling import Sampler
+from didr_core.evaluate import fronts
+from didr_core.evaluate.contestants import Contestant, one_step_contestant
+from didr_core.evaluate.evaluator import Evaluator, Measured
 from didr_core.evaluate.finish import heldout
-from didr_core.evaluate.fronts import Array, Draws, interval
-from didr_core.evaluate.judges import Judges, Measured
-from didr_core.evaluate.scoreboard import Scores, provenance
-from didr_core.evaluate.scores import Contestant, one_step_contestant
+from didr_core.evaluate.paired import Array, Bootstrap, interval
+from didr_core.evaluate.scores import Scores, origin
 from didr_core.types import DIDRError
 
 NOISE_SEED = 1000  # of the pictures that trials are judged by: not those of the grid
@@ -87,7 +87,7 @@ def check(config: Config) -> None:
 
 
 class Bench:
-    """Judges, and what trials are compared with; one a process, kept from trial to trial."""
+    """The evaluator, and what trials are compared with; one a process, kept from trial to trial."""
 
     def __init__(self, config: Config, shared: Path, device: Any = "cpu") -> None:
         """``config``: what trials share; what it says of evaluation, judge and backbone is the same for all of them."""
@@ -95,39 +95,39 @@ class Bench:
         self.config = config
         prompts = heldout(config, config.evaluation.prompts)
         seeds = range(NOISE_SEED, NOISE_SEED + max(2, config.evaluation.seeds))
-        self.judges = Judges(config, prompts, seeds, shared, device)
+        self.evaluator = Evaluator.of(config, prompts, seeds, device, features=True)
         self.measure = "judge" if config.judge is not None else "reward"
         tree = dump(config)
         self.key = repr([tree[k] for k in ("backbone", "reward", "judge", "data", "evaluation", "guidance")])
-        self.start = self._once("start")
-        self.reference = self._once("reference")
+        self.start = self._once("start", shared)
+        self.reference = self._once("reference", shared)
         self._draws = {
             "full": self._resampling(len(prompts)),
-            "quick": Draws.make(min(QUICK_PROMPTS, len(prompts)), 1, 0),
+            "quick": Bootstrap(min(QUICK_PROMPTS, len(prompts)), 1, 0),
         }
         found, drawn = self.start["features"], self.reference["features"]
         spread = float(np.sqrt(drawn.reshape(-1, drawn.shape[-1]).astype(np.float64).var(0).sum()))
         self.unit = max(spread, 1e-9)
-        self.own = round(float(_distances(Draws.make(drawn.shape[2], 1, 0), found, drawn)[0]) / self.unit, 6)
+        self.own = round(float(_distances(Bootstrap(drawn.shape[2], 1, 0), found, drawn)[0]) / self.unit, 6)
 
-    def _once(self, name: str) -> Measured:
+    def _once(self, name: str, shared: Path) -> Measured:
         """Scores of the start or the reference, made by whoever asks first.
 
         The reference is the guided teacher of `evaluation.teacher_steps`; with 0 steps it is the start itself.
         """
-        judges, config = self.judges, self.config
+        evaluator, config = self.evaluator, self.config
         steps = config.evaluation.teacher_steps if name == "reference" else 0
 
         def sampler() -> Sampler:
-            network = judges.backbone.load_network("reference" if steps else "generator").to(judges.device)
+            network = evaluator.backbone.load_network("reference" if steps else "generator").to(evaluator.device)
             if steps:
-                return sampling.reference(judges.backbone, network, steps, config.guidance.reference)
-            return sampling.one_step(judges.backbone, network)
+                return sampling.reference(evaluator.backbone, network, steps, config.guidance.reference)
+            return sampling.one_step(evaluator.backbone, network)
 
-        return judges.measure(Contestant(name, _when_needed(sampler)), self.key)
+        return evaluator.measured(Contestant(name, _when_needed(sampler)), self.key, shared / "scores")
 
-    def _resampling(self, prompts: int) -> Draws:
-        return Draws.make(prompts, 1, RESAMPLES if self.reference["features"].shape[-1] <= LARGE else 0)
+    def _resampling(self, prompts: int) -> Bootstrap:
+        return Bootstrap(prompts, 1, RESAMPLES if self.reference["features"].shape[-1] <= LARGE else 0)
 
     def judge(self, network: nn.Module, work: Path, key: str) -> tuple[Worth, Measured]:
         """A trained generator on all held-out prompts. What it measures is kept in ``work``.
@@ -135,28 +135,26 @@ class Bench:
         Raises:
             NonFiniteError: a reward is NaN or infinite on its pictures.
         """
-        judges = self.judges.first(len(self.judges.prompts), len(self.judges.noise_seeds))
-        judges.work = work
-        measured = judges.measure(one_step_contestant("aligned", judges.backbone, network), key)
+        contestant = one_step_contestant("aligned", self.evaluator.backbone, network)
+        measured = self.evaluator.measured(contestant, key, work / "scores")
         return self._worth(measured, self.start, self.reference, self._draws["full"]), measured
 
     def glance(self, network: nn.Module) -> Worth:
         """The same on the first :data:`QUICK_PROMPTS` prompts and one noise, without intervals: to stop poor trials early."""
-        judges = self.judges.first(QUICK_PROMPTS)
-        measured = judges.look(one_step_contestant("aligned", judges.backbone, network))
+        few = self.evaluator.first(QUICK_PROMPTS)
+        measured = few.measure(one_step_contestant("aligned", few.backbone, network))
         start, reference = (
-            {k: v[:, :1, : len(judges.prompts)] for k, v in m.items() if v.ndim >= 3}
-            for m in (self.start, self.reference)
+            {k: v[:, :1, : len(few.prompts)] for k, v in m.items() if v.ndim >= 3} for m in (self.start, self.reference)
         )
         return self._worth(measured, start, reference, self._draws["quick"])
 
-    def _worth(self, aligned: Measured, start: Measured, reference: Measured, draws: Draws) -> Worth:
+    def _worth(self, aligned: Measured, start: Measured, reference: Measured, draws: Bootstrap) -> Worth:
         spread = max(float(np.std(self.start[self.measure])), 1e-9)
-        gain = draws.means((aligned[self.measure] - start[self.measure]).astype(np.float64)) / spread
+        gain = draws.means(aligned[self.measure] - start[self.measure]) / spread
         distance = _distances(draws, aligned["features"], reference["features"]) / self.unit
         # Drawing captions with replacement adds distance to every resample: what counts is how they spread, not where.
         distance[1:] += distance[0] - (distance[1:].mean() if len(distance) > 1 else 0.0)
-        return Worth(_interval(gain), _interval(distance), self.own)
+        return Worth(interval(gain).tree(), interval(distance).tree(), self.own)
 
     def scores(self, aligned: Measured, command: str) -> Scores:
         """scores.json of a trial: start, aligned and, where there is one, the teacher, paired."""
@@ -164,10 +162,10 @@ class Bench:
         rows = {"start": self.start, "aligned": aligned} | ({"teacher": self.reference} if steps else {})
         models = {name: {"steps": steps if name == "teacher" else 1} for name in rows}
         arrays = {name: {k: v for k, v in row.items() if k != "features"} for name, row in rows.items()}
-        facts = provenance(self.config.data.heldout or self.config.data.prompts, [command])
-        judges = self.judges
+        facts = origin(self.config.data.heldout or self.config.data.prompts, [command])
+        evaluator = self.evaluator
         return Scores.build(
-            models, arrays, judges.prompts, list(judges.noise_seeds), facts=facts, world=self.config.evaluation.world
+            models, arrays, evaluator.prompts, evaluator.seeds, facts=facts, world=self.config.evaluation.world
         )
 
 
@@ -177,11 +175,6 @@ def _when_needed(make: Callable[[], Sampler]) -> Sampler:
     return lambda condition, z: ready()(condition, z)
 
 
-def _distances(draws: Draws, features: NDArray[Any], reference: NDArray[Any]) -> Array:
-    squared = draws.distances(features.astype(np.float64), reference.astype(np.float64))
+def _distances(draws: Bootstrap, features: NDArray[Any], reference: NDArray[Any]) -> Array:
+    squared = fronts.distances(draws, features.astype(np.float64), reference.astype(np.float64))
     return np.sqrt(np.clip(squared, 0.0, None))
-
-
-def _interval(values: Array) -> dict[str, float | None]:
-    found = interval(values)
-    return {k: v if math.isfinite(v) else None for k, v in found.items()}

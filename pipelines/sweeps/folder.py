@@ -25,7 +25,8 @@ import yaml
 
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.train.run_folder import RunFolder, disk, local_folder, provenance, read_lines
+from didr_core.config.provenance import provenance
+from didr_core.train.run_folder import RunFolder, disk, local_folder, read_lines
 from didr_core.types import DIDRError
 from pipelines.sweeps.space import Point, settings
 

@@ -93,7 +93,7 @@ def _trained(folder: SweepFolder, number: int) -> tuple[Config, Any]:
 
 def _glance(path: str, number: int) -> dict[str, Any]:
     folder = SweepFolder(Path(path))
-    return bench_of(folder).glance(_trained(folder, number)[1].to(bench_of(folder).judges.device)).flat()
+    return bench_of(folder).glance(_trained(folder, number)[1].to(bench_of(folder).evaluator.device)).flat()
 
 
 def _conclude(path: str, number: int, started: float, setup_seconds: float) -> dict[str, Any]:

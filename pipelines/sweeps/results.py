@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from didr_core.evaluate.fronts import front
-from didr_core.evaluate.scoreboard import describe
+from didr_core.evaluate.scores import describe
 from didr_core.train.alarms import HACKING
 from pipelines.sweeps.bench import WORDS
 from pipelines.sweeps.folder import SweepFolder

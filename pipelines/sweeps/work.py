@@ -19,10 +19,8 @@ import torch
 from didr_core.config import Config
 from didr_core.data.cache import CachedFeed
 from didr_core.data.prompts import open_prompts
-from didr_core.evaluate.finish import Gallery
-from didr_core.evaluate.picture_cache import fingerprint
-from didr_core.evaluate.scoreboard import read_scores
-from didr_core.export.folder import export_run
+from didr_core.evaluate import finish
+from didr_core.evaluate.contestants import fingerprint
 from didr_core.export.sample import trained_generator
 from didr_core.train.learner import Learner
 from didr_core.train.loop import Journal, Observer, loop
@@ -74,16 +72,7 @@ def export(path: str, number: int) -> None:
     folder = SweepFolder(Path(path))
     run, config = folder.trial(number), folder.config_of(number)
     backbone, network, _ = trained_generator(config, run)
-    export_run(
-        config,
-        backbone,
-        network,
-        folder.path / "export",
-        scores=read_scores(run.path / "scores.json"),
-        run=run.info(),
-        pictures=run.path / "grid.png",
-        overwrite=True,
-    )
+    finish.export(config, run, backbone, network, folder.path / "export", overwrite=True)
 
 
 class TrialWork:
@@ -150,7 +139,7 @@ class TrialWork:
         assert self.learner is not None
         began = time.time()
         with torch.no_grad():
-            Gallery(self.learner, self.config, self.run, save_grid).show(
+            finish.Gallery(self.learner, self.config, self.run, save_grid).show(
                 self.run.path / "grid.png", f"trial {self.number}"
             )
         times = {"started": self.began, "judging": began, "setup_seconds": self.setup_seconds}
@@ -176,7 +165,7 @@ def conclude(folder: SweepFolder, number: int, network: torch.nn.Module, times: 
     """
     run = folder.trial(number)
     bench = bench_of(folder)
-    worth, measured = bench.judge(network.to(bench.judges.device), run.path, fingerprint(network))
+    worth, measured = bench.judge(network.to(bench.evaluator.device), run.path, fingerprint(network))
     scores = bench.scores(measured, folder.plan().command)
     scores.write(run.path)
     measures = {k: v["mean"] for k, v in scores.tree["models"]["aligned"]["measures"].items()}

@@ -27,7 +27,7 @@ from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from didr_core.config import Config, Tracking, dump, flatten
-from didr_core.evaluate.scoreboard import commit
+from didr_core.config.provenance import commit
 from didr_core.train.alarms import explain
 from didr_core.types import DIDRError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from didr_core.evaluate.fronts import Draws, frechet, front, hypervolume, hypervolumes, interval
+from didr_core.evaluate.fronts import distances, frechet, front, hypervolume, hypervolumes
+from didr_core.evaluate.paired import Bootstrap, interval
 
 
 def test_the_front_keeps_what_nothing_dominates() -> None:
@@ -34,17 +35,17 @@ def test_frechet_of_known_gaussians() -> None:
 
 def test_resamples_weigh_captions_and_seeds() -> None:
     rng = np.random.default_rng(1)
-    draws = Draws.make(captions=40, trainings=3, resamples=300)
+    draws = Bootstrap(captions=40, trainings=3, resamples=300)
     values = rng.normal(2.0, 1.0, (3, 2, 40))
     values[:, :, 0] = np.nan
     means = draws.means(values)
     assert means[0] == pytest.approx(np.nanmean(values))
     got = interval(means)
-    assert got["low"] < got["mean"] < got["high"]
+    assert got.low < got.mean < got.high
     assert means[1:].std() < 1.0
     assert draws.means(values[:1])[0] == pytest.approx(np.nanmean(values[0]))
     features = rng.normal(size=(3, 2, 40, 4))
-    same = draws.distances(features[:1], features[:1])
+    same = distances(draws, features[:1], features[:1])
     assert np.abs(same).max() < 1e-8
-    moved = draws.distances(features + 1.0, features[:1])
+    moved = distances(draws, features + 1.0, features[:1])
     assert moved[0] == pytest.approx(4, rel=0.5) and moved.shape == (301,)

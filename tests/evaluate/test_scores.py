@@ -14,18 +14,9 @@ from torch import Tensor, nn
 
 from didr_core.diffusion import sampling
 from didr_core.diffusion.schedule import VariancePreserving
-from didr_core.evaluate.picture_cache import LatentCache, fingerprint
-from didr_core.evaluate.scores import (
-    Contestant,
-    Scores,
-    one_step_contestant,
-    pool,
-    provenance,
-    read_scores,
-    score_models,
-    table,
-    teacher_contestant,
-)
+from didr_core.evaluate.contestants import Contestant, fingerprint, one_step_contestant, teacher_contestant
+from didr_core.evaluate.evaluator import Evaluator
+from didr_core.evaluate.scores import Scores, origin, pool, read_scores, table
 from didr_core.types import Condition, DIDRError, NonFiniteError
 
 PROMPTS = [f"prompt {i}" for i in range(7)]
@@ -82,11 +73,17 @@ class Brightness:
         return images.flatten(1).mean(1) + inputs["number"]
 
 
+def score(
+    backbone: Any, models: list[Contestant], prompts: Sequence[str], *, facts: Any = None, **options: Any
+) -> Scores:
+    return Evaluator(backbone, prompts, options.pop("seeds", (0,)), **options).compare(models, facts=facts)
+
+
 def contest(**changes: Any) -> Scores:
     toy = Toy()
     models = [one_step_contestant(n, toy, Gain(g)) for n, g in (("start", 0.5), ("aligned", 1.5))]  # type: ignore[arg-type]
     arguments = {"seeds": (0, 1), "reward": Brightness()} | changes
-    return score_models(toy, models, PROMPTS, **arguments)  # type: ignore[arg-type]
+    return score(toy, models, PROMPTS, **arguments)  # type: ignore[arg-type]
 
 
 def test_noise_depends_on_seed_and_position_alone() -> None:
@@ -95,9 +92,11 @@ def test_noise_depends_on_seed_and_position_alone() -> None:
     assert not torch.equal(sampling.noise(4, range(6), (2, 2)), whole)
     toy = Toy()
     sampler = sampling.one_step(toy, Gain(1.0))  # type: ignore[arg-type]
-    small, large = (sampling.pictures(toy, sampler, PROMPTS, 5, batch=b) for b in (2, 64))  # type: ignore[arg-type]
-    part = sampling.pictures(toy, sampler, PROMPTS[3:], 5, first=3)  # type: ignore[arg-type]
-    assert torch.equal(small, large) and torch.equal(part, large[3:])
+    rows = [slice(0, 7), slice(0, 3), slice(3, 7)]
+    all_, first, rest = (
+        sampler(toy.encode(PROMPTS[r]), sampling.noise(5, range(r.start, r.stop), toy.latent_shape)) for r in rows
+    )
+    assert torch.equal(torch.cat([first, rest]), all_)
 
 
 def test_reference_sampler_reaches_the_known_answer() -> None:
@@ -159,7 +158,7 @@ def test_clipped_and_saturated_pictures_are_seen() -> None:
     half = torch.zeros(1, 3, 8, 8)
     half[:, 0], half[:, 1], half[:, 2] = 1.7, 0.5, 0.25
     model = Contestant("aligned", lambda condition, z: half.expand(len(z), -1, -1, -1))
-    row = score_models(toy, [model], PROMPTS).tree["models"]["aligned"]["measures"]  # type: ignore[arg-type]
+    row = score(toy, [model], PROMPTS).tree["models"]["aligned"]["measures"]  # type: ignore[arg-type]
     assert row["clipped"]["mean"] == pytest.approx(1 / 3, rel=1e-4)
     assert row["saturation"]["mean"] == pytest.approx(0.75)
     assert "diversity" not in row, "one seed says nothing of diversity"
@@ -179,7 +178,7 @@ def test_nothing_to_score_is_an_error() -> None:
     model = one_step_contestant("a", toy, Gain(1.0))  # type: ignore[arg-type]
     for models, prompts, seeds in (([model], [], [0]), ([model, model], PROMPTS, [0]), ([model], PROMPTS, [])):
         with pytest.raises(ValueError, match="nothing to score"):
-            score_models(toy, models, prompts, seeds=seeds)  # type: ignore[arg-type]
+            score(toy, models, prompts, seeds=seeds)  # type: ignore[arg-type]
 
 
 def test_teacher_latents_are_made_once(tmp_path: Path) -> None:
@@ -187,7 +186,7 @@ def test_teacher_latents_are_made_once(tmp_path: Path) -> None:
 
     def run(prompts: Sequence[str] = PROMPTS, steps: int = 4, gain: float = 1.0, seeds: Sequence[int] = (0,)) -> Scores:
         teacher = teacher_contestant(toy, Gain(gain), steps=steps, guidance=2.0)  # type: ignore[arg-type]
-        return score_models(toy, [teacher], prompts, seeds=seeds, reward=Brightness(), cache=tmp_path, batch=3)  # type: ignore[arg-type]
+        return score(toy, [teacher], prompts, seeds=seeds, reward=Brightness(), cache=tmp_path, batch=3)  # type: ignore[arg-type]
 
     def made(scores: Scores) -> int:
         return int(scores.tree["models"]["teacher"]["pictures_made"])
@@ -201,10 +200,10 @@ def test_teacher_latents_are_made_once(tmp_path: Path) -> None:
     assert made(run([*PROMPTS, "prompt 9"])) == 1, "only the new prompt"
     assert made(run(["prompt 5", *PROMPTS[1:]])) == 1, "another prompt at the place"
     assert made(run(steps=5)) == 7 and made(run(gain=1.1)) == 7, "other settings, other weights"
-    for path in tmp_path.iterdir():
+    for path in tmp_path.rglob("*.npz"):
         path.write_bytes(path.read_bytes()[:40])
     assert made(run()) == 7, "a damaged cache is an empty one"
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.rglob("*.part*"))
 
 
 def test_fingerprint_and_cache_tell_networks_and_shapes_apart(tmp_path: Path) -> None:
@@ -215,16 +214,20 @@ def test_fingerprint_and_cache_tell_networks_and_shapes_apart(tmp_path: Path) ->
     with torch.no_grad():
         net.weight += 1e-3
     assert fingerprint(net) != before
-    cache = LatentCache(tmp_path / "x.safetensors", (2,))
-    cache["a"] = torch.ones(2)
-    cache.save()
-    assert "a" in LatentCache(tmp_path / "x.safetensors", (2,))
-    assert "a" not in LatentCache(tmp_path / "x.safetensors", (3,))
-    assert LatentCache.open(None, "key", (2,)) is None and LatentCache.open(tmp_path, None, (2,)) is None
+    toy, z = Toy(), sampling.noise(0, range(2), Toy.latent_shape)
+    known = teacher_contestant(toy, Gain(1.0), steps=2)  # type: ignore[arg-type]
+    condition, names = toy.encode(PROMPTS[:2]), ["a", "b"]
+    assert [known.latents(condition, z, names, tmp_path)[1] for _ in range(2)] == [2, 0]
+    toy.latent_shape = (3, 4, 4)
+    other = teacher_contestant(toy, Gain(1.0), steps=2)  # type: ignore[arg-type]
+    assert other.latents(condition, z[..., :4, :4], names, tmp_path)[1] == 2
+    assert [known.latents(condition, z, names)[1] for _ in range(2)] == [2, 2], "no folder"
+    unknown = Contestant("teacher", known.sampler)
+    assert [unknown.latents(condition, z, names, tmp_path)[1] for _ in range(2)] == [2, 2], "no fingerprint"
 
 
 def test_files_come_back_and_hold_no_machine_paths(tmp_path: Path) -> None:
-    scores = contest(facts=provenance("world://prompts/heldout", ["didr align --recipe tiny"]))
+    scores = contest(facts=origin("world://prompts/heldout", ["didr align --recipe tiny"]))
     path = scores.write(tmp_path)
     back = Scores.read(tmp_path)
     assert back.tree == scores.tree == json.loads(path.read_text())
@@ -252,7 +255,7 @@ def test_pool_pairs_training_by_training(tmp_path: Path) -> None:
 
     def trained(gain: float) -> Scores:
         models = [one_step_contestant(n, toy, Gain(g)) for n, g in (("start", 0.5), ("aligned", gain))]  # type: ignore[arg-type]
-        return score_models(toy, models, PROMPTS, seeds=(0, 1))  # type: ignore[arg-type]
+        return score(toy, models, PROMPTS, seeds=(0, 1))  # type: ignore[arg-type]
 
     runs = [trained(g) for g in (0.8, 1.0, 1.2)]
     both = pool(runs)
@@ -265,7 +268,7 @@ def test_pool_pairs_training_by_training(tmp_path: Path) -> None:
     assert pair["high"] - pair["low"] > 3 * (single["high"] - single["low"]), (
         "trainings differ, and the interval says so"
     )
-    other = score_models(toy, [one_step_contestant("start", toy, Gain(1.0))], PROMPTS[:3], seeds=(0, 1))  # type: ignore[arg-type]
+    other = score(toy, [one_step_contestant("start", toy, Gain(1.0))], PROMPTS[:3], seeds=(0, 1))  # type: ignore[arg-type]
     with pytest.raises(DIDRError, match="prompts_sha256"):
         pool([runs[0], other])
 
@@ -296,7 +299,7 @@ def test_the_tiny_world_is_judged_by_its_checker() -> None:
     white = torch.from_numpy(render(collapsed))
     wrong = right.roll(1, 0)
     models = [Contestant(n, lambda _, z, p=p: p) for n, p in (("start", right), ("aligned", white), ("wrong", wrong))]  # type: ignore[misc]
-    scores = score_models(Painter(), models, captions, world="tiny", batch=200)  # type: ignore[arg-type]
+    scores = score(Painter(), models, captions, world="tiny", batch=200)  # type: ignore[arg-type]
     rows = {name: row["measures"] for name, row in scores.tree["models"].items()}
     assert rows["start"]["strict"]["mean"] > 0.97 and rows["wrong"]["strict"]["mean"] < 0.05
     assert rows["start"]["utility"]["mean"] > 7 > rows["wrong"]["utility"]["mean"]

@@ -9,7 +9,7 @@ import torch
 from didr_core import config as configs
 from didr_core.config import build
 from didr_core.types import DIDRError
-from didr_core.world import judge
+from didr_core.world import assess
 from didr_core.world.checker_reward import CheckerReward
 
 CHECKER = 'reward={name: "didr_core.world.checker_reward:CheckerReward"}'
@@ -44,7 +44,7 @@ def test_the_checker_reward_is_the_worlds_utility() -> None:
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     inputs = reward.prepare(captions)
     assert inputs["caption"].dtype == torch.uint8 and inputs["caption"].shape[0] == 2
-    assert np.array_equal(reward.score(images, inputs).numpy(), judge.utility(images.numpy(), captions))
+    assert np.array_equal(reward.score(images, inputs).numpy(), assess.utility(images.numpy(), captions))
     images[0] = float("inf")
     assert reward.score(images, inputs).isnan().tolist() == [True, False]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from didr_core.world import WORLD
-from didr_core.world.judge import assess, summary
+from didr_core.world.assess import assess, summary
 from examples.tiny_world.pairs_data import draw_groups
 from examples.tiny_world.prompts import read_shards
 from examples.tiny_world.sampling import Parts, sample, start_noise

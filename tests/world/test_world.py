@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from didr_core.world import WORLD
+from didr_core.world.assess import assess, compare, summary, utility
 from didr_core.world.captions import (
     HELD_OUT_COMBINATIONS,
     CaptionFacts,
@@ -18,7 +19,6 @@ from didr_core.world.captions import (
     write_caption,
 )
 from didr_core.world.checker import check, read_pictures
-from didr_core.world.judge import assess, compare, summary, utility
 from didr_core.world.scenes import CELL_RADIUS, SINGLE_RADIUS, render
 from examples.tiny_world.networks import MAX_TOKENS
 from examples.tiny_world.prompts import read_shards

@@ -152,7 +152,7 @@ def test_results_say_what_a_trial_is_worth(swept: SweepFolder) -> None:
 def test_gain_is_the_paired_difference_in_the_starts_deviations(swept: SweepFolder) -> None:
     judge = work.bench_of(swept)
     start = judge.start["judge"]
-    worth, measured = judge.judge(judge.judges.backbone.load_network("generator"), swept.path / "again", "key")
+    worth, measured = judge.judge(judge.evaluator.backbone.load_network("generator"), swept.path / "again", "key")
     assert np.array_equal(measured["judge"], start)  # the same network, captions and noise
     assert (
         worth.gain["mean"] == 0
