@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
-from didr_core.world.captions import draw_scenes, parse_caption, sample_facts, spoil
+from didr_core.config import WORLD
+from didr_core.config.files import replace_text
+from didr_core.world.captions import draw_scenes, parse_caption, sample_facts
 from didr_core.world.checker import check, read_pictures
 from didr_core.world.judge import assess, compare, summary
 from didr_core.world.scenes import render
-from examples.tiny_world import training
+from examples.tiny_world.pairs_data import spoil
 from examples.tiny_world.prompts import read_shards
 from examples.tiny_world.sampling import Parts, decode, sample
 
@@ -157,7 +159,7 @@ MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def read_quality(world: Path = training.WORLD_DIR) -> dict[str, Any]:
+def read_quality(world: Path = WORLD) -> dict[str, Any]:
     """``world``/quality.json, or {} when it is not there."""
     path = world / "quality.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -168,17 +170,22 @@ def write_quality(world: Path, **sections: Any) -> None:
     quality = read_quality(world)
     for name, value in sections.items():
         quality[name] = {**quality.get(name, {}), **value} if name == "seconds" else value
-    world.mkdir(parents=True, exist_ok=True)
-    (world / "quality.json").write_text(json.dumps(quality, indent=1, sort_keys=True) + "\n")
+    replace_text(world / "quality.json", json.dumps(quality, indent=1, sort_keys=True) + "\n")
 
 
-def measure(name: str, world: Path = training.WORLD_DIR) -> dict[str, Any]:
+def measure(name: str, world: Path = WORLD) -> dict[str, Any]:
     """Measure one part of MEASURES and keep it in quality.json."""
     if name not in MEASURES:
         raise ValueError(f"unknown measurement {name!r}; expected one of {', '.join(MEASURES)}")
     result = MEASURES[name](world)
     write_quality(world, **{name: result})
     return result
+
+
+def build(folder: Path, world: Path) -> None:
+    """Part "quality": measure everything."""
+    for name in MEASURES:
+        print(name, json.dumps(measure(name, world)), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from transformers import CLIPTokenizer
 
 from didr_core.world.captions import BACKGROUND_WORDS, JOINS, NUMBERS, PREFIXES, RELATION_WORDS
 from didr_core.world.scenes import BACKGROUNDS, COLOURS, SHAPES
-from examples.tiny_world import training
 from examples.tiny_world.networks import MAX_TOKENS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -67,10 +66,6 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     ).input_ids
 
 
-def build(folder: Path = training.BUILD_DIR) -> None:
+def build(folder: Path, world: Path) -> None:
     """Save the tokenizer into ``folder``/tokenizer."""
     make_tokenizer().save_pretrained(folder / "tokenizer")
-
-
-if __name__ == "__main__":
-    build()
