@@ -25,6 +25,7 @@ from didr_core.world.scenes import render
 from examples.tiny_world.pairs_data import spoil
 from examples.tiny_world.prompts import read_shards
 from examples.tiny_world.sampling import Parts, decode, sample
+from examples.tiny_world.tokenizer import tokens
 
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 2.0
@@ -125,7 +126,7 @@ def measure_generator(
 
 def measure_rewards(world: Path) -> dict[str, Any]:
     """Both rewards on fresh held-out pairs, and on pairs of the one-step generator's own pictures."""
-    from examples.tiny_world.train_rewards import load_reward, pair_accuracy, quality, scorer, tokens
+    from examples.tiny_world.train_rewards import load_reward, pair_accuracy, quality, scorer
 
     vae = AutoencoderTiny.from_pretrained(world / "pipeline" / "vae", torch_dtype=torch.float32).eval()
     generator = Parts.load(world / "pipeline", world / "generator")

@@ -59,11 +59,15 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=END, model_max_length=MAX_TOKENS)
 
 
+def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and attention mask [B, MAX_TOKENS], padded and truncated."""
+    out = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    return out.input_ids, out.attention_mask
+
+
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """ids [B, MAX_TOKENS], padded and truncated."""
-    return tokenizer(
-        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
+    """The ids alone."""
+    return tokens(tokenizer, captions)[0]
 
 
 def build(folder: Path, world: Path) -> None:

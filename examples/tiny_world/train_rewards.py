@@ -26,9 +26,9 @@ from didr_core.config import WORLD
 from didr_core.world.captions import CaptionFacts, draw_scenes, sample_facts, write_caption
 from didr_core.world.scenes import render
 from examples.tiny_world import training
-from examples.tiny_world.networks import MAX_TOKENS
 from examples.tiny_world.pairs_data import FACET_PAIRS, KINDS_FOR_REWARDS, Groups, draw_groups, facet_pairs, spoil
 from examples.tiny_world.reward_networks import Judge, build_taste, normalise, taste_matrix, taste_scores
+from examples.tiny_world.tokenizer import tokens
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "taste": {
@@ -61,12 +61,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 WRONG = 3
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and attention mask [B, MAX_TOKENS]."""
-    out = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
-    return out.input_ids, out.attention_mask
 
 
 def scorer(model: Any) -> Scorer:

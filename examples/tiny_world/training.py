@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 
 from didr_core.config.files import replaced
@@ -170,9 +169,10 @@ def world() -> int:
 def all_reduce(tensors: Sequence[torch.Tensor]) -> None:
     """Their sums over the processes, in one flat message."""
     if world() > 1 and tensors:
-        flat = parameters_to_vector(tensors)
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat)
-        vector_to_parameters(flat, tensors)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view(tensor.shape))
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
