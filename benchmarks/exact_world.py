@@ -1,27 +1,19 @@
-"""What trainings with a known answer need: prompts that mean nothing, batches of them, and a generator at the reference's law.
-
-python -m benchmarks.exact_world        # writes didr_core/world/files/exact_2d/prompts.parquet, the corpus of recipe `exact_2d`
-"""
+"""What trainings with a known answer need: prompts that mean nothing, batches of them, and a generator at the reference's law."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import ClassVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
 from didr_core import config as configs
-from didr_core.config import WORLD, Config
+from didr_core.config import Config
 from didr_core.diffusion.noise import Noise
 from didr_core.drs import Estimate, Estimator, Problem
 from didr_core.train.learner import Learner
 from didr_core.types import Batch, Condition
-
-PROMPTS = 64
 
 
 class BatchNoise(Noise):
@@ -63,15 +55,3 @@ def distill(config: Config, steps: int, rate: float = 1e-3) -> nn.Module:
     for batch in batches(256, steps):
         learner.step(batch)
     return learner.generator("ema")
-
-
-def write_prompts(path: Path = WORLD / "exact_2d" / "prompts.parquet") -> None:
-    """Columns ``id`` and ``prompt``; a few kB."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = range(PROMPTS)
-    table = pa.table({"id": [f"point-{i:02d}" for i in rows], "prompt": [f"point {i}" for i in rows]})
-    pq.write_table(table, path, compression="zstd")
-
-
-if __name__ == "__main__":
-    write_prompts()

@@ -1,9 +1,1 @@
-"""The bundled tiny world: renderer, captions, checker, measures, trained weights and the command that makes them.
-
-Start with ``assess.assess`` (measure pictures), ``build`` (make the world again) and ``README.md``.
-``WORLD`` is the folder of committed weights.
-"""
-
-from pathlib import Path
-
-WORLD = Path(__file__).parent / "files"
+"""The bundled tiny world: renderer, captions, checker, the utility that measures pictures, trained weights (``files``)."""

@@ -10,7 +10,6 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from examples.tiny_world import training
 from examples.tiny_world.networks import build_scheduler
 
 
@@ -24,7 +23,7 @@ def tidy_config(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def assemble_pipeline(build: Path = training.BUILD_DIR, world: Path = training.WORLD_DIR) -> None:
+def assemble_pipeline(build: Path, world: Path) -> None:
     """Make ``world``/pipeline, which stock ``StableDiffusionXLPipeline`` loads, from ``build``/{unet, vae, text_encoder*, tokenizer}."""
     vae = AutoencoderTiny.from_pretrained(build / "vae", torch_dtype=torch.float16)
     pipeline = StableDiffusionXLPipeline(
@@ -44,7 +43,7 @@ def assemble_pipeline(build: Path = training.BUILD_DIR, world: Path = training.W
         tidy_config(world / "pipeline" / part)
 
 
-def assemble_generator(source: Path, world: Path = training.WORLD_DIR) -> None:
+def assemble_generator(source: Path, world: Path) -> None:
     """``world``/generator, a UNet folder in fp16, from an fp32 UNet folder."""
     shutil.rmtree(world / "generator", ignore_errors=True)
     UNet2DConditionModel.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(world / "generator")

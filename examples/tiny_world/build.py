@@ -10,11 +10,13 @@ import argparse
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from didr_core.config import WORLD
+from didr_core.config.files import replace_text
 from examples.tiny_world import (
-    assemble,
     card,
     distill,
     prompts,
@@ -40,64 +42,18 @@ MINIATURE: dict[str, dict[str, Any]] = {
 }
 
 
-def _prompts(build: Path, world: Path, **settings: Any) -> None:
-    prompts.build(world, **settings)
-
-
-def _tokenizer(build: Path, world: Path) -> None:
-    tokenizer.build(build)
-
-
-def _vae(build: Path, world: Path, **settings: Any) -> None:
-    train_vae.build(build, **settings)
-
-
-def _reference(build: Path, world: Path, **settings: Any) -> None:
-    train_reference.build(build, **settings)
-    assemble.assemble_pipeline(build, world)
-
-
-def _pairs(build: Path, world: Path, **settings: Any) -> None:
-    train_generator.build_pairs(build, **settings)
-
-
-def _regression(build: Path, world: Path, **settings: Any) -> None:
-    train_generator.build_regression(build, world, **settings)
-
-
-def _distill(build: Path, world: Path, **settings: Any) -> None:
-    distill.build(build, world, **settings)
-
-
-def _taste(build: Path, world: Path, **settings: Any) -> None:
-    train_rewards.build("taste", build, world, **settings)
-
-
-def _judge(build: Path, world: Path, **settings: Any) -> None:
-    train_rewards.build("judge", build, world, **settings)
-
-
-def _quality(build: Path, world: Path) -> None:
-    for name in quality.MEASURES:
-        print(name, quality.measure(name, world), flush=True)
-
-
-def _card(build: Path, world: Path) -> None:
-    card.write(world)
-
-
 PARTS: dict[str, Callable[..., None]] = {
-    "prompts": _prompts,
-    "tokenizer": _tokenizer,
-    "vae": _vae,
-    "reference": _reference,
-    "pairs": _pairs,
-    "regression": _regression,
-    "distill": _distill,
-    "taste": _taste,
-    "judge": _judge,
-    "quality": _quality,
-    "card": _card,
+    "prompts": prompts.build,
+    "tokenizer": tokenizer.build,
+    "vae": train_vae.build,
+    "reference": train_reference.build,
+    "pairs": train_generator.build_pairs,
+    "regression": train_generator.build_regression,
+    "distill": distill.build,
+    "taste": partial(train_rewards.build, "taste"),
+    "judge": partial(train_rewards.build, "judge"),
+    "quality": quality.build,
+    "card": card.build,
 }
 GROUPS = {"rewards": ("taste", "judge")}
 
@@ -105,7 +61,7 @@ GROUPS = {"rewards": ("taste", "judge")}
 def build_part(
     name: str,
     build: Path = training.BUILD_DIR,
-    world: Path = training.WORLD_DIR,
+    world: Path = WORLD,
     again: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> bool:
@@ -116,15 +72,15 @@ def build_part(
     if done.exists() and not again:
         return False
     if again:
-        for leftover in (f"{name}_state.pt", f"{name}_groups.pt", "latents.pt" if name == "reference" else ""):
-            (build / leftover).unlink(missing_ok=True) if leftover else None
+        kept = [*build.glob(f"{name}*_state.pt"), build / f"{name}_groups.pt"]
+        for leftover in kept + ([build / "latents.pt"] if name == "reference" else []):
+            leftover.unlink(missing_ok=True)
         for folder in {"pairs": ("pair_blocks",), "distill": ("distill",)}.get(name, ()):
             shutil.rmtree(build / folder, ignore_errors=True)
     started = time.monotonic()
     PARTS[name](build, world, **(settings or {}))
     seconds = round(time.monotonic() - started, 1)
-    done.parent.mkdir(parents=True, exist_ok=True)
-    done.write_text(f"{seconds}\n")
+    replace_text(done, f"{seconds}\n")
     quality.write_quality(world, seconds={name: seconds})
     print(f"{name}: {seconds:.0f} s", flush=True)
     return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from examples.tiny_world import training
+from didr_core.config.files import replace_text
 from examples.tiny_world.pairs_data import FACET_PAIRS
 from examples.tiny_world.quality import read_quality
 
@@ -120,10 +120,6 @@ def render_card(quality: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(world: Path = training.WORLD_DIR) -> None:
+def build(folder: Path, world: Path) -> None:
     """Write ``world``/card.md."""
-    (world / "card.md").write_text(render_card(read_quality(world)))
-
-
-if __name__ == "__main__":
-    write()
+    replace_text(world / "card.md", render_card(read_quality(world)))

@@ -38,7 +38,7 @@ def anchor_pairs(folder: Path) -> Path:
     return path
 
 
-def build(folder: Path = training.BUILD_DIR, world: Path = training.WORLD_DIR, **settings: Any) -> None:
+def build(folder: Path, world: Path, **settings: Any) -> None:
     """Train `tiny_distill` in ``folder``/distill (resumed where it stopped) and put its generator into ``world``."""
     place = folder / "distill"
     overrides = [

@@ -7,7 +7,7 @@ the analytic checker says what each is worth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,54 @@ import torch
 import torch.nn.functional as F
 
 from didr_core.world.assess import utility_of
-from didr_core.world.captions import CaptionFacts, draw_scenes, sample_facts, spoil, write_caption
+from didr_core.world.captions import CaptionFacts, draw_scenes, sample_facts, write_caption
 from didr_core.world.checker import check, read_pictures
-from didr_core.world.scenes import render
+from didr_core.world.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, render
 from examples.tiny_world.sampling import decode
 
 KINDS_FOR_REWARDS = {"single": 0.2, "count": 0.2, "pair": 0.25, "relation": 0.35}
+
+
+def spoil(facts: CaptionFacts, rng: np.random.Generator, facet: str | None = None) -> tuple[CaptionFacts, str]:
+    """The facts with exactly one thing changed, and which: "count", "colour", "swap", "shape", "relation" or "background"."""
+    options = ["colour", "shape"]
+    if facts.kind == "count":
+        options.append("count")
+    if facts.kind == "relation":
+        options += ["relation", "relation"]
+    if facts.background is not None:
+        options.append("background")
+    if (
+        len(facts.objects) == 2
+        and facts.objects[0][0] != facts.objects[1][0]
+        and facts.objects[0][1] != facts.objects[1][1]
+    ):
+        options.append("swap")
+    chosen = facet or options[int(rng.integers(len(options)))]
+    if chosen not in options:
+        raise ValueError(f"facet {chosen!r} cannot be spoiled in {facts}; this caption allows {sorted(set(options))}")
+
+    def other(names: tuple[str, ...], old: str | None) -> str:
+        return str(rng.choice([name for name in names if name != old]))
+
+    objects = list(facts.objects)
+    which = int(rng.integers(len(objects)))
+    if chosen == "colour":
+        objects[which] = (other(COLOURS, objects[which][0]), objects[which][1])
+    elif chosen == "shape":
+        objects[which] = (objects[which][0], other(SHAPES, objects[which][1]))
+    elif chosen == "swap":
+        objects = [(objects[1][0], objects[0][1]), (objects[0][0], objects[1][1])]
+    elif chosen == "count":
+        return replace(facts, count=5 - facts.count), chosen
+    elif chosen == "relation":
+        return replace(facts, relation=other(RELATIONS, facts.relation)), chosen
+    else:
+        return replace(facts, background=other(BACKGROUNDS, facts.background)), chosen
+    changed = replace(facts, objects=tuple(objects))
+    if len(objects) == 2 and objects[0] == objects[1]:
+        return spoil(facts, rng, facet)
+    return changed, chosen
 
 
 @dataclass

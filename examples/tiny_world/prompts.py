@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from didr_core.world.captions import sample_facts, write_caption
-from examples.tiny_world import training
 
 SEED = 5
+POINTS = 64
 
 
 def unique_captions(count: int, held_out: bool, seed: int) -> list[str]:
@@ -43,13 +43,12 @@ def read_shards(folder: Path) -> list[str]:
     return [prompt for path in sorted(folder.glob("*.parquet")) for prompt in pq.read_table(path)["prompt"].to_pylist()]
 
 
-def build(folder: Path = training.WORLD_DIR, train: int = 6000, held_out: int = 2000, shards: int = 4) -> None:
-    """Write train and held-out shards under ``folder``/prompts."""
-    write_shards(unique_captions(train, False, SEED), folder / "prompts" / "train", shards, "train")
-    write_shards(
-        unique_captions(held_out, True, SEED + 1), folder / "prompts" / "heldout", max(2, shards // 2), "heldout"
-    )
-
-
-if __name__ == "__main__":
-    build()
+def build(folder: Path, world: Path, train: int = 6000, held_out: int = 2000, shards: int = 4) -> None:
+    """Write train and held-out shards under ``world``/prompts, and the prompts of recipe `exact_2d`, which mean nothing."""
+    write_shards(unique_captions(train, False, SEED), world / "prompts" / "train", shards, "train")
+    held = unique_captions(held_out, True, SEED + 1)
+    write_shards(held, world / "prompts" / "heldout", max(2, shards // 2), "heldout")
+    points = range(POINTS)
+    table = pa.table({"id": [f"point-{i:02d}" for i in points], "prompt": [f"point {i}" for i in points]})
+    (world / "exact_2d").mkdir(exist_ok=True)
+    pq.write_table(table, world / "exact_2d" / "prompts.parquet", compression="zstd")

@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
-from didr_core.world.assess import assess, compare, summary
-from didr_core.world.captions import draw_scenes, parse_caption, sample_facts, spoil
+from didr_core.config import WORLD
+from didr_core.config.files import replace_text
+from didr_core.world.captions import draw_scenes, parse_caption, sample_facts
 from didr_core.world.checker import check, read_pictures
 from didr_core.world.scenes import render
-from examples.tiny_world import training
+from examples.tiny_world.pairs_data import spoil
 from examples.tiny_world.prompts import read_shards
 from examples.tiny_world.sampling import Parts, decode, sample
+from examples.tiny_world.tokenizer import tokens
 
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 2.0
@@ -123,7 +125,7 @@ def measure_generator(
 
 def measure_rewards(world: Path) -> dict[str, Any]:
     """Both rewards on fresh held-out pairs, and on pairs of the one-step generator's own pictures."""
-    from examples.tiny_world.train_rewards import load_reward, pair_accuracy, quality, scorer, tokens
+    from examples.tiny_world.train_rewards import load_reward, pair_accuracy, quality, scorer
 
     vae = AutoencoderTiny.from_pretrained(world / "pipeline" / "vae", torch_dtype=torch.float32).eval()
     generator = Parts.load(world / "pipeline", world / "generator")
@@ -157,7 +159,7 @@ MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def read_quality(world: Path = training.WORLD_DIR) -> dict[str, Any]:
+def read_quality(world: Path = WORLD) -> dict[str, Any]:
     """``world``/quality.json, or {} when it is not there."""
     path = world / "quality.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -168,17 +170,22 @@ def write_quality(world: Path, **sections: Any) -> None:
     quality = read_quality(world)
     for name, value in sections.items():
         quality[name] = {**quality.get(name, {}), **value} if name == "seconds" else value
-    world.mkdir(parents=True, exist_ok=True)
-    (world / "quality.json").write_text(json.dumps(quality, indent=1, sort_keys=True) + "\n")
+    replace_text(world / "quality.json", json.dumps(quality, indent=1, sort_keys=True) + "\n")
 
 
-def measure(name: str, world: Path = training.WORLD_DIR) -> dict[str, Any]:
+def measure(name: str, world: Path = WORLD) -> dict[str, Any]:
     """Measure one part of MEASURES and keep it in quality.json."""
     if name not in MEASURES:
         raise ValueError(f"unknown measurement {name!r}; expected one of {', '.join(MEASURES)}")
     result = MEASURES[name](world)
     write_quality(world, **{name: result})
     return result
+
+
+def build(folder: Path, world: Path) -> None:
+    """Part "quality": measure everything."""
+    for name in MEASURES:
+        print(name, json.dumps(measure(name, world)), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from transformers import CLIPTokenizer
 
 from didr_core.world.captions import BACKGROUND_WORDS, JOINS, NUMBERS, PREFIXES, RELATION_WORDS
 from didr_core.world.scenes import BACKGROUNDS, COLOURS, SHAPES
-from examples.tiny_world import training
 from examples.tiny_world.networks import MAX_TOKENS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -60,17 +59,17 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=END, model_max_length=MAX_TOKENS)
 
 
+def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and attention mask [B, MAX_TOKENS], padded and truncated."""
+    out = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    return out.input_ids, out.attention_mask
+
+
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """ids [B, MAX_TOKENS], padded and truncated."""
-    return tokenizer(
-        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
+    """The ids alone."""
+    return tokens(tokenizer, captions)[0]
 
 
-def build(folder: Path = training.BUILD_DIR) -> None:
+def build(folder: Path, world: Path) -> None:
     """Save the tokenizer into ``folder``/tokenizer."""
     make_tokenizer().save_pretrained(folder / "tokenizer")
-
-
-if __name__ == "__main__":
-    build()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from didr_core.config.files import replaced
 from didr_core.world.captions import KIND_WEIGHTS, sample_facts, write_caption
 from examples.tiny_world import training
 from examples.tiny_world.assemble import assemble_generator
@@ -42,9 +43,8 @@ def pairs_worker(folder: Path, settings: dict[str, Any]) -> None:
         noise = start_noise(s["batch"], s["seed"] * 1_000_003 + block)
         latents = ddim(parts.unet, noise, *parts.encode(captions), s["steps"], s["guidance"])
         ids = token_ids(parts.tokenizer, captions)
-        partial = path.with_suffix(".partial")
-        save_file({"noise": noise.contiguous(), "latents": latents.contiguous(), "ids": ids}, partial)
-        partial.rename(path)
+        with replaced(path) as partial:
+            save_file({"noise": noise.contiguous(), "latents": latents.contiguous(), "ids": ids}, partial)
         if block % 20 == 0:
             training.say(f"pairs block {block}/{blocks}")
     if dist.is_initialized():
@@ -66,46 +66,26 @@ def regression_worker(folder: Path, settings: dict[str, Any]) -> None:
     pairs = load_file(folder / "pairs.safetensors")
     noise, latents = pairs["noise"], pairs["latents"]
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").to(memory_format=torch.channels_last)
-    optimizer = training.Muon(unet.named_parameters(), s["lr"], adam_lr=1e-3)
-    ema = training.Ema(unet.parameters(), s["ema"])
-    checkpoint = training.Checkpoint(folder / "regression_state.pt", {"unet": unet, "optimizer": optimizer, "ema": ema})
-    losses = []
-    for step in range(checkpoint.load(), s["steps"]):
-        seed = s["seed"] * 1_000_003 + step * training.world() + training.rank()
-        rows = torch.randint(len(noise), (s["batch"],), generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            hidden, pooled = parts.encode_ids(pairs["ids"][rows])
+
+    def loss(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        rows = torch.randint(len(noise), (s["batch"],), generator=rng)
+        hidden, pooled = parts.encode_ids(pairs["ids"][rows])
         guess = one_step(unet, noise[rows].contiguous(memory_format=torch.channels_last), hidden, pooled)
-        loss = ((guess - latents[rows]).square() + 0.01).sqrt().mean()
-        unet.zero_grad(set_to_none=True)
-        loss.backward()
-        training.average_gradients(unet.parameters())
-        optimizer.scale_lr(training.decay(step, s["steps"]))
-        optimizer.step()
-        ema.update()
-        losses.append(loss.item())
-        if step % 50 == 0:
-            training.say(f"regression {step}/{s['steps']} loss {np.mean(losses[-50:]):.4f} {checkpoint.seconds:.0f}s")
-        checkpoint.save(step + 1)
-    ema.copy_to_model()
-    checkpoint.save(s["steps"], force=True)
+        return ((guess - latents[rows]).square() + 0.01).sqrt().mean(), {}
+
+    optimizers = training.muon_and_adam(unet.named_parameters(), s["lr"], adam_lr=1e-3)
+    training.train(folder / "regression_state.pt", unet, optimizers, loss, s["steps"], s["seed"], s["ema"])
     if training.rank() == 0:
         unet.save_pretrained(folder / "regression_unet")
         training.say("regression saved")
 
 
-def build_pairs(folder: Path = training.BUILD_DIR, **settings: Any) -> None:
+def build_pairs(folder: Path, world: Path, **settings: Any) -> None:
     """Noise-to-latent pairs of the teacher in ``folder``/pairs.safetensors (noise, latents [N, 4, 8, 8], ids [N, tokens])."""
     training.launch(pairs_worker, folder, settings, processes=settings.get("processes"))
 
 
-def build_regression(folder: Path = training.BUILD_DIR, world: Path = training.WORLD_DIR, **settings: Any) -> None:
+def build_regression(folder: Path, world: Path, **settings: Any) -> None:
     """Train ``folder``/regression_unet and put it into ``world``/generator as fp16."""
     training.launch(regression_worker, folder, settings, processes=settings.get("processes"))
     assemble_generator(folder / "regression_unet", world)
-
-
-if __name__ == "__main__":
-    import sys
-
-    {"pairs": build_pairs, "regression": build_regression}[sys.argv[1]]()

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderTiny
+from transformers import CLIPTokenizer
 
 from didr_core.world.captions import draw_scenes, sample_facts, write_caption
 from didr_core.world.scenes import render
 from examples.tiny_world import training
+from examples.tiny_world.assemble import assemble_pipeline
 from examples.tiny_world.networks import TRAIN_STEPS, build_scheduler, build_text_encoders, build_unet, encode_text
 from examples.tiny_world.sampling import predict
 from examples.tiny_world.tokenizer import token_ids
@@ -52,9 +55,6 @@ def encode_scenes(
 
 def prepare(folder: Path, s: dict[str, Any]) -> None:
     """Render and encode the training scenes once (a quarter of a minute for 100,000), kept in the build folder."""
-    from diffusers import AutoencoderTiny
-    from transformers import CLIPTokenizer
-
     path = folder / "latents.pt"
     if path.exists():
         return
@@ -67,8 +67,6 @@ def prepare(folder: Path, s: dict[str, Any]) -> None:
 
 def worker(folder: Path, settings: dict[str, Any]) -> None:
     """Train UNet and text encoders; one process of the group."""
-    from transformers import CLIPTokenizer
-
     s = {**DEFAULTS, **settings}
     torch.manual_seed(s["seed"])
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -78,46 +76,23 @@ def worker(folder: Path, settings: dict[str, Any]) -> None:
     first, second = build_text_encoders(tokenizer)
     model = torch.nn.ModuleDict({"unet": unet, "first": first, "second": second})
     named = [(name.split(".", 1)[1], parameter) for name, parameter in model.named_parameters()]
-    optimizer = training.Muon(named, s["lr"])
-    ema = training.Ema(model.parameters(), s["ema"])
-    checkpoint = training.Checkpoint(
-        folder / "reference_state.pt", {"model": model, "optimizer": optimizer, "ema": ema}
-    )
-    start = checkpoint.load()
-    acp = build_scheduler().alphas_cumprod
-    batch, losses = s["batch"], []
-    for step in range(start, s["steps"]):
-        seed = s["seed"] * 1_000_003 + step * training.world() + training.rank()
-        rng = torch.Generator().manual_seed(seed)
+    acp, batch = build_scheduler().alphas_cumprod, s["batch"]
+
+    def loss(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         index = torch.randint(len(latents), (batch,), generator=rng)
         x0 = latents[index]
         # Stratified over the batch: less variance than independent draws.
         t = ((torch.arange(batch) + torch.rand(batch, generator=rng)) / batch * TRAIN_STEPS).long()
         eps = torch.randn(x0.shape, generator=rng)
         level = acp[t].view(-1, 1, 1, 1)
-        x = level.sqrt() * x0 + (1 - level).sqrt() * eps
+        x = (level.sqrt() * x0 + (1 - level).sqrt() * eps).contiguous(memory_format=torch.channels_last)
         hidden, pooled = encode_text(first, second, ids[index].long())
         keep = (torch.rand(batch, generator=rng) >= s["drop"]).float()
-        guess = predict(
-            unet,
-            x.contiguous(memory_format=torch.channels_last),
-            t,
-            hidden * keep[:, None, None],
-            pooled * keep[:, None],
-        )
-        loss = (guess - eps).square().mean()
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        training.average_gradients(model.parameters())
-        optimizer.scale_lr(training.decay(step, s["steps"]))
-        optimizer.step()
-        ema.update()
-        losses.append(loss.item())
-        if step % 100 == 0:
-            training.say(f"reference {step}/{s['steps']} loss {np.mean(losses[-100:]):.4f} {checkpoint.seconds:.0f}s")
-        checkpoint.save(step + 1)
-    ema.copy_to_model()
-    checkpoint.save(s["steps"], force=True)
+        guess = predict(unet, x, t, hidden * keep[:, None, None], pooled * keep[:, None])
+        return (guess - eps).square().mean(), {}
+
+    optimizers = training.muon_and_adam(named, s["lr"])
+    training.train(folder / "reference_state.pt", model, optimizers, loss, s["steps"], s["seed"], s["ema"])
     if training.rank() == 0:
         unet.save_pretrained(folder / "unet")
         first.save_pretrained(folder / "text_encoder")
@@ -125,11 +100,8 @@ def worker(folder: Path, settings: dict[str, Any]) -> None:
         training.say("reference saved")
 
 
-def build(folder: Path = training.BUILD_DIR, **settings: Any) -> None:
-    """Train the reference into ``folder``/{unet, text_encoder, text_encoder_2} (fp32)."""
+def build(folder: Path, world: Path, **settings: Any) -> None:
+    """Train the reference into ``folder``/{unet, text_encoder, text_encoder_2} (fp32) and put the pipeline into ``world`` as fp16."""
     prepare(folder, {**DEFAULTS, **settings})
     training.launch(worker, folder, settings, processes=settings.get("processes"))
-
-
-if __name__ == "__main__":
-    build()
+    assemble_pipeline(folder, world)

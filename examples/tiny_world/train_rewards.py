@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from transformers import CLIPModel, CLIPTokenizer
 
-from didr_core.world.captions import CaptionFacts, draw_scenes, sample_facts, spoil, write_caption
+from didr_core.config import WORLD
+from didr_core.world.captions import CaptionFacts, draw_scenes, sample_facts, write_caption
 from didr_core.world.scenes import render
 from examples.tiny_world import training
-from examples.tiny_world.networks import MAX_TOKENS
-from examples.tiny_world.pairs_data import FACET_PAIRS, KINDS_FOR_REWARDS, Groups, draw_groups, facet_pairs
+from examples.tiny_world.pairs_data import FACET_PAIRS, KINDS_FOR_REWARDS, Groups, draw_groups, facet_pairs, spoil
 from examples.tiny_world.reward_networks import Judge, build_taste, normalise, taste_matrix, taste_scores
+from examples.tiny_world.tokenizer import tokens
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "taste": {
@@ -60,12 +61,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 WRONG = 3
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and attention mask [B, MAX_TOKENS]."""
-    out = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
-    return out.input_ids, out.attention_mask
 
 
 def scorer(model: Any) -> Scorer:
@@ -195,43 +190,26 @@ def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> No
     model: Any = build_taste(tokenizer) if name == "taste" else Judge(tokenizer)
     reader = Aligned(model) if isinstance(model, Judge) else model
     adam = lambda key: "embedding" in key or key.removeprefix("judge.").startswith("layers.2") or "logit" in key  # noqa: E731
-    optimizer = training.Muon(reader.named_parameters(), s["lr"], adam_lr=1e-3, adam_for=adam)
-    ema = training.Ema(model.parameters(), 0.995)
-    checkpoint = training.Checkpoint(folder / f"{name}_state.pt", {"model": reader, "optimizer": optimizer, "ema": ema})
     size = groups.pictures.shape[1]
-    readings: list[float] = []
-    losses: list[float] = []
-    rates: list[float] = []
-    for step in range(checkpoint.load(), s["steps"]):
-        rng = torch.Generator().manual_seed(s["seed"] * 1_000_003 + step)
+
+    def loss(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         # A picture of 48 captions at first, then of half as many beside the preferences.
         warming = step < s["warmup"]
         draws = np.random.default_rng([s["seed"], step])
         fused = step >= s.get("align", 0)
-        loss = reading_loss(reader, tokenizer, draws, s["readings"] if warming else s["readings"] // 2, fused)
-        readings.append(loss.item())
-        if not warming:
-            rows = torch.randint(len(ids), (s["batch"],), generator=rng)
-            pictures = groups.pictures[rows].flatten(0, 1).float() / 255
-            told = ids[rows].repeat_interleave(size, 0), mask[rows].repeat_interleave(size, 0)
-            scores = scorer(model)(pictures, *told).view(-1, size)
-            preference = preference_loss(scores, groups.utility[rows], s["temperature"], rng)
-            loss = preference + s["reading"] * loss
-            losses.append(preference.item())
-            rates.append(pair_accuracy(scores.detach(), groups.utility[rows], 0.2))
-        reader.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.scale_lr(training.decay(step, s["steps"]))
-        optimizer.step()
-        ema.update()
-        if step % 100 == 0:
-            training.say(
-                f"{name} {step}/{s['steps']} reading {np.mean(readings[-100:]):.4f} preference {np.mean(losses[-100:] or [0]):.4f} "
-                f"pairs {np.mean(rates[-100:] or [0]):.3f} {checkpoint.seconds:.0f}s"
-            )
-        checkpoint.save(step + 1)
-    ema.copy_to_model()
-    checkpoint.save(s["steps"], force=True)
+        reading = reading_loss(reader, tokenizer, draws, s["readings"] if warming else s["readings"] // 2, fused)
+        if warming:
+            return reading, {}
+        rows = torch.randint(len(ids), (s["batch"],), generator=rng)
+        pictures = groups.pictures[rows].flatten(0, 1).float() / 255
+        told = ids[rows].repeat_interleave(size, 0), mask[rows].repeat_interleave(size, 0)
+        scores = scorer(model)(pictures, *told).view(-1, size)
+        preference = preference_loss(scores, groups.utility[rows], s["temperature"], rng)
+        right = pair_accuracy(scores.detach(), groups.utility[rows], 0.2)
+        return preference + s["reading"] * reading, {"preference": preference.item(), "pairs": right}
+
+    optimizers = training.muon_and_adam(reader.named_parameters(), s["lr"], adam_lr=1e-3, adam_for=adam)
+    seconds = training.train(folder / f"{name}_state.pt", reader, optimizers, loss, s["steps"], s["seed"], ema=0.995)
     model.eval()
     if isinstance(model, Judge):  # standardise on held-out pictures, as ImageReward's constants do
         scores = score_groups(model, tokenizer, draw_groups(s["measure"], 4, vae, s["seed"] + 2, held_out=True))
@@ -246,10 +224,10 @@ def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> No
         tokenizer.save_pretrained(target)
     report = measure(name, folder, world, s["measure"])
     training.say(f"{name} saved: {json.dumps(report)}")
-    (folder / f"{name}_quality.json").write_text(json.dumps({**report, "seconds": checkpoint.seconds}, indent=1))
+    (folder / f"{name}_quality.json").write_text(json.dumps({**report, "seconds": seconds}, indent=1))
 
 
-def load_reward(name: str, world: Path = training.WORLD_DIR) -> tuple[Any, CLIPTokenizer]:
+def load_reward(name: str, world: Path = WORLD) -> tuple[Any, CLIPTokenizer]:
     """The committed reward in fp32 and its tokenizer (for tests and the card; the project's runtime has its own loaders)."""
     folder = world / "rewards" / name
     tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -257,19 +235,13 @@ def load_reward(name: str, world: Path = training.WORLD_DIR) -> tuple[Any, CLIPT
     return model, tokenizer
 
 
-def measure(name: str, folder: Path, world: Path = training.WORLD_DIR, count: int = 800) -> dict[str, Any]:
+def measure(name: str, folder: Path, world: Path = WORLD, count: int = 800) -> dict[str, Any]:
     """Quality of the committed reward on fresh held-out pairs."""
     model, tokenizer = load_reward(name, world)
     vae = AutoencoderTiny.from_pretrained(folder / "vae").eval()
     return quality(model, tokenizer, vae, seed=7_777 + len(name), count=count)
 
 
-def build(name: str, folder: Path = training.BUILD_DIR, world: Path = training.WORLD_DIR, **settings: Any) -> None:
+def build(name: str, folder: Path, world: Path, **settings: Any) -> None:
     """Train the reward called "taste" or "judge" into ``world``/rewards."""
     training.launch(worker, folder, world, name, settings, processes=1)
-
-
-if __name__ == "__main__":
-    import sys
-
-    build(sys.argv[1])

@@ -48,58 +48,49 @@ def whitening_loss(latents: torch.Tensor) -> torch.Tensor:
 
 
 def worker(folder: Path, settings: dict[str, Any]) -> None:
-    """Train the autoencoder through its three stretches; one process of the group."""
+    """Train the autoencoder, then its decoder alone; one process of the group."""
     s = {**DEFAULTS, **settings}
     torch.manual_seed(s["seed"])
     vae = build_vae().to(memory_format=torch.channels_last)
     pictures = draw_pictures(s["pictures"], s["seed"], held_out=False).to(memory_format=torch.channels_last)
-    joint = s["crop_steps"] + s["full_steps"]
-    total = joint + s["decoder_steps"]
-    ends = lambda name: name.endswith(("layers.0.weight",))  # noqa: E731 - first convolutions go to Adam
-    first = training.Muon(vae.named_parameters(), s["lr"], adam_for=ends)
-    second = training.Muon(vae.decoder.named_parameters(), s["lr"] * 0.6, adam_for=ends)
-    ema = training.Ema(vae.parameters(), 0.995)
-    checkpoint = training.Checkpoint(
-        folder / "vae_state.pt", {"vae": vae, "first": first, "second": second, "ema": ema}
-    )
-    start = checkpoint.load()
-    for step in range(start, total):
-        rng = torch.Generator().manual_seed(s["seed"] * 1_000_003 + step * training.world() + training.rank())
-        batch = s["batch"] * (2 if step < s["crop_steps"] else 1)
-        x = pictures[torch.randint(len(pictures), (batch,), generator=rng)]
-        if step < s["crop_steps"]:
+
+    def drawn(batch: int, rng: torch.Generator) -> torch.Tensor:
+        return pictures[torch.randint(len(pictures), (batch,), generator=rng)]
+
+    def rebuilt(
+        x: torch.Tensor, latents: torch.Tensor, noise: float, rng: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        back = vae.decoder(latents + noise * torch.randn(latents.shape, generator=rng))
+        square = (back - x).square().mean()
+        return F.smooth_l1_loss(back, x, beta=0.1) + square, {"rmse": square.sqrt().item()}
+
+    def white(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        crops = step < s["crop_steps"]
+        x = drawn(s["batch"] * (2 if crops else 1), rng)
+        if crops:
             top, left = torch.randint(0, 17, (2,), generator=rng).tolist()
             x = x[:, :, top : top + 16, left : left + 16]
-        optimizer = first if step < joint else second
-        optimizer.scale_lr(
-            training.decay(step, joint) if step < joint else training.decay(step - joint, s["decoder_steps"])
-        )
-        if step < joint:
+        latents = vae.encoder(x)
+        loss, told = rebuilt(x, latents, 0.03, rng)
+        return loss + 0.02 * whitening_loss(latents), told
+
+    def noisy(step: int, rng: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        x = drawn(s["batch"], rng)
+        with torch.no_grad():
             latents = vae.encoder(x)
-            extra = 0.02 * whitening_loss(latents)
-            noise = 0.03
-        else:
-            with torch.no_grad():
-                latents = vae.encoder(x)
-            extra = torch.zeros(())
-            noise = 0.12 * float(torch.rand((), generator=rng))
-        back = vae.decoder(latents + noise * torch.randn(latents.shape, generator=rng))
-        error = back - x
-        loss = F.smooth_l1_loss(back, x, beta=0.1) + error.square().mean() + extra
-        vae.zero_grad(set_to_none=True)
-        loss.backward()
-        training.average_gradients(vae.parameters())
-        optimizer.step()
-        ema.update()
-        if step == joint - 1:
-            ema.copy_to_model()
-        if step % 100 == 0:
-            training.say(
-                f"vae {step}/{total} loss {loss.item():.4f} rmse {error.square().mean().sqrt().item():.4f} {checkpoint.seconds:.0f}s"
-            )
-        checkpoint.save(step + 1)
-    ema.copy_to_model()
-    checkpoint.save(total, force=True)
+        return rebuilt(x, latents, 0.12 * float(torch.rand((), generator=rng)), rng)
+
+    joint, seed = s["crop_steps"] + s["full_steps"], s["seed"]
+    for name, part, rate, loss, steps in (
+        ("vae", vae, s["lr"], white, joint),
+        ("vae_decoder", vae.decoder, s["lr"] * 0.6, noisy, s["decoder_steps"]),
+    ):
+        # The first convolutions go to Adam.
+        optimizers = training.muon_and_adam(
+            part.named_parameters(), rate, adam_for=lambda n: n.endswith("layers.0.weight")
+        )
+        training.train(folder / f"{name}_state.pt", part, optimizers, loss, steps, seed, ema=0.995)
+        seed += 1
     if training.rank() == 0:
         finish(vae, pictures[:2048], folder)
 
@@ -118,10 +109,6 @@ def finish(vae: Any, pictures: torch.Tensor, folder: Path) -> None:
     )
 
 
-def build(folder: Path = training.BUILD_DIR, **settings: Any) -> None:
+def build(folder: Path, world: Path, **settings: Any) -> None:
     """Train the VAE into ``folder``/vae (fp32)."""
     training.launch(worker, folder, settings, processes=settings.get("processes"))
-
-
-if __name__ == "__main__":
-    build()

@@ -1,4 +1,4 @@
-"""What every training part of the build shares: Muon, a two-process launcher, resumable checkpoints, EMA, learning-rate decay.
+"""What every training part of the build shares: the loop (:func:`train`), Muon, resumable checkpoints, a two-process launcher.
 
 On a CPU two gloo processes with one thread each beat one process with two threads, so parts run under ``launch(worker, ...)``.
 """
@@ -6,18 +6,20 @@ On a CPU two gloo processes with one thread each beat one process with two threa
 from __future__ import annotations
 
 import os
-import socket
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.optim.swa_utils import AveragedModel
+
+from didr_core.config.files import replaced
 
 BUILD_DIR = Path(__file__).parent / "_build"
-WORLD_DIR = Path(__file__).parents[2] / "didr_core" / "world" / "files"
 
 
 def orthogonalise(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -31,95 +33,49 @@ def orthogonalise(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz for hidden matrices (convolutions flattened to [out, rest]), Adam for the rest.
+    """Momentum orthogonalised by Newton-Schulz, convolutions flattened to [out, rest]: torch's own takes neither them nor batches."""
 
-    ``named`` are (name, parameter) pairs; embeddings, vectors and any name matched by ``adam_for`` go to Adam at ``adam_lr``.
-    """
-
-    def __init__(
-        self,
-        named: Iterable[tuple[str, torch.nn.Parameter]],
-        lr: float,
-        adam_lr: float = 2e-3,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        adam_for: Callable[[str], bool] = lambda name: "embedding" in name or name.startswith(("conv_in", "conv_out")),
-    ) -> None:
-        hidden: list[torch.nn.Parameter] = []
-        rest: list[torch.nn.Parameter] = []
-        for name, parameter in named:
-            (rest if parameter.ndim < 2 or adam_for(name) else hidden).append(parameter)
-        groups = [
-            {
-                "params": hidden,
-                "lr": lr,
-                "base_lr": lr,
-                "muon": True,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-            },
-            {"params": rest, "lr": adam_lr, "base_lr": adam_lr, "muon": False, "momentum": 0.9, "weight_decay": 0.0},
-        ]
-        super().__init__([group for group in groups if group["params"]], {})
-
-    def scale_lr(self, factor: float) -> None:
-        for group in self.param_groups:
-            group["lr"] = group["base_lr"] * factor
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Matrices of one shape are orthogonalised together, each process does its share, and a sum puts the shares together."""
         for group in self.param_groups:
-            (self._muon if group["muon"] else self._adam)(group)
+            shaped: dict[tuple[int, ...], list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                buffer.lerp_(parameter.grad, 1 - group["momentum"])
+                matrix = parameter.grad.lerp(buffer, group["momentum"]).reshape(len(parameter), -1)
+                wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+                shaped.setdefault(tuple(wide.shape), []).append((parameter, wide))
+            updates = [torch.zeros(len(members), *size) for size, members in shaped.items()]
+            for block, members in zip(updates, shaped.values(), strict=True):
+                mine = list(range(rank(), len(members), world()))
+                if mine:
+                    block[mine] = orthogonalise(torch.stack([members[index][1] for index in mine]))
+            all_reduce(updates)
+            for block, members in zip(updates, shaped.values(), strict=True):
+                for update, (parameter, _) in zip(block, members, strict=True):
+                    out, rest = len(parameter), parameter[0].numel()
+                    scale = group["lr"] * max(1.0, out / rest) ** 0.5
+                    parameter.add_((update if out <= rest else update.mT).reshape(parameter.shape), alpha=-scale)
 
-    def _muon(self, group: dict[str, Any]) -> None:
-        shaped: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            buffer = state.setdefault("momentum", torch.zeros_like(parameter))
-            buffer.lerp_(parameter.grad, 1 - group["momentum"])
-            matrix = parameter.grad.lerp(buffer, group["momentum"]).reshape(len(parameter), -1)
-            wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-            shaped.setdefault(tuple(wide.shape), []).append((parameter, wide))  # type: ignore[arg-type]
-        # Each process orthogonalises its share of the matrices; a sum puts the shares together.
-        mine = {
-            size: [index for index in range(len(members)) if index % world() == rank()]
-            for size, members in shaped.items()
-        }
-        flat = torch.zeros(sum(wide.numel() for members in shaped.values() for _, wide in members))
-        offset = 0
-        for size, members in shaped.items():
-            block = flat[offset : offset + len(members) * size[0] * size[1]].view(len(members), *size)
-            offset += block.numel()
-            if mine[size]:
-                block[mine[size]] = orthogonalise(torch.stack([members[index][1] for index in mine[size]]))
-        if world() > 1:
-            dist.all_reduce(flat)
-        offset = 0
-        for (rows, columns), members in shaped.items():
-            for parameter, _ in members:
-                update = flat[offset : offset + rows * columns].view(rows, columns)
-                offset += rows * columns
-                out, rest = len(parameter), parameter[0].numel()
-                if group["weight_decay"]:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = group["lr"] * max(1.0, out / rest) ** 0.5
-                parameter.add_((update if out <= rest else update.mT).reshape(parameter.shape), alpha=-scale)
 
-    def _adam(self, group: dict[str, Any]) -> None:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state.update(step=0, first=torch.zeros_like(parameter), second=torch.zeros_like(parameter))
-            state["step"] += 1
-            state["first"].lerp_(parameter.grad, 0.1)
-            state["second"].lerp_(parameter.grad.square(), 0.01)
-            first = state["first"] / (1 - 0.9 ** state["step"])
-            second = state["second"] / (1 - 0.99 ** state["step"])
-            parameter.addcdiv_(first, second.sqrt().add_(1e-8), value=-group["lr"])
+def muon_and_adam(
+    named: Iterable[tuple[str, torch.nn.Parameter]],
+    lr: float,
+    adam_lr: float = 2e-3,
+    adam_for: Callable[[str], bool] = lambda name: "embedding" in name or name.startswith(("conv_in", "conv_out")),
+) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices, Adam at ``adam_lr`` for vectors and any name matched by ``adam_for`` (embeddings, both ends)."""
+    hidden: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
+    for name, parameter in named:
+        (rest if parameter.ndim < 2 or adam_for(name) else hidden).append(parameter)
+    return [Muon(hidden, lr), torch.optim.Adam(rest, adam_lr, betas=(0.9, 0.99))]
 
 
 def decay(step: int, total: int, warmup: int = 20, tail: float = 0.4) -> float:
@@ -127,40 +83,11 @@ def decay(step: int, total: int, warmup: int = 20, tail: float = 0.4) -> float:
     return min(1.0, (step + 1) / warmup) * min(1.0, max(0.0, (total - step) / (tail * total)))
 
 
-class Ema:
-    """Exponential moving average of parameters, warmed up so that early weights are forgotten."""
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], rate: float) -> None:
-        self.live = list(parameters)
-        self.average = [parameter.detach().clone() for parameter in self.live]
-        self.rate, self.updates = rate, 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.updates += 1
-        rate = min(self.rate, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.live], 1 - rate)
-
-    @torch.no_grad()
-    def copy_to_model(self) -> None:
-        for parameter, average in zip(self.live, self.average, strict=False):
-            parameter.copy_(average)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average, "updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for mine, saved in zip(self.average, state["average"], strict=False):
-            mine.copy_(saved)
-        self.updates = state["updates"]
-
-
 class Checkpoint:
     """One file that lets a part continue: ``objects`` by name, plus the step. Written every ``every`` seconds by rank 0, atomically."""
 
     def __init__(self, path: Path, objects: dict[str, Any], every: float = 120.0) -> None:
         self.path, self.objects, self.every, self.last = path, objects, every, time.monotonic()
-        self.seconds_before = 0.0
         self.started = time.monotonic()
 
     def load(self) -> int:
@@ -170,22 +97,63 @@ class Checkpoint:
         saved = torch.load(self.path, weights_only=True)
         for name, item in self.objects.items():
             item.load_state_dict(saved[name])
-        self.seconds_before = saved["seconds"]
+        self.started -= saved["seconds"]
         return int(saved["step"])
 
     @property
     def seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
+        """Spent on this part so far, earlier starts included."""
+        return time.monotonic() - self.started
 
     def save(self, step: int, force: bool = False) -> None:
+        """Write the objects as they are after ``step`` steps, if it is time."""
         if rank() != 0 or (not force and time.monotonic() - self.last < self.every):
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
         state = {name: item.state_dict() for name, item in self.objects.items()}
-        torch.save({**state, "step": step, "seconds": self.seconds}, partial)
-        os.replace(partial, self.path)
+        with replaced(self.path) as partial:
+            torch.save({**state, "step": step, "seconds": self.seconds}, partial)
         self.last = time.monotonic()
+
+
+def train(
+    path: Path,
+    model: torch.nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    loss: Callable[[int, torch.Generator], tuple[torch.Tensor, dict[str, float]]],
+    steps: int,
+    seed: int,
+    ema: float,
+) -> float:
+    """Train ``model``, which ends as its running average; resumed from ``path``. Returns the seconds it took.
+
+    ``loss(step, rng)`` gives the loss and what to tell of it; ``rng`` depends on the seed, the step and the process only.
+    """
+
+    @torch.no_grad()
+    def average(mean: Any, live: Any, updates: Any) -> None:  # warmed up, so that early weights are forgotten
+        torch._foreach_lerp_(mean, live, 1 - min(ema, (1 + int(updates)) / (10 + int(updates))))
+
+    averaged = AveragedModel(model, multi_avg_fn=average)
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    parts = {f"optimizer_{number}": optimizer for number, optimizer in enumerate(optimizers)}
+    checkpoint = Checkpoint(path, {"model": model, "averaged": averaged, **parts})
+    for step in range(checkpoint.load(), steps):
+        value, told = loss(step, torch.Generator().manual_seed(seed * 1_000_003 + step * world() + rank()))
+        model.zero_grad(set_to_none=True)
+        value.backward()
+        average_gradients(model.parameters())
+        for optimizer, full in zip(optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, full, strict=True):
+                group["lr"] = rate * decay(step, steps)
+            optimizer.step()
+        averaged.update_parameters(model)
+        if step % 100 == 0:
+            numbers = " ".join(f"{name} {number:.4f}" for name, number in {"loss": value.item(), **told}.items())
+            say(f"{path.stem.removesuffix('_state')} {step}/{steps} {numbers} {checkpoint.seconds:.0f}s")
+        checkpoint.save(step + 1)
+    model.load_state_dict(averaged.module.state_dict())
+    checkpoint.save(steps, force=True)
+    return checkpoint.seconds
 
 
 def rank() -> int:
@@ -198,18 +166,20 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def all_reduce(tensors: Sequence[torch.Tensor]) -> None:
+    """Their sums over the processes, in one flat message."""
+    if world() > 1 and tensors:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view(tensor.shape))
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Mean of the gradients over the processes, in one flat all-reduce."""
-    if world() == 1:
-        return
+    """Mean of the gradients over the processes."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= world()
-    offset = 0
-    for gradient in gradients:
-        gradient.copy_(flat[offset : offset + gradient.numel()].view(gradient.shape))
-        offset += gradient.numel()
+    all_reduce(gradients)
+    torch._foreach_div_(gradients, world())
 
 
 def say(text: str) -> None:
@@ -218,11 +188,10 @@ def say(text: str) -> None:
         print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
-def _entry(index: int, worker: Callable[..., None], processes: int, port: int, arguments: tuple[Any, ...]) -> None:
+def _entry(index: int, worker: Callable[..., None], processes: int, meeting: str, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     if processes > 1:
-        address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=address, rank=index, world_size=processes)
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=index, world_size=processes)
     try:
         worker(*arguments)
     finally:
@@ -235,10 +204,8 @@ def launch(worker: Callable[..., None], *arguments: Any, processes: int | None =
     processes = processes or min(2, os.cpu_count() or 1)
     if processes == 1:
         threads = torch.get_num_threads()
-        _entry(0, worker, 1, 0, arguments)
+        _entry(0, worker, 1, "", arguments)
         torch.set_num_threads(threads)
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_entry, args=(worker, processes, port, arguments), nprocs=processes)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_entry, args=(worker, processes, f"{folder}/meeting", arguments), nprocs=processes)

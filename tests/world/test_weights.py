@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from didr_core.world import WORLD
+from didr_core.config import WORLD
 from didr_core.world.assess import assess, summary
 from examples.tiny_world.pairs_data import draw_groups
 from examples.tiny_world.prompts import read_shards

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from didr_core.world import WORLD
+from didr_core.config import WORLD
 from didr_core.world.assess import assess, compare, summary, utility
 from didr_core.world.captions import (
     HELD_OUT_COMBINATIONS,
@@ -15,12 +15,12 @@ from didr_core.world.captions import (
     parse_caption,
     roles,
     sample_facts,
-    spoil,
     write_caption,
 )
 from didr_core.world.checker import check, read_pictures
 from didr_core.world.scenes import CELL_RADIUS, SINGLE_RADIUS, render
 from examples.tiny_world.networks import MAX_TOKENS
+from examples.tiny_world.pairs_data import spoil
 from examples.tiny_world.prompts import read_shards
 from examples.tiny_world.tokenizer import make_tokenizer, token_ids
 
