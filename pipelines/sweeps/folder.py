@@ -27,7 +27,7 @@ from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.train.run_folder import RunFolder, disk, local_folder, provenance, read_lines
 from didr_core.types import DIDRError
-from pipelines.sweeps.space import Point, settings
+from pipelines.sweeps.space import Point
 
 FINAL = ("finished", "failed", "stopped")
 """How a trial may end. "lost" (its process or node died too often) is tried again by a resume."""
@@ -141,13 +141,14 @@ class SweepFolder:
 
     def config_of(self, number: int, workers: int = 1) -> Config:
         """The whole configuration of one trial."""
-        own = [
-            f"workers.train={workers}",
-            "train.keep_checkpoints=1",
-            "evaluation.every=0",
-            *([] if workers == 1 else ["evaluation.prompts=0"]),  # the group's rank 0 does not judge: the sweep does
-        ]
-        return configs.recorded(self.path / "config.yaml", [*settings(self.points()[number]), *own])
+        return self.config_at(self.points()[number], workers)
+
+    def config_at(self, point: Point, workers: int = 1) -> Config:
+        """The whole configuration of a trial with these settings."""
+        own = {"workers.train": workers, "train.keep_checkpoints": 1, "evaluation.every": 0}
+        if workers > 1:
+            own["evaluation.prompts"] = 0  # the group's rank 0 does not judge: the sweep does
+        return configs.recorded(self.path / "config.yaml", values=point | own)
 
     def points(self) -> dict[int, Point]:
         """Number to settings of the trials that are known so far."""

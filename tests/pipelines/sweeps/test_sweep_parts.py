@@ -311,6 +311,13 @@ def test_optuna_learns_from_what_has_ended_and_asks_the_same_after_a_resume(toy:
     assert np.mean(near[-10:]) < 0.5 * np.mean(near[:10])
 
 
+def test_shared_work_does_not_wait_for_points_that_optuna_makes_later(toy: Path, tmp_path: Path) -> None:
+    folder = new(toy, {"drp.beta": {"loguniform": [0.05, 1.0]}, "drp.steps": 1}, tmp_path, search="optuna", trials=4)
+    (folder.path / "points.jsonl").unlink()
+    assert work.prepare(str(folder.path)) > 0
+    assert folder.points() == {}
+
+
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
