@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from didr_core.config import Config
 from didr_core.data import scales
 from didr_core.plan.preflight import preflight
 from didr_core.types import DIDRError
-from pipelines.cluster.resources import ClusterView, Fit, PlanDoesNotFit
+from pipelines.cluster.resources import ClusterView, PlanDoesNotFit
 from pipelines.cluster.session import (
     WAIT_FOR_NODES_S,
     await_room,
@@ -32,9 +31,9 @@ from pipelines.cluster.session import (
 )
 from pipelines.report.console import clock, console, rich_table
 from pipelines.sweeps import bench, results, space
-from pipelines.sweeps.folder import Sweep, SweepFolder
+from pipelines.sweeps.folder import SweepFolder, SweepOptions
 from pipelines.sweeps.plan import estimate, fit, plan_table, slots, sweep_plan, trial_need
-from pipelines.sweeps.space import DEFAULT_TRIALS, Point
+from pipelines.sweeps.space import DEFAULT_TRIALS
 from pipelines.tracking import tracker as tracking
 
 PASSES = 3  # of Tune over what is missing: one does, unless its snapshot lags behind the folder
@@ -48,33 +47,17 @@ TUNE_ENV = {
 
 
 def sweep(
-    recipe: str = "tiny",
-    overrides: Sequence[str] = (),
+    options: SweepOptions,
     *,
-    space_name: str = "tilt_by_drp",
-    trials: int | None = None,
-    search: str | None = None,
-    scheduler: str = "none",
-    concurrent: int | None = None,
-    workers: int = 1,
-    name: str | None = None,
-    resume: str | None = None,
     output: str | None = None,
-    seed: int = 0,
-    patience: float = 30.0,
+    resume: str | None = None,
     address: str | None = None,
     verbose: bool = False,
-    command: str = "",
 ) -> SweepFolder:
     """A whole sweep, new or resumed.
 
     Args:
-        recipe, overrides: what every trial starts from. space_name: of `tune_spaces/`, or a file.
-        trials: how many (default: 12, or the whole grid). search: grid, random, optuna (default: grid for spaces of grids, else random).
-        scheduler: none, or asha. concurrent: trials at once (default: as many as fit).
-        workers: processes that train one trial; 1 = its own.
-        name: of the sweep's folder in `output`. resume: a sweep to go on with.
-        patience: minutes without any news after which the sweep gives up.
+        output: where sweeps lie (default: the recipe's). resume: a sweep to go on with, as it began: of ``options`` nothing counts.
 
     Raises:
         DIDRError: anything the user can mend. The folder keeps all that is done.
@@ -82,15 +65,12 @@ def sweep(
     began = time.monotonic()
     if resume:
         folder = SweepFolder.find(resume, output or "runs")
-        if overrides:
+        if options.overrides:
             raise DIDRError(
-                f"--set {overrides[0]!r}: a resumed sweep goes on as it began. Start another one for other settings."
+                f"--set {options.overrides[0]!r}: a resumed sweep goes on as it began. Start another one for other settings."
             )
     else:
-        own = [f"output={output}"] if output else []
-        folder = _new(
-            recipe, [*overrides, *own], space_name, trials, search, scheduler, concurrent, workers, name, seed, patience, command
-        )  # fmt: skip
+        folder = _new(options, output)
     with folder.lock():
         try:
             _run(folder, address, verbose, began)
@@ -107,64 +87,45 @@ def sweep(
     return folder
 
 
-def _new(
-    recipe: str,
-    overrides: list[str],
-    space_name: str,
-    trials: int | None,
-    search: str | None,
-    scheduler: str,
-    concurrent: int | None,
-    workers: int,
-    name: str | None,
-    seed: int,
-    patience: float,
-    command: str,
-) -> SweepFolder:
+def _new(options: SweepOptions, output: str | None) -> SweepFolder:
     """Check everything that can be checked, then make the folder."""
     prepare_environment()
     from pipelines.sweeps.search import SCHEDULERS, SEARCHES, need_optuna
 
-    found = space.find(space_name)
-    search = search or ("grid" if found.is_grid else "random")
-    for key, value, known in (("--search", search, SEARCHES), ("--scheduler", scheduler, SCHEDULERS)):
+    found = space.find(options.space)
+    search = options.search or ("grid" if found.is_grid else "random")
+    for key, value, known in (("--search", search, SEARCHES), ("--scheduler", options.scheduler, SCHEDULERS)):
         if value not in known:
             raise DIDRError(f"{key} {value!r}: expected one of {', '.join(known)}")
     if search == "optuna":
         need_optuna()
-    points: list[Point] = [] if search == "optuna" else space.draw(found, search, trials, seed)
-    config = space.check(found, points or space.corners(found), recipe, overrides)
+    points = [] if search == "optuna" else space.draw(found, search, options.trials or None, options.seed)
+    overrides = [*options.overrides, *([f"output={output}"] if output else [])]
+    config = space.check(found, points or space.corners(found), options.recipe, overrides)
     bench.check(config)
     if not config.workers.train_gpus and config.device == "cuda":
         raise DIDRError(
             "workers.train_gpus=0 with device=cuda: a trial reserves no GPU. Say --set workers.train_gpus=1, or a fraction."
         )
     preflight(config, here=False)
-    count = len(points) or trials or DEFAULT_TRIALS
-    plan = Sweep(
-        name=name or f"sweep-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-        recipe=recipe,
-        overrides=[o for o in overrides if not o.startswith("output=")],
+    options = replace(
+        options,
+        name=options.name or f"sweep-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+        overrides=[o for o in options.overrides if not o.startswith("output=")],
         space=found.name,
         about=found.about,
         tree=found.tree(),
         search=search,
-        scheduler=scheduler,
-        trials=count,
-        concurrent=concurrent or 0,
-        workers=workers,
-        seed=seed,
-        patience=patience,
-        command=command,
+        trials=len(points) or options.trials or DEFAULT_TRIALS,
     )
-    return SweepFolder.create(plan, config, points)
+    return SweepFolder.create(options, config, points)
 
 
 def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) -> None:
     for key, value in TUNE_ENV.items():
         os.environ.setdefault(key, value)
     prepare_environment(verbose)
-    config, plan = folder.config(), folder.plan()
+    config, options = folder.config(), folder.plan()
     out = console()
     if folder.info()["status"] == "finished":
         _say(folder, out, began)  # nothing to go on with
@@ -173,47 +134,47 @@ def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) 
     folder.forget_lost()
     view = view_of_this_machine(config, address)
     if view:
-        view = _with_slots(view, config, plan)
-        plan, _ = _decide(folder, config, view, out)
+        view = _with_slots(view, config, options)
+        options = _decide(folder, config, view, out)
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(tracking.preflight, config.tracking, folder.path.parent)
         with ray_session(
-            address, slots(config, plan.workers, plan.concurrent or 1) if view else None, verbose
+            address, slots(config, options.workers, options.concurrent or 1) if view else None, verbose
         ) as cluster:
             if view is None:
                 await_room(
-                    lambda v: sweep_plan(config, v, plan.workers, plan.concurrent or 1), cluster, WAIT_FOR_NODES_S
+                    lambda v: sweep_plan(config, v, options.workers, options.concurrent or 1), cluster, WAIT_FOR_NODES_S
                 )
-                plan, _ = _decide(folder, config, cluster, out)
+                _decide(folder, config, cluster, out)
             _on_ray(folder, cluster, opening, began)
     _say(folder, out, began)
 
 
-def _with_slots(view: ClusterView, config: Config, plan: Sweep) -> ClusterView:
+def _with_slots(view: ClusterView, config: Config, options: SweepOptions) -> ClusterView:
     """A Ray of our own has as many CPU slots as the trials asked for need."""
     node = view.nodes[0]
-    cpus = slots(config, plan.workers, plan.concurrent or 1)
+    cpus = slots(config, options.workers, options.concurrent or 1)
     return replace(view, nodes=(replace(node, resources={**node.resources, "CPU": cpus}),))
 
 
-def _decide(folder: SweepFolder, config: Config, view: ClusterView, out: Any) -> tuple[Sweep, Fit]:
+def _decide(folder: SweepFolder, config: Config, view: ClusterView, out: Any) -> SweepOptions:
     """How many trials at once; print the plan."""
-    plan = folder.plan()
-    asked = folder.info().get("asked", plan.concurrent)
-    at_once, found = fit(config, view, plan.workers, plan.trials, asked or None)
-    plan = replace(plan, concurrent=at_once)
-    folder.update(plan=asdict(plan), asked=asked)
-    out.print(plan_table(config, space.read(plan.space, plan.tree, plan.about), plan, found, folder.path))
+    options = folder.plan()
+    asked = folder.info().get("asked", options.concurrent)
+    at_once, found = fit(config, view, options.workers, options.trials, asked or None)
+    options = replace(options, concurrent=at_once)
+    folder.update(plan=asdict(options), asked=asked)
+    out.print(plan_table(config, space.read(options.space, options.tree, options.about), options, found, folder.path))
     done = len(folder.results())
     if done:
-        out.print(f"going on: {done} of {plan.trials} trials are over")
-    return plan, found
+        out.print(f"going on: {done} of {options.trials} trials are over")
+    return options
 
 
 def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], began: float) -> None:
     from pipelines.sweeps.board import Board
 
-    config, plan = folder.config(), folder.plan()
+    config, options = folder.config(), folder.plan()
     if scales.missing(config):
         from pipelines.cluster.group import measured_scales
 
@@ -225,8 +186,8 @@ def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], beg
             if _missing(folder):
                 board.note("shared work: prompts, the start's and the reference's scores")
                 step_seconds = _elsewhere(board, need, "prepare", str(folder.path))
-                board.note(f"time: {estimate(config, plan, step_seconds)}")
-            resources = trial_need(config, cluster, plan.workers).amounts()
+                board.note(f"time: {estimate(config, options, step_seconds)}")
+            resources = trial_need(config, cluster, options.workers).amounts()
             for _ in range(PASSES):
                 if not (missing := _missing(folder)):
                     break

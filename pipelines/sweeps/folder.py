@@ -1,7 +1,7 @@
 """The folder of one sweep: the truth about it, so that a kill at any moment loses nothing and nothing is done twice.
 
 runs/<name>/
-  sweep.json       the plan, MLflow run ids, status
+  sweep.json       its options, MLflow run ids, status
   config.yaml      what all trials share
   points.jsonl     a line a trial: its number and its settings, written before the trial starts
   trials/0003/     a run folder, as of `didr align`: metrics.jsonl, checkpoints/, grid.png, scores.json; result.json ends it
@@ -34,23 +34,23 @@ FINAL = ("finished", "failed", "stopped")
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """The plan, as sweep.json keeps it."""
+class SweepOptions:
+    """What a sweep is asked to do, as sweep.json keeps it; 0 or "" where the choice is left to :func:`pipelines.sweep.sweep`."""
 
-    name: str
-    recipe: str
-    overrides: Sequence[str]
-    space: str
-    about: str
-    tree: Mapping[str, Any]  # the space, as plain data
-    search: str  # grid, random, optuna
-    scheduler: str  # none, asha
-    trials: int
-    concurrent: int
-    workers: int  # of one trial: 1 = the trial's own process trains
-    seed: int
-    patience: float  # minutes
-    command: str = ""
+    recipe: str = "tiny"
+    overrides: Sequence[str] = ()  # of the recipe, for all trials
+    space: str = "tilt_by_drp"  # of `tune_spaces/`, or a file
+    trials: int = 0  # 12, or the whole grid
+    search: str = ""  # grid, random, optuna; left open: grid for spaces of grids, else random
+    scheduler: str = "none"  # or asha
+    concurrent: int = 0  # trials at once; left open: as many as fit
+    workers: int = 1  # processes that train one trial: 1 = its own
+    name: str = ""  # of the sweep's folder
+    seed: int = 0  # of the points
+    patience: float = 30.0  # minutes without any news after which the sweep gives up
+    command: str = ""  # what was typed
+    about: str = ""  # the space in words
+    tree: Mapping[str, Any] = field(default_factory=dict)  # the space, as plain data
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -61,26 +61,26 @@ class SweepFolder:
     path: Path
 
     @classmethod
-    def create(cls, plan: Sweep, config: Config, points: Sequence[Point]) -> SweepFolder:
-        """A new folder ``<config.output>/<plan.name>``.
+    def create(cls, options: SweepOptions, config: Config, points: Sequence[Point]) -> SweepFolder:
+        """A new folder ``<config.output>/<options.name>``.
 
         Raises:
             DIDRError: it exists.
         """
-        path = local_folder("output", config.output) / plan.name
+        path = local_folder("output", config.output) / options.name
         if (path / "sweep.json").is_file():
             raise DIDRError(
-                f"--name {plan.name}: that sweep exists. `didr sweep --resume {plan.name}` goes on with it."
+                f"--name {options.name}: that sweep exists. `didr sweep --resume {options.name}` goes on with it."
             )
         if path.exists() and any(path.iterdir()):
-            raise DIDRError(f"--name {plan.name}: {path} exists and is not empty. Choose another name.")
+            raise DIDRError(f"--name {options.name}: {path} exists and is not empty. Choose another name.")
         folder = cls(path)
         with disk("output", path):
             (path / "trials").mkdir(parents=True, exist_ok=True)
             folder.set_config(config)
             for number, point in enumerate(points):
                 folder.give(number, point)
-        folder.update(plan=asdict(plan) | {"facts": provenance()}, status="running", started=time.time())
+        folder.update(plan=asdict(options) | {"facts": provenance()}, status="running", started=time.time())
         return folder
 
     @classmethod
@@ -108,9 +108,9 @@ class SweepFolder:
         """What is made once and read by every trial."""
         return self.path / "shared"
 
-    def plan(self) -> Sweep:
-        """The plan it began with."""
-        return Sweep(**self.info()["plan"])
+    def plan(self) -> SweepOptions:
+        """What it was asked to do."""
+        return SweepOptions(**self.info()["plan"])
 
     def info(self) -> dict[str, Any]:
         """What sweep.json says."""

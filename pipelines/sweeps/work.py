@@ -30,7 +30,7 @@ from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError, NonFiniteError
 from pipelines.report.figures import save_grid
 from pipelines.sweeps.bench import Bench
-from pipelines.sweeps.folder import Sweep, SweepFolder
+from pipelines.sweeps.folder import SweepFolder, SweepOptions
 from pipelines.sweeps.space import corners, read
 
 LOCK_S = 90.0
@@ -93,7 +93,7 @@ class TrialWork:
     def __init__(self, folder: SweepFolder, number: int) -> None:
         self.folder, self.number, self.began = folder, number, time.time()
         self.run = folder.trial(number)
-        self.plan: Sweep = folder.plan()
+        self.plan: SweepOptions = folder.plan()
         self._stack = contextlib.ExitStack()
         self.learner: Learner | None = None
 

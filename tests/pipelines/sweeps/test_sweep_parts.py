@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from didr_core.types import DIDRError, NonFiniteError
 from pipelines.cli.main import main
 from pipelines.cluster.resources import ClusterView, Node, PlanDoesNotFit
 from pipelines.sweeps import bench, figures, plan, results, search, space, work
-from pipelines.sweeps.folder import Sweep, SweepFolder
+from pipelines.sweeps.folder import SweepFolder, SweepOptions
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,7 @@ def new(toy: Path, tree: dict[str, Any], output: Path, **changes: Any) -> SweepF
     config = space.check(found, points, str(toy), [f"output={output}"])
     facts = {"search": "grid", "scheduler": "none", "trials": len(points), "concurrent": 1, "workers": 1, "seed": 0}
     whole = {"recipe": str(toy), "overrides": [], "patience": 1.0, **facts, **changes}
-    return SweepFolder.create(Sweep("s", space="mine", about="", tree=found.tree(), **whole), config, points)
+    return SweepFolder.create(SweepOptions(name="s", space="mine", tree=found.tree(), **whole), config, points)
 
 
 def do(folder: SweepFolder, number: int) -> dict[str, Any]:
@@ -316,6 +317,29 @@ def test_shared_work_does_not_wait_for_points_that_optuna_makes_later(toy: Path,
     (folder.path / "points.jsonl").unlink()
     assert work.prepare(str(folder.path)) > 0
     assert folder.points() == {}
+
+
+def test_options_that_are_left_out_are_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("pipelines.sweep.sweep", lambda options, **rest: seen.append((options, rest)))
+    for words in ([], ["--trials", "5", "--set", "drp.beta=1", "--output", "there", "--search", "random"]):
+        with pytest.raises(SystemExit) as done:
+            main(["sweep", *words])
+        assert not done.value.code
+    (bare, _), (said, rest) = seen
+    assert replace(bare, command="") == SweepOptions()
+    assert said == SweepOptions(trials=5, overrides=["drp.beta=1"], search="random", command=said.command)
+    assert rest["output"] == "there" and rest["resume"] is None
+
+
+def test_an_older_sweep_json_is_still_read(tmp_path: Path) -> None:
+    """Its plan as version 0.1 wrote it, with every choice made."""
+    plan = {"name": "s", "recipe": "tiny", "overrides": ["train.steps=6"], "space": "smoke", "about": "", "tree": {}}
+    plan |= {"search": "grid", "scheduler": "none", "trials": 2, "concurrent": 1, "workers": 1, "seed": 0}
+    plan |= {"patience": 30.0, "command": "didr sweep", "facts": {"didr": "0.1.0"}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"plan": plan, "status": "running", "started": 1.0, "asked": 0}))
+    options = SweepFolder.find(str(tmp_path)).plan()
+    assert (options.name, options.trials, options.overrides) == ("s", 2, ["train.steps=6"])
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
