@@ -36,7 +36,6 @@ from pipelines.sweeps.plan import estimate, fit, plan_table, slots, sweep_plan, 
 from pipelines.sweeps.space import DEFAULT_TRIALS
 from pipelines.tracking import tracker as tracking
 
-PASSES = 3  # of Tune over what is missing: one does, unless its snapshot lags behind the folder
 TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # we write our own files
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no score
@@ -188,9 +187,7 @@ def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], beg
                 step_seconds = _elsewhere(board, need, "prepare", str(folder.path))
                 board.note(f"time: {estimate(config, options, step_seconds)}")
             resources = trial_need(config, cluster, options.workers).amounts()
-            for _ in range(PASSES):
-                if not (missing := _missing(folder)):
-                    break
+            if missing := _missing(folder):
                 _tune(folder, board, missing, resources)
         except KeyboardInterrupt:
             if board.silent:
@@ -218,47 +215,32 @@ def _elsewhere(board: Any, need: Any, function: str, *arguments: Any) -> Any:
 
 
 def _tune(folder: SweepFolder, board: Any, missing: list[int], resources: dict[str, float]) -> None:
-    """One Tuner over the trials that are missing; restored where Tune has a state of this sweep, so that a scheduler keeps its rungs."""
+    """Tune over the trials that are missing; nothing of what an earlier driver's Tune has kept is read."""
     from ray import tune
 
     from pipelines.sweeps.board import News
     from pipelines.sweeps.search import Points, scheduler_of
     from pipelines.sweeps.trial import Trial
 
-    plan, config = folder.plan(), folder.config()
-    storage = folder.path / "tune"
-    earlier = sorted(storage.glob("pass-*"))
-    news = News.to(board)
-    tuner = None
-    if earlier and not board.restored and tune.Tuner.can_restore(str(earlier[-1])):
-        board.restored = True
-        try:
-            tuner = tune.Tuner.restore(str(earlier[-1]), trainable=Trial, resume_unfinished=True)
-        except Exception as error:
-            board.note(
-                f"Tune's own state is not usable ({type(error).__name__}: {error}); going on from the folder", "yellow"
-            )
-    if tuner is None:
-        board.restored = True
-        tuner = tune.Tuner(
-            Trial,
-            tune_config=tune.TuneConfig(
-                search_alg=Points(str(folder.path), missing, resources),
-                scheduler=scheduler_of(folder),
-                num_samples=len(missing),
-                max_concurrent_trials=plan.concurrent,
-                reuse_actors=plan.workers == 1,
-                trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}-{trial.trial_id}",
-            ),
-            run_config=tune.RunConfig(
-                name=f"pass-{len(earlier):02d}",
-                storage_path=str(storage),
-                callbacks=[news],
-                failure_config=tune.FailureConfig(max_failures=config.workers.max_failures),
-                verbose=0,
-            ),
-        )
-    tuner.fit()
+    options, config = folder.plan(), folder.config()
+    tune.Tuner(
+        Trial,
+        tune_config=tune.TuneConfig(
+            search_alg=Points(str(folder.path), missing, resources),
+            scheduler=scheduler_of(folder),
+            num_samples=len(missing),
+            max_concurrent_trials=options.concurrent,
+            reuse_actors=options.workers == 1,
+            trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=str(folder.path / "tune"),
+            callbacks=[News.to(board)],
+            failure_config=tune.FailureConfig(max_failures=config.workers.max_failures),
+            verbose=0,
+        ),
+    ).fit()
 
 
 def _conclude(folder: SweepFolder, board: Any, need: Any, began: float) -> None:

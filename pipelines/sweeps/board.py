@@ -95,7 +95,6 @@ class Board:
         self._heard = time.monotonic()
         self._done = threading.Event()
         self.silent = False
-        self.restored = False  # Tune's state of an earlier driver is taken up once
         self.worked: list[float] = []  # seconds of trials that ended under this driver
 
     def __enter__(self) -> Self:

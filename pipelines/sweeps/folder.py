@@ -5,8 +5,9 @@ runs/<name>/
   config.yaml      what all trials share
   points.jsonl     a line a trial: its number and its settings, written before the trial starts
   trials/0003/     a run folder, as of `didr align`: metrics.jsonl, checkpoints/, grid.png, scores.json; result.json ends it
+                   (with a scheduler also glances.jsonl: what it saw at each checkpoint)
   shared/          batches, the start's and the reference's scores: made once
-  tune/            Ray Tune's own state
+  tune/            Ray Tune's own logs; never read
   trials.parquet, front.json, front.png, heat.png, export/    made at the end
 """
 
@@ -156,10 +157,15 @@ class SweepFolder:
 
     def give(self, number: int, point: Point) -> None:
         """Write down a trial, before it starts."""
-        with disk("output", self.path), (self.path / "points.jsonl").open("a") as file:
-            file.write(json.dumps({"number": number, "set": point}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._append("points.jsonl", {"number": number, "set": point})
+
+    def glances(self, number: int) -> list[dict[str, Any]]:
+        """What a scheduler saw of the trial on its way, in order."""
+        return read_lines(self.trial(number).path / "glances.jsonl")
+
+    def add_glance(self, number: int, **values: Any) -> None:
+        """Write down what a scheduler sees, before it decides."""
+        self._append(f"trials/{number:04d}/glances.jsonl", values)
 
     def trial(self, number: int) -> RunFolder:
         """The run folder of a trial, whether or not it is there yet."""
@@ -186,6 +192,12 @@ class SweepFolder:
     def results(self) -> list[dict[str, Any]]:
         """All results so far, by number."""
         return [r for number in sorted(self.points()) if (r := self.result(number))]
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with disk("output", self.path), (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _replace(self, name: str, text: str) -> None:
         path = self.path / name

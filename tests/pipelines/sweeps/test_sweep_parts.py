@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -282,14 +283,46 @@ def test_a_diverged_trial_says_why(toy: Path, tmp_path: Path) -> None:
     job.close("failed")
 
 
-def test_points_go_on_where_a_snapshot_was_taken(swept: SweepFolder, tmp_path: Path) -> None:
+def test_points_are_those_that_are_missing(swept: SweepFolder) -> None:
     points = search.Points(str(swept.path), [0, 1], {"CPU": 1.0})
     assert points.suggest("a")["number"] == 0
-    points.save(str(tmp_path / "state"))
     assert points.suggest("b")["number"] == 1 and points.suggest("c") == search.Searcher.FINISHED
-    again = search.Points(str(swept.path), [0, 1], {"CPU": 1.0})
-    again.restore(str(tmp_path / "state"))
-    assert again.suggest("d")["number"] == 1
+    again = search.Points(str(swept.path), [1], {"CPU": 1.0})  # a driver that comes later
+    assert again.suggest("d")["number"] == 1 and again.suggest("e") == search.Searcher.FINISHED
+
+
+def test_a_resumed_asha_decides_as_the_one_before_would_have(toy: Path, tmp_path: Path) -> None:
+    """Killed after any event, with trials over, stopped and under way: all later decisions are the same."""
+    steps = ["train.steps=40", "train.assistant_warmup=0", "train.checkpoint_every=5"]
+    scores = np.random.default_rng(3).normal(size=(6, 9))
+    events = [(n, 5 * k) for k in range(1, 9) for n in range(6)]  # all at once, a checkpoint after the other
+
+    def played(at: Path, killed_after: int | None) -> dict[int, dict[str, Any]]:
+        folder = new(toy, {"drp.beta": {"grid": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}}, at, scheduler="asha")
+        folder.set_config(configs.recorded(folder.path / "config.yaml", steps))
+        asha, trials = search.scheduler_of(folder), {}
+        for count, (number, step) in enumerate(events):
+            if count == killed_after:
+                asha, trials = search.scheduler_of(folder), {}
+            if folder.result(number):
+                continue
+            folder.trial(number).path.mkdir(parents=True, exist_ok=True)
+            if number not in trials:
+                trials[number] = SimpleNamespace(trial_id=f"{number}-{count}", config={"number": number})
+                asha.on_trial_add(None, trials[number])
+            result = {"number": number, "step": step, "score": float(scores[number, step // 5])}
+            if step == 40:
+                folder.end(status="finished", **result)
+                asha.on_trial_complete(None, trials[number], result)
+            else:
+                decision = asha.on_trial_result(None, trials[number], result)
+                assert (decision == "STOP") == (folder.result(number) is not None)
+        return {r["number"]: {k: r[k] for k in ("status", "step", "score")} for r in folder.results()}
+
+    wanted = played(tmp_path / "whole", None)
+    assert {r["status"] for r in wanted.values()} == {"finished", "stopped"}
+    for moment in (6, 12, 18, 24):  # between checkpoints: those under way have all been added again
+        assert played(tmp_path / str(moment), moment) == wanted
 
 
 def test_optuna_learns_from_what_has_ended_and_asks_the_same_after_a_resume(toy: Path, tmp_path: Path) -> None:
