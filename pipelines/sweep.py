@@ -171,7 +171,7 @@ def _decide(folder: SweepFolder, config: Config, view: ClusterView, out: Any) ->
 
 
 def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], began: float) -> None:
-    from pipelines.sweeps.board import Board
+    from pipelines.sweeps.monitor import SweepMonitor
 
     config, options = folder.config(), folder.plan()
     if scales.missing(config):
@@ -180,45 +180,37 @@ def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], beg
         config = measured_scales(config, cluster)
         folder.set_config(config)
     need = trial_need(config, cluster, 1)
-    with Board(folder, opening.result()) as board:
-        try:
-            if _missing(folder):
-                board.note("shared work: prompts, the start's and the reference's scores")
-                step_seconds = _elsewhere(board, need, "prepare", str(folder.path))
-                board.note(f"time: {estimate(config, options, step_seconds)}")
-            resources = trial_need(config, cluster, options.workers).amounts()
-            if missing := _missing(folder):
-                _tune(folder, board, missing, resources)
-        except KeyboardInterrupt:
-            if board.silent:
-                raise DIDRError(board.silence()) from None
-            raise
+    with SweepMonitor(folder, opening.result()) as monitor:
+        if missing := _missing(folder):
+            monitor.note("shared work: prompts, the start's and the reference's scores")
+            step_seconds = _elsewhere(monitor, need, "prepare", str(folder.path))
+            monitor.note(f"time: {estimate(config, options, step_seconds)}")
+            _tune(folder, monitor, missing, trial_need(config, cluster, options.workers).amounts())
         for number in folder.points():
-            board.settle(number)
+            monitor.settle(number)
         if missing := _missing(folder):
             raise DIDRError(
                 f"{len(missing)} trial(s) did not end; `didr sweep --resume {folder.name}` tries them again: {missing}"
             )
-        _conclude(folder, board, need, began)
+        _conclude(folder, monitor, need, began)
 
 
 def _missing(folder: SweepFolder) -> list[int]:
     return [number for number in range(folder.plan().trials) if folder.result(number) is None]
 
 
-def _elsewhere(board: Any, need: Any, function: str, *arguments: Any) -> Any:
+def _elsewhere(monitor: Any, need: Any, function: str, *arguments: Any) -> Any:
     """A function of :mod:`pipelines.sweeps.work` in a process with a trial's resources; drawing a large reference may take its time."""
     from pipelines.cluster.remote import elsewhere
     from pipelines.sweeps import work
 
-    return elsewhere(need, getattr(work, function), *arguments, meanwhile=board.news)
+    return elsewhere(need, getattr(work, function), *arguments, meanwhile=monitor.news)
 
 
-def _tune(folder: SweepFolder, board: Any, missing: list[int], resources: dict[str, float]) -> None:
+def _tune(folder: SweepFolder, monitor: Any, missing: list[int], resources: dict[str, float]) -> None:
     """Tune over the trials that are missing; nothing of what an earlier driver's Tune has kept is read."""
     from ray import tune
 
-    from pipelines.sweeps.board import News
     from pipelines.sweeps.search import Points, scheduler_of
     from pipelines.sweeps.trial import Trial
 
@@ -236,14 +228,14 @@ def _tune(folder: SweepFolder, board: Any, missing: list[int], resources: dict[s
         run_config=tune.RunConfig(
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(folder.path / "tune"),
-            callbacks=[News.to(board)],
+            callbacks=[monitor],
             failure_config=tune.FailureConfig(max_failures=config.workers.max_failures),
             verbose=0,
         ),
     ).fit()
 
 
-def _conclude(folder: SweepFolder, board: Any, need: Any, began: float) -> None:
+def _conclude(folder: SweepFolder, monitor: Any, need: Any, began: float) -> None:
     """Table, front, figures, export of the recommended trial."""
     from pipelines.report.page import write_report
     from pipelines.sweeps import figures
@@ -262,15 +254,15 @@ def _conclude(folder: SweepFolder, board: Any, need: Any, began: float) -> None:
             distance="distance to the reference's pictures\n(sd of its picture features)",
         )
         figures.save_heat(found, folder.path / "heat.png")
-        _elsewhere(board, need, "export", str(folder.path), chosen)
+        _elsewhere(monitor, need, "export", str(folder.path), chosen)
         write_report(folder.trial(chosen).path)
-        board.final(
+        monitor.final(
             {f"recommended/{k}": float(tree["recommended"][k]) for k in results.PARTS},
             {"didr.recommended": str(chosen)},
         )
     folder.update(wall=[*folder.info().get("wall", []), round(time.monotonic() - began, 3)])
     results.write_front(folder, results.front_tree(folder, found, chosen, why))
-    board.keep("front.png", "heat.png", "trials.parquet", "front.json", "config.yaml")
+    monitor.keep("front.png", "heat.png", "trials.parquet", "front.json", "config.yaml")
     folder.update(status="finished", ended=time.time(), recommended=chosen)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -395,24 +397,43 @@ def test_a_trials_plan_counts_the_actors_that_score_a_black_box() -> None:
 
 def test_a_trial_that_an_earlier_driver_followed_gets_its_whole_curve(swept: SweepFolder, tmp_path: Path) -> None:
     """That driver was killed with the last steps in its hands; and one that followed nothing at all."""
-    from pipelines.sweeps.board import Board
+    from pipelines.sweeps.monitor import SweepMonitor
     from pipelines.tracking import mlflow_tracker as mlflow_tracking
 
     folder = SweepFolder(Path(shutil.copytree(swept.path, tmp_path / "s")))
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    with Board(folder, uri) as board:  # steps 1 and 2 of trial 0 arrive, then it dies
-        with board.guard:
-            tracker = board.tracker(0)
+    with SweepMonitor(folder, uri) as monitor:  # steps 1 and 2 of trial 0 arrive, then it dies
+        with monitor.guard:
+            tracker = monitor.tracker(0)
         for row in read_lines(folder.trial(0).metrics_path)[:2]:
             tracker.metrics(row["step"], {"time/step": row["time/step"]})
         tracker.flush()  # type: ignore[attr-defined]
     for _ in range(2):  # the second has nothing to do
-        with Board(folder, uri) as board:
+        with SweepMonitor(folder, uri) as monitor:
             for number in folder.points():
-                board.settle(number)
+                monitor.settle(number)
     client = mlflow_tracking.client(uri)
     for number, run in folder.info()["mlflow"]["trials"].items():
         points = client.get_metric_history(run, "time/step")
         assert [p.step for p in points] == list(range(1, STEPS + 1)), number
         rows = read_lines(folder.trial(int(number)).metrics_path)
         assert [p.value for p in points] == [row["time/step"] for row in rows]
+
+
+def test_a_sweep_without_news_gives_up_and_says_how_to_go_on(
+    swept: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.sweeps import monitor as monitors
+
+    now = [0.0]
+    monkeypatch.setattr(monitors, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    watched = monitors.SweepMonitor(swept, "none")
+    assert swept.plan().patience == 1.0
+    for minute in (0.9, 1.8):
+        now[0] = 60 * minute
+        watched.on_step_begin(0, [])
+        watched.on_trial_result(0, [], None, {})
+    now[0] = 60 * 2.9
+    with pytest.raises(DIDRError, match=r"no trial moved for 1 minutes.*didr sweep --resume s"):
+        watched.on_step_begin(0, [])
+    assert type(pickle.loads(pickle.dumps(watched))).__name__ == "Callback"  # as Tune does; it never uses it
