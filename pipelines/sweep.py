@@ -31,8 +31,8 @@ from pipelines.cluster.session import (
 )
 from pipelines.report.console import clock, console, rich_table
 from pipelines.sweeps import bench, results, space
+from pipelines.sweeps.budget import estimate, plan_table, slots, sweep_plan, trial_need, trials_at_once
 from pipelines.sweeps.folder import SweepFolder, SweepOptions
-from pipelines.sweeps.plan import estimate, fit, plan_table, slots, sweep_plan, trial_need
 from pipelines.sweeps.space import DEFAULT_TRIALS
 from pipelines.tracking import tracker as tracking
 
@@ -160,7 +160,7 @@ def _decide(folder: SweepFolder, config: Config, view: ClusterView, out: Any) ->
     """How many trials at once; print the plan."""
     options = folder.plan()
     asked = folder.info().get("asked", options.concurrent)
-    at_once, found = fit(config, view, options.workers, options.trials, asked or None)
+    at_once, found = trials_at_once(config, view, options.workers, options.trials, asked or None)
     options = replace(options, concurrent=at_once)
     folder.update(plan=asdict(options), asked=asked)
     out.print(plan_table(config, space.read(options.space, options.tree, options.about), options, found, folder.path))

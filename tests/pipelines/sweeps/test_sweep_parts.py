@@ -29,7 +29,7 @@ from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError, NonFiniteError
 from pipelines.cli.main import main
 from pipelines.cluster.resources import ClusterView, Node, PlanDoesNotFit
-from pipelines.sweeps import bench, figures, plan, results, search, space, work
+from pipelines.sweeps import bench, budget, figures, results, search, space, work
 from pipelines.sweeps.folder import SweepFolder, SweepOptions
 
 pytestmark = pytest.mark.slow
@@ -250,15 +250,15 @@ def test_figures_of_any_space(keys: tuple[str, ...], tmp_path: Path) -> None:
 def test_arithmetic_of_trials_at_once(toy: Path) -> None:
     config = configs.load(str(toy), ["workers.train_gpus=0.5"])
     cluster = ClusterView((Node("a", {"CPU": 8, "GPU": 2}),), local=False)
-    assert plan.fit(config, cluster, 1, 12, None)[0] == 4  # half a GPU each
+    assert budget.trials_at_once(config, cluster, 1, 12, None)[0] == 4  # half a GPU each
     whole = configs.load(str(toy), ["workers.train_gpus=1"])
-    assert plan.fit(whole, cluster, 1, 12, None)[0] == 2
-    assert plan.fit(whole, cluster, 1, 1, None)[0] == 1
+    assert budget.trials_at_once(whole, cluster, 1, 12, None)[0] == 2
+    assert budget.trials_at_once(whole, cluster, 1, 1, None)[0] == 1
     with pytest.raises(PlanDoesNotFit, match="--concurrent"):
-        plan.fit(whole, cluster, 1, 12, 3)
+        budget.trials_at_once(whole, cluster, 1, 12, 3)
     # two workers each: 2 CPUs, two half-CPU actors and the listing beside them
     many = ClusterView((Node("a", {"CPU": 9}),), local=False)
-    at_once, found = plan.fit(configs.load(str(toy)), many, 2, 12, None)
+    at_once, found = budget.trials_at_once(configs.load(str(toy)), many, 2, 12, None)
     assert at_once == 2 and found.plan.totals()["CPU"] == pytest.approx(2 * (0.1 + 2 + 0.5 + 0.5 + 1))
 
 
@@ -390,9 +390,11 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_a_trials_plan_counts_the_actors_that_score_a_black_box() -> None:
     view = ClusterView((Node("one", {"CPU": 64.0}),))
-    names = [g.name for g in plan.sweep_plan(configs.load("tiny_blackbox"), view, 2, 3).groups]
+    names = [g.name for g in budget.sweep_plan(configs.load("tiny_blackbox"), view, 2, 3).groups]
     assert "scoring actor of a trial" in names
-    assert "scoring actor of a trial" not in [g.name for g in plan.sweep_plan(configs.load("tiny"), view, 2, 3).groups]
+    assert "scoring actor of a trial" not in [
+        g.name for g in budget.sweep_plan(configs.load("tiny"), view, 2, 3).groups
+    ]
 
 
 def test_a_trial_that_an_earlier_driver_followed_gets_its_whole_curve(swept: SweepFolder, tmp_path: Path) -> None:

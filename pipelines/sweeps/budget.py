@@ -57,7 +57,9 @@ def sweep_plan(config: Config, view: ClusterView, workers: int, at_once: int) ->
     )
 
 
-def fit(config: Config, view: ClusterView, workers: int, trials: int, at_once: int | None) -> tuple[int, Fit]:
+def trials_at_once(
+    config: Config, view: ClusterView, workers: int, trials: int, at_once: int | None
+) -> tuple[int, Fit]:
     """How many trials run at once, and how they are placed: as many as fit (on this machine not more than it has cores), or ``at_once``.
 
     Raises:
