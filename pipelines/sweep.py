@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from didr_core.config import Config
 from didr_core.data import scales
 from didr_core.plan.preflight import preflight
 from didr_core.types import DIDRError
-from pipelines.cluster.resources import ClusterView, NoRoom, Room
+from pipelines.cluster.resources import ClusterView, NoRoom
 from pipelines.cluster.session import (
     WAIT_FOR_NODES_S,
     await_room,
@@ -32,12 +31,11 @@ from pipelines.cluster.session import (
 )
 from pipelines.report.console import clock, console, rich_table
 from pipelines.sweeps import bench, results, space
-from pipelines.sweeps.folder import Sweep, SweepFolder
-from pipelines.sweeps.plan import estimate, fit, plan_table, slots, sweep_demands, trial_need
-from pipelines.sweeps.space import DEFAULT_TRIALS, Point
+from pipelines.sweeps.budget import estimate, plan_table, slots, sweep_demands, trial_need, trials_at_once
+from pipelines.sweeps.folder import SweepFolder, SweepOptions
+from pipelines.sweeps.space import DEFAULT_TRIALS
 from pipelines.tracking import tracker as tracking
 
-PASSES = 3  # of Tune over what is missing: one does, unless its snapshot lags behind the folder
 TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # we write our own files
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no score
@@ -48,33 +46,17 @@ TUNE_ENV = {
 
 
 def sweep(
-    recipe: str = "tiny",
-    overrides: Sequence[str] = (),
+    options: SweepOptions,
     *,
-    space_name: str = "tilt_by_drp",
-    trials: int | None = None,
-    search: str | None = None,
-    scheduler: str = "none",
-    concurrent: int | None = None,
-    workers: int = 1,
-    name: str | None = None,
-    resume: str | None = None,
     output: str | None = None,
-    seed: int = 0,
-    patience: float = 30.0,
+    resume: str | None = None,
     address: str | None = None,
     verbose: bool = False,
-    command: str = "",
 ) -> SweepFolder:
     """A whole sweep, new or resumed.
 
     Args:
-        recipe, overrides: what every trial starts from. space_name: of `tune_spaces/`, or a file.
-        trials: how many (default: 12, or the whole grid). search: grid, random, optuna (default: grid for spaces of grids, else random).
-        scheduler: none, or asha. concurrent: trials at once (default: as many as fit).
-        workers: processes that train one trial; 1 = its own.
-        name: of the sweep's folder in `output`. resume: a sweep to go on with.
-        patience: minutes without any news after which the sweep gives up.
+        output: where sweeps lie (default: the recipe's). resume: a sweep to go on with, as it began: of ``options`` nothing counts.
 
     Raises:
         DIDRError: anything the user can mend. The folder keeps all that is done.
@@ -82,15 +64,12 @@ def sweep(
     began = time.monotonic()
     if resume:
         folder = SweepFolder.find(resume, output or "runs")
-        if overrides:
+        if options.overrides:
             raise DIDRError(
-                f"--set {overrides[0]!r}: a resumed sweep goes on as it began. Start another one for other settings."
+                f"--set {options.overrides[0]!r}: a resumed sweep goes on as it began. Start another one for other settings."
             )
     else:
-        own = [f"output={output}"] if output else []
-        folder = _new(
-            recipe, [*overrides, *own], space_name, trials, search, scheduler, concurrent, workers, name, seed, patience, command
-        )  # fmt: skip
+        folder = _new(options, output)
     with folder.lock():
         try:
             _run(folder, address, verbose, began)
@@ -107,64 +86,45 @@ def sweep(
     return folder
 
 
-def _new(
-    recipe: str,
-    overrides: list[str],
-    space_name: str,
-    trials: int | None,
-    search: str | None,
-    scheduler: str,
-    concurrent: int | None,
-    workers: int,
-    name: str | None,
-    seed: int,
-    patience: float,
-    command: str,
-) -> SweepFolder:
+def _new(options: SweepOptions, output: str | None) -> SweepFolder:
     """Check everything that can be checked, then make the folder."""
     prepare_environment()
     from pipelines.sweeps.search import SCHEDULERS, SEARCHES, need_optuna
 
-    found = space.find(space_name)
-    search = search or ("grid" if found.is_grid else "random")
-    for key, value, known in (("--search", search, SEARCHES), ("--scheduler", scheduler, SCHEDULERS)):
+    found = space.find(options.space)
+    search = options.search or ("grid" if found.is_grid else "random")
+    for key, value, known in (("--search", search, SEARCHES), ("--scheduler", options.scheduler, SCHEDULERS)):
         if value not in known:
             raise DIDRError(f"{key} {value!r}: expected one of {', '.join(known)}")
     if search == "optuna":
         need_optuna()
-    points: list[Point] = [] if search == "optuna" else space.draw(found, search, trials, seed)
-    config = space.check(found, points or space.corners(found), recipe, overrides)
+    points = [] if search == "optuna" else space.draw(found, search, options.trials or None, options.seed)
+    overrides = [*options.overrides, *([f"output={output}"] if output else [])]
+    config = space.check(found, points or space.corners(found), options.recipe, overrides)
     bench.check(config)
     if not config.workers.train_gpus and config.device == "cuda":
         raise DIDRError(
             "workers.train_gpus=0 with device=cuda: a trial reserves no GPU. Say --set workers.train_gpus=1, or a fraction."
         )
     preflight(config, here=False)
-    count = len(points) or trials or DEFAULT_TRIALS
-    plan = Sweep(
-        name=name or f"sweep-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-        recipe=recipe,
-        overrides=[o for o in overrides if not o.startswith("output=")],
+    options = replace(
+        options,
+        name=options.name or f"sweep-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+        overrides=[o for o in options.overrides if not o.startswith("output=")],
         space=found.name,
         about=found.about,
         tree=found.tree(),
         search=search,
-        scheduler=scheduler,
-        trials=count,
-        concurrent=concurrent or 0,
-        workers=workers,
-        seed=seed,
-        patience=patience,
-        command=command,
+        trials=len(points) or options.trials or DEFAULT_TRIALS,
     )
-    return SweepFolder.create(plan, config, points)
+    return SweepFolder.create(options, config, points)
 
 
 def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) -> None:
     for key, value in TUNE_ENV.items():
         os.environ.setdefault(key, value)
     prepare_environment(verbose)
-    config, plan = folder.config(), folder.plan()
+    config, options = folder.config(), folder.plan()
     out = console()
     if folder.info()["status"] == "finished":
         _say(folder, out, began)  # nothing to go on with
@@ -173,134 +133,111 @@ def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) 
     folder.forget_lost()
     view = view_of_this_machine(config, address)
     if view:
-        view = _with_slots(view, config, plan)
-        plan, _ = _decide(folder, config, view, out)
+        view = _with_slots(view, config, options)
+        options = _decide(folder, config, view, out)
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(tracking.preflight, config.tracking, folder.path.parent)
         with ray_session(
-            address, slots(config, plan.workers, plan.concurrent or 1) if view else None, verbose
+            address, slots(config, options.workers, options.concurrent or 1) if view else None, verbose
         ) as cluster:
             if view is None:
                 await_room(
-                    lambda v: sweep_demands(config, v, plan.workers, plan.concurrent or 1), cluster, WAIT_FOR_NODES_S
+                    lambda v: sweep_demands(config, v, options.workers, options.concurrent or 1),
+                    cluster,
+                    WAIT_FOR_NODES_S,
                 )
-                plan, _ = _decide(folder, config, cluster, out)
+                _decide(folder, config, cluster, out)
             _on_ray(folder, cluster, opening, began)
     _say(folder, out, began)
 
 
-def _with_slots(view: ClusterView, config: Config, plan: Sweep) -> ClusterView:
+def _with_slots(view: ClusterView, config: Config, options: SweepOptions) -> ClusterView:
     """A Ray of our own has as many CPU slots as the trials asked for need."""
     node = view.nodes[0]
-    cpus = slots(config, plan.workers, plan.concurrent or 1)
+    cpus = slots(config, options.workers, options.concurrent or 1)
     return replace(view, nodes=(replace(node, resources={**node.resources, "CPU": cpus}),))
 
 
-def _decide(folder: SweepFolder, config: Config, view: ClusterView, out: Any) -> tuple[Sweep, Room]:
+def _decide(folder: SweepFolder, config: Config, view: ClusterView, out: Any) -> SweepOptions:
     """How many trials at once; print the plan."""
-    plan = folder.plan()
-    asked = folder.info().get("asked", plan.concurrent)
-    at_once, found = fit(config, view, plan.workers, plan.trials, asked or None)
-    plan = replace(plan, concurrent=at_once)
-    folder.update(plan=asdict(plan), asked=asked)
-    out.print(plan_table(config, space.read(plan.space, plan.tree, plan.about), plan, found, folder.path))
+    options = folder.plan()
+    asked = folder.info().get("asked", options.concurrent)
+    at_once, found = trials_at_once(config, view, options.workers, options.trials, asked or None)
+    options = replace(options, concurrent=at_once)
+    folder.update(plan=asdict(options), asked=asked)
+    out.print(plan_table(config, space.read(options.space, options.tree, options.about), options, found, folder.path))
     done = len(folder.results())
     if done:
-        out.print(f"going on: {done} of {plan.trials} trials are over")
-    return plan, found
+        out.print(f"going on: {done} of {options.trials} trials are over")
+    return options
 
 
 def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], began: float) -> None:
-    from pipelines.sweeps.board import Board
+    from pipelines.sweeps.monitor import SweepMonitor
 
-    config, plan = folder.config(), folder.plan()
+    config, options = folder.config(), folder.plan()
     if scales.missing(config):
         from pipelines.cluster.group import measured_scales
 
         config = measured_scales(config, cluster)
         folder.set_config(config)
     need = trial_need(config, cluster, 1)
-    with Board(folder, opening.result()) as board:
-        try:
-            if _missing(folder):
-                board.note("shared work: prompts, the start's and the reference's scores")
-                step_seconds = _elsewhere(board, need, "prepare", str(folder.path))
-                board.note(f"time: {estimate(config, plan, step_seconds)}")
-            resources = trial_need(config, cluster, plan.workers).amounts()
-            for _ in range(PASSES):
-                if not (missing := _missing(folder)):
-                    break
-                _tune(folder, board, missing, resources)
-        except KeyboardInterrupt:
-            if board.silent:
-                raise DIDRError(board.silence()) from None
-            raise
+    with SweepMonitor(folder, opening.result()) as monitor:
+        if missing := _missing(folder):
+            monitor.note("shared work: prompts, the start's and the reference's scores")
+            step_seconds = _elsewhere(monitor, need, "prepare", str(folder.path))
+            monitor.note(f"time: {estimate(config, options, step_seconds)}")
+            _tune(folder, monitor, missing, trial_need(config, cluster, options.workers).amounts())
         for number in folder.points():
-            board.settle(number)
+            monitor.settle(number)
         if missing := _missing(folder):
             raise DIDRError(
                 f"{len(missing)} trial(s) did not end; `didr sweep --resume {folder.name}` tries them again: {missing}"
             )
-        _conclude(folder, board, need, began)
+        _conclude(folder, monitor, need, began)
 
 
 def _missing(folder: SweepFolder) -> list[int]:
     return [number for number in range(folder.plan().trials) if folder.result(number) is None]
 
 
-def _elsewhere(board: Any, need: Any, function: str, *arguments: Any) -> Any:
+def _elsewhere(monitor: Any, need: Any, function: str, *arguments: Any) -> Any:
     """A function of :mod:`pipelines.sweeps.work` in a process with a trial's resources; drawing a large reference may take its time."""
     from pipelines.cluster.remote import elsewhere
     from pipelines.sweeps import work
 
-    return elsewhere(need, getattr(work, function), *arguments, meanwhile=board.news)
+    return elsewhere(need, getattr(work, function), *arguments, meanwhile=monitor.news)
 
 
-def _tune(folder: SweepFolder, board: Any, missing: list[int], resources: dict[str, float]) -> None:
-    """One Tuner over the trials that are missing; restored where Tune has a state of this sweep, so that a scheduler keeps its rungs."""
+def _tune(folder: SweepFolder, monitor: Any, missing: list[int], resources: dict[str, float]) -> None:
+    """Tune over the trials that are missing; nothing of what an earlier driver's Tune has kept is read."""
     from ray import tune
 
-    from pipelines.sweeps.board import News
     from pipelines.sweeps.search import Points, scheduler_of
     from pipelines.sweeps.trial import Trial
 
-    plan, config = folder.plan(), folder.config()
-    storage = folder.path / "tune"
-    earlier = sorted(storage.glob("pass-*"))
-    news = News.to(board)
-    tuner = None
-    if earlier and not board.restored and tune.Tuner.can_restore(str(earlier[-1])):
-        board.restored = True
-        try:
-            tuner = tune.Tuner.restore(str(earlier[-1]), trainable=Trial, resume_unfinished=True)
-        except Exception as error:
-            board.note(
-                f"Tune's own state is not usable ({type(error).__name__}: {error}); going on from the folder", "yellow"
-            )
-    if tuner is None:
-        board.restored = True
-        tuner = tune.Tuner(
-            Trial,
-            tune_config=tune.TuneConfig(
-                search_alg=Points(str(folder.path), missing, resources),
-                scheduler=scheduler_of(folder),
-                num_samples=len(missing),
-                max_concurrent_trials=plan.concurrent,
-                reuse_actors=plan.workers == 1,
-                trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}-{trial.trial_id}",
-            ),
-            run_config=tune.RunConfig(
-                name=f"pass-{len(earlier):02d}",
-                storage_path=str(storage),
-                callbacks=[news],
-                failure_config=tune.FailureConfig(max_failures=config.workers.max_failures),
-                verbose=0,
-            ),
-        )
-    tuner.fit()
+    options, config = folder.plan(), folder.config()
+    tune.Tuner(
+        Trial,
+        tune_config=tune.TuneConfig(
+            search_alg=Points(str(folder.path), missing, resources),
+            scheduler=scheduler_of(folder),
+            num_samples=len(missing),
+            max_concurrent_trials=options.concurrent,
+            reuse_actors=options.workers == 1,
+            trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=str(folder.path / "tune"),
+            callbacks=[monitor],
+            failure_config=tune.FailureConfig(max_failures=config.workers.max_failures),
+            verbose=0,
+        ),
+    ).fit()
 
 
-def _conclude(folder: SweepFolder, board: Any, need: Any, began: float) -> None:
+def _conclude(folder: SweepFolder, monitor: Any, need: Any, began: float) -> None:
     """Table, front, figures, export of the recommended trial."""
     from pipelines.report.page import write_report
     from pipelines.sweeps import figures
@@ -319,15 +256,15 @@ def _conclude(folder: SweepFolder, board: Any, need: Any, began: float) -> None:
             distance="distance to the reference's pictures\n(sd of its picture features)",
         )
         figures.save_heat(found, folder.path / "heat.png")
-        _elsewhere(board, need, "export", str(folder.path), chosen)
+        _elsewhere(monitor, need, "export", str(folder.path), chosen)
         write_report(folder.trial(chosen).path)
-        board.final(
+        monitor.final(
             {f"recommended/{k}": float(tree["recommended"][k]) for k in results.PARTS},
             {"didr.recommended": str(chosen)},
         )
     folder.update(wall=[*folder.info().get("wall", []), round(time.monotonic() - began, 3)])
     results.write_front(folder, results.front_tree(folder, found, chosen, why))
-    board.keep("front.png", "heat.png", "trials.parquet", "front.json", "config.yaml")
+    monitor.keep("front.png", "heat.png", "trials.parquet", "front.json", "config.yaml")
     folder.update(status="finished", ended=time.time(), recommended=chosen)
 
 

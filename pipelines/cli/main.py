@@ -85,25 +85,23 @@ def sweep(
 ) -> None:
     """Many trainings over a space: which beta, which K? Ends in a Pareto front and a recommended trial."""
     from pipelines import sweep as job
+    from pipelines.sweeps.folder import SweepOptions
 
-    job.sweep(
-        recipe,
-        overrides or (),
-        space_name=space,
-        trials=trials,
-        search=search,
+    options = SweepOptions(
+        recipe=recipe,
+        overrides=overrides or (),
+        space=space,
+        trials=trials or 0,
+        search=search or "",
         scheduler=scheduler,
-        concurrent=concurrent,
+        concurrent=concurrent or 0,
         workers=workers,
-        name=name,
-        resume=resume,
-        output=output,
+        name=name or "",
         seed=seed,
         patience=patience,
-        address=address,
-        verbose=verbose,
         command=_command(),
     )
+    job.sweep(options, output=output, resume=resume, address=address, verbose=verbose)
 
 
 @app.command()

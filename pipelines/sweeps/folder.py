@@ -1,12 +1,13 @@
 """The folder of one sweep: the truth about it, so that a kill at any moment loses nothing and nothing is done twice.
 
 runs/<name>/
-  sweep.json       the plan, MLflow run ids, status
+  sweep.json       its options, MLflow run ids, status
   config.yaml      what all trials share
   points.jsonl     a line a trial: its number and its settings, written before the trial starts
   trials/0003/     a run folder, as of `didr align`: metrics.jsonl, checkpoints/, grid.png, scores.json; result.json ends it
+                   (with a scheduler also glances.jsonl: what it saw at each checkpoint)
   shared/          batches, the start's and the reference's scores: made once
-  tune/            Ray Tune's own state
+  tune/            Ray Tune's own logs; never read
   trials.parquet, front.json, front.png, heat.png, export/    made at the end
 """
 
@@ -28,30 +29,30 @@ from didr_core.config import Config
 from didr_core.config.provenance import provenance
 from didr_core.train.run_folder import RunFolder, disk, local_folder, read_lines
 from didr_core.types import DIDRError
-from pipelines.sweeps.space import Point, settings
+from pipelines.sweeps.space import Point
 
 FINAL = ("finished", "failed", "stopped")
 """How a trial may end. "lost" (its process or node died too often) is tried again by a resume."""
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """The plan, as sweep.json keeps it."""
+class SweepOptions:
+    """What a sweep is asked to do, as sweep.json keeps it; 0 or "" where the choice is left to :func:`pipelines.sweep.sweep`."""
 
-    name: str
-    recipe: str
-    overrides: Sequence[str]
-    space: str
-    about: str
-    tree: Mapping[str, Any]  # the space, as plain data
-    search: str  # grid, random, optuna
-    scheduler: str  # none, asha
-    trials: int
-    concurrent: int
-    workers: int  # of one trial: 1 = the trial's own process trains
-    seed: int
-    patience: float  # minutes
-    command: str = ""
+    recipe: str = "tiny"
+    overrides: Sequence[str] = ()  # of the recipe, for all trials
+    space: str = "tilt_by_drp"  # of `tune_spaces/`, or a file
+    trials: int = 0  # 12, or the whole grid
+    search: str = ""  # grid, random, optuna; left open: grid for spaces of grids, else random
+    scheduler: str = "none"  # or asha
+    concurrent: int = 0  # trials at once; left open: as many as fit
+    workers: int = 1  # processes that train one trial: 1 = its own
+    name: str = ""  # of the sweep's folder
+    seed: int = 0  # of the points
+    patience: float = 30.0  # minutes without any news after which the sweep gives up
+    command: str = ""  # what was typed
+    about: str = ""  # the space in words
+    tree: Mapping[str, Any] = field(default_factory=dict)  # the space, as plain data
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,26 +63,26 @@ class SweepFolder:
     path: Path
 
     @classmethod
-    def create(cls, plan: Sweep, config: Config, points: Sequence[Point]) -> SweepFolder:
-        """A new folder ``<config.output>/<plan.name>``.
+    def create(cls, options: SweepOptions, config: Config, points: Sequence[Point]) -> SweepFolder:
+        """A new folder ``<config.output>/<options.name>``.
 
         Raises:
             DIDRError: it exists.
         """
-        path = local_folder("output", config.output) / plan.name
+        path = local_folder("output", config.output) / options.name
         if (path / "sweep.json").is_file():
             raise DIDRError(
-                f"--name {plan.name}: that sweep exists. `didr sweep --resume {plan.name}` goes on with it."
+                f"--name {options.name}: that sweep exists. `didr sweep --resume {options.name}` goes on with it."
             )
         if path.exists() and any(path.iterdir()):
-            raise DIDRError(f"--name {plan.name}: {path} exists and is not empty. Choose another name.")
+            raise DIDRError(f"--name {options.name}: {path} exists and is not empty. Choose another name.")
         folder = cls(path)
         with disk("output", path):
             (path / "trials").mkdir(parents=True, exist_ok=True)
             folder.set_config(config)
             for number, point in enumerate(points):
                 folder.give(number, point)
-        folder.update(plan=asdict(plan) | {"facts": provenance()}, status="running", started=time.time())
+        folder.update(plan=asdict(options) | {"facts": provenance()}, status="running", started=time.time())
         return folder
 
     @classmethod
@@ -109,9 +110,9 @@ class SweepFolder:
         """What is made once and read by every trial."""
         return self.path / "shared"
 
-    def plan(self) -> Sweep:
-        """The plan it began with."""
-        return Sweep(**self.info()["plan"])
+    def plan(self) -> SweepOptions:
+        """What it was asked to do."""
+        return SweepOptions(**self.info()["plan"])
 
     def info(self) -> dict[str, Any]:
         """What sweep.json says."""
@@ -142,13 +143,14 @@ class SweepFolder:
 
     def config_of(self, number: int, workers: int = 1) -> Config:
         """The whole configuration of one trial."""
-        own = [
-            f"workers.train={workers}",
-            "train.keep_checkpoints=1",
-            "evaluation.every=0",
-            *([] if workers == 1 else ["evaluation.prompts=0"]),  # the group's rank 0 does not judge: the sweep does
-        ]
-        return configs.recorded(self.path / "config.yaml", [*settings(self.points()[number]), *own])
+        return self.config_at(self.points()[number], workers)
+
+    def config_at(self, point: Point, workers: int = 1) -> Config:
+        """The whole configuration of a trial with these settings."""
+        own = {"workers.train": workers, "train.keep_checkpoints": 1, "evaluation.every": 0}
+        if workers > 1:
+            own["evaluation.prompts"] = 0  # the group's rank 0 does not judge: the sweep does
+        return configs.recorded(self.path / "config.yaml", values=point | own)
 
     def points(self) -> dict[int, Point]:
         """Number to settings of the trials that are known so far."""
@@ -156,10 +158,15 @@ class SweepFolder:
 
     def give(self, number: int, point: Point) -> None:
         """Write down a trial, before it starts."""
-        with disk("output", self.path), (self.path / "points.jsonl").open("a") as file:
-            file.write(json.dumps({"number": number, "set": point}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._append("points.jsonl", {"number": number, "set": point})
+
+    def glances(self, number: int) -> list[dict[str, Any]]:
+        """What a scheduler saw of the trial on its way, in order."""
+        return read_lines(self.trial(number).path / "glances.jsonl")
+
+    def add_glance(self, number: int, **values: Any) -> None:
+        """Write down what a scheduler sees, before it decides."""
+        self._append(f"trials/{number:04d}/glances.jsonl", values)
 
     def trial(self, number: int) -> RunFolder:
         """The run folder of a trial, whether or not it is there yet."""
@@ -186,6 +193,12 @@ class SweepFolder:
     def results(self) -> list[dict[str, Any]]:
         """All results so far, by number."""
         return [r for number in sorted(self.points()) if (r := self.result(number))]
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with disk("output", self.path), (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _replace(self, name: str, text: str) -> None:
         path = self.path / name

@@ -1,14 +1,14 @@
 """Which point comes next, and which trial is stopped early: Ray Tune's searcher and scheduler over what the sweep folder holds.
 
-Tune's own state is a snapshot now and then, the sweep folder is exact. So the searcher keeps nothing but how many numbers it has given:
-a point is in points.jsonl before its trial starts, and a resumed sweep gives the same number the same point.
+Tune's own state is a snapshot now and then, the sweep folder is exact, so each driver starts Tune anew over what is missing there. A point
+is in points.jsonl before its trial starts: a resumed sweep gives the same number the same point, and fills the scheduler's rungs as before.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
@@ -46,12 +46,7 @@ class Points(Searcher):
         """Nothing to learn here: result.json says it."""
 
     def save(self, checkpoint_path: str) -> None:
-        """How many were given."""
-        Path(checkpoint_path).write_bytes(pickle.dumps(self.given))
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Inverse of :meth:`save`."""
-        self.given = pickle.loads(Path(checkpoint_path).read_bytes())
+        """Nothing: the folder knows."""
 
 
 def need_optuna() -> None:
@@ -107,18 +102,28 @@ def _decoded(domain: Domain, value: Any) -> Any:
 
 
 class Asha(AsyncHyperBandScheduler):
-    """ASHA on the scalarised score, which counts distance to the reference against gain: a trial that hacks its reward is not favoured."""
+    """ASHA on the scalarised score, which counts distance to the reference against gain: a trial that hacks its reward is not favoured.
 
-    sweep = ""
+    What it sees of a trial is in the trial's folder before it decides, and is seen again by the scheduler of a resumed sweep.
+    """
+
+    folder: SweepFolder
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """It takes the places on the rungs that it had under an earlier driver."""
+        super().on_trial_add(tune_controller, trial)
+        number = int(trial.config["number"])
+        for seen in (*self.folder.glances(number), self.folder.result(number) or {}):
+            super().on_trial_result(tune_controller, trial, seen)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Stop, or go on; a stopped trial is over for good, and its folder says so."""
+        keep = {k: result[k] for k in ("step", "gain", "distance", "score") if k in result}
+        self.folder.add_glance(int(result["number"]), **keep)
         decision = super().on_trial_result(tune_controller, trial, result)
-        if decision == TrialScheduler.STOP and not result.get("done"):
-            folder = SweepFolder(Path(self.sweep))
-            keep = {k: result[k] for k in ("step", "gain", "distance", "score") if k in result}
+        if decision == TrialScheduler.STOP:
             reason = f"ASHA: its score {result['score']:.3g} at step {result['step']} is in the lower half of its rung"
-            folder.end(int(result["number"]), status="stopped", reason=reason, **keep)
+            self.folder.end(int(result["number"]), status="stopped", reason=reason, **keep)
         return str(decision)
 
 
@@ -137,5 +142,8 @@ def scheduler_of(folder: SweepFolder) -> Any:
         grace_period=min(grace, train.steps),
         reduction_factor=REDUCTION,
     )
-    made.sweep = str(folder.path)
+    made.folder = folder
+    for result in folder.results():
+        number = result["number"]
+        made.on_trial_add(None, SimpleNamespace(trial_id=f"earlier-{number}", config={"number": number}))
     return made

@@ -188,7 +188,7 @@ def corners(space: Space) -> list[Point]:
 
 
 def settings(point: Mapping[str, Any]) -> list[str]:
-    """A point as ``key=value`` overrides."""
+    """A point in words that `--set` understands: for commands and messages; the code passes points on as they are."""
     return [f"{key}={json.dumps(value)}" for key, value in point.items()]
 
 
@@ -216,9 +216,9 @@ def check(space: Space, points: Sequence[Point], recipe: str, overrides: Sequenc
     fixed = {key: value for key, value in space.fixed.items() if key not in taken}
     checked = []
     for point in points:
-        own = settings(fixed | point)
+        own = fixed | point
         try:
-            checked.append(configs.load(recipe, [*overrides, *own]))
+            checked.append(configs.load(recipe, overrides, own))
         except DIDRError as error:
-            raise DIDRError(f"space {space.name!r}, point {' '.join(own)}: {error}") from None
+            raise DIDRError(f"space {space.name!r}, point {' '.join(settings(own))}: {error}") from None
     return checked[0]

@@ -28,7 +28,8 @@ from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError, NonFiniteError
 from pipelines.report.figures import save_grid
 from pipelines.sweeps.bench import Bench
-from pipelines.sweeps.folder import Sweep, SweepFolder
+from pipelines.sweeps.folder import SweepFolder, SweepOptions
+from pipelines.sweeps.space import corners, read
 
 LOCK_S = 90.0
 """How long to wait for a process of an earlier driver that is still dying in the trial's folder."""
@@ -52,9 +53,9 @@ def prepare(path: str) -> float:
     """Shared work: the start's and the reference's pictures and scores. Then seconds a step, of the trial in the middle of the space."""
     folder = SweepFolder(Path(path))
     bench_of(folder)
-    points = folder.points()
-    number = sorted(points)[len(points) // 2]
-    config = folder.config_of(number)
+    plan = folder.plan()
+    points = list(folder.points().values()) or corners(read(plan.space, plan.tree))  # Optuna's are not made yet
+    config = folder.config_at(points[len(points) // 2])
     quick = config.train.model_copy(update={"assistant_warmup": 0})
     learner = Learner(config.model_copy(update={"train": quick}), device=config.torch_device)
     feed = iter(CachedFeed(config, folder.shared / "feed"))
@@ -81,7 +82,7 @@ class TrialWork:
     def __init__(self, folder: SweepFolder, number: int) -> None:
         self.folder, self.number, self.began = folder, number, time.time()
         self.run = folder.trial(number)
-        self.plan: Sweep = folder.plan()
+        self.plan: SweepOptions = folder.plan()
         self._stack = contextlib.ExitStack()
         self.learner: Learner | None = None
 

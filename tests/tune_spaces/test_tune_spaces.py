@@ -107,6 +107,13 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
         find(str(tmp_path / "empty.py"))
 
 
+def test_values_reach_the_configuration_as_they_are() -> None:
+    """They are not written as text and read again, which loses some (here a letter beyond 16 bits)."""
+    space = read("mine", {"drp.beta": {"choice": [1e-05, 1.0]}, "name": "fox 🦊"})
+    config = check(space, corners(space), "tiny", [])
+    assert (config.drp.beta, config.name) == (1e-05, "fox 🦊")
+
+
 def test_settings_and_words() -> None:
     assert settings({"drp.beta": 1e-05, "algorithm": "dmd2"}) == ["drp.beta=1e-05", 'algorithm="dmd2"']
     assert shown({"drp.beta": 0.123456, "drp.steps": 2}) == "beta 0.1235, steps 2"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,8 +29,8 @@ from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError, NonFiniteError
 from pipelines.cli.main import main
 from pipelines.cluster.resources import ClusterView, Node, NoRoom
-from pipelines.sweeps import bench, figures, plan, results, search, space, work
-from pipelines.sweeps.folder import Sweep, SweepFolder
+from pipelines.sweeps import bench, budget, figures, results, search, space, work
+from pipelines.sweeps.folder import SweepFolder, SweepOptions
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +52,7 @@ def new(toy: Path, tree: dict[str, Any], output: Path, **changes: Any) -> SweepF
     config = space.check(found, points, str(toy), [f"output={output}"])
     facts = {"search": "grid", "scheduler": "none", "trials": len(points), "concurrent": 1, "workers": 1, "seed": 0}
     whole = {"recipe": str(toy), "overrides": [], "patience": 1.0, **facts, **changes}
-    return SweepFolder.create(Sweep("s", space="mine", about="", tree=found.tree(), **whole), config, points)
+    return SweepFolder.create(SweepOptions(name="s", space="mine", tree=found.tree(), **whole), config, points)
 
 
 def do(folder: SweepFolder, number: int) -> dict[str, Any]:
@@ -246,15 +250,15 @@ def test_figures_of_any_space(keys: tuple[str, ...], tmp_path: Path) -> None:
 def test_arithmetic_of_trials_at_once(toy: Path) -> None:
     config = configs.load(str(toy), ["workers.train_gpus=0.5"])
     cluster = ClusterView((Node("a", {"CPU": 8, "GPU": 2}),), local=False)
-    assert plan.fit(config, cluster, 1, 12, None)[0] == 4  # half a GPU each
+    assert budget.trials_at_once(config, cluster, 1, 12, None)[0] == 4  # half a GPU each
     whole = configs.load(str(toy), ["workers.train_gpus=1"])
-    assert plan.fit(whole, cluster, 1, 12, None)[0] == 2
-    assert plan.fit(whole, cluster, 1, 1, None)[0] == 1
+    assert budget.trials_at_once(whole, cluster, 1, 12, None)[0] == 2
+    assert budget.trials_at_once(whole, cluster, 1, 1, None)[0] == 1
     with pytest.raises(NoRoom, match="--concurrent"):
-        plan.fit(whole, cluster, 1, 12, 3)
+        budget.trials_at_once(whole, cluster, 1, 12, 3)
     # two workers each: 2 CPUs, two half-CPU actors and the listing beside them
     many = ClusterView((Node("a", {"CPU": 9}),), local=False)
-    at_once, found = plan.fit(configs.load(str(toy)), many, 2, 12, None)
+    at_once, found = budget.trials_at_once(configs.load(str(toy)), many, 2, 12, None)
     assert at_once == 2 and found.demands.totals()["CPU"] == pytest.approx(2 * (0.1 + 2 + 0.5 + 0.5 + 1))
 
 
@@ -281,14 +285,46 @@ def test_a_diverged_trial_says_why(toy: Path, tmp_path: Path) -> None:
     job.close("failed")
 
 
-def test_points_go_on_where_a_snapshot_was_taken(swept: SweepFolder, tmp_path: Path) -> None:
+def test_points_are_those_that_are_missing(swept: SweepFolder) -> None:
     points = search.Points(str(swept.path), [0, 1], {"CPU": 1.0})
     assert points.suggest("a")["number"] == 0
-    points.save(str(tmp_path / "state"))
     assert points.suggest("b")["number"] == 1 and points.suggest("c") == search.Searcher.FINISHED
-    again = search.Points(str(swept.path), [0, 1], {"CPU": 1.0})
-    again.restore(str(tmp_path / "state"))
-    assert again.suggest("d")["number"] == 1
+    again = search.Points(str(swept.path), [1], {"CPU": 1.0})  # a driver that comes later
+    assert again.suggest("d")["number"] == 1 and again.suggest("e") == search.Searcher.FINISHED
+
+
+def test_a_resumed_asha_decides_as_the_one_before_would_have(toy: Path, tmp_path: Path) -> None:
+    """Killed after any event, with trials over, stopped and under way: all later decisions are the same."""
+    steps = ["train.steps=40", "train.assistant_warmup=0", "train.checkpoint_every=5"]
+    scores = np.random.default_rng(3).normal(size=(6, 9))
+    events = [(n, 5 * k) for k in range(1, 9) for n in range(6)]  # all at once, a checkpoint after the other
+
+    def played(at: Path, killed_after: int | None) -> dict[int, dict[str, Any]]:
+        folder = new(toy, {"drp.beta": {"grid": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}}, at, scheduler="asha")
+        folder.set_config(configs.recorded(folder.path / "config.yaml", steps))
+        asha, trials = search.scheduler_of(folder), {}
+        for count, (number, step) in enumerate(events):
+            if count == killed_after:
+                asha, trials = search.scheduler_of(folder), {}
+            if folder.result(number):
+                continue
+            folder.trial(number).path.mkdir(parents=True, exist_ok=True)
+            if number not in trials:
+                trials[number] = SimpleNamespace(trial_id=f"{number}-{count}", config={"number": number})
+                asha.on_trial_add(None, trials[number])
+            result = {"number": number, "step": step, "score": float(scores[number, step // 5])}
+            if step == 40:
+                folder.end(status="finished", **result)
+                asha.on_trial_complete(None, trials[number], result)
+            else:
+                decision = asha.on_trial_result(None, trials[number], result)
+                assert (decision == "STOP") == (folder.result(number) is not None)
+        return {r["number"]: {k: r[k] for k in ("status", "step", "score")} for r in folder.results()}
+
+    wanted = played(tmp_path / "whole", None)
+    assert {r["status"] for r in wanted.values()} == {"finished", "stopped"}
+    for moment in (6, 12, 18, 24):  # between checkpoints: those under way have all been added again
+        assert played(tmp_path / str(moment), moment) == wanted
 
 
 def test_optuna_learns_from_what_has_ended_and_asks_the_same_after_a_resume(toy: Path, tmp_path: Path) -> None:
@@ -311,6 +347,36 @@ def test_optuna_learns_from_what_has_ended_and_asks_the_same_after_a_resume(toy:
     assert np.mean(near[-10:]) < 0.5 * np.mean(near[:10])
 
 
+def test_shared_work_does_not_wait_for_points_that_optuna_makes_later(toy: Path, tmp_path: Path) -> None:
+    folder = new(toy, {"drp.beta": {"loguniform": [0.05, 1.0]}, "drp.steps": 1}, tmp_path, search="optuna", trials=4)
+    (folder.path / "points.jsonl").unlink()
+    assert work.prepare(str(folder.path)) > 0
+    assert folder.points() == {}
+
+
+def test_options_that_are_left_out_are_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("pipelines.sweep.sweep", lambda options, **rest: seen.append((options, rest)))
+    for words in ([], ["--trials", "5", "--set", "drp.beta=1", "--output", "there", "--search", "random"]):
+        with pytest.raises(SystemExit) as done:
+            main(["sweep", *words])
+        assert not done.value.code
+    (bare, _), (said, rest) = seen
+    assert replace(bare, command="") == SweepOptions()
+    assert said == SweepOptions(trials=5, overrides=["drp.beta=1"], search="random", command=said.command)
+    assert rest["output"] == "there" and rest["resume"] is None
+
+
+def test_an_older_sweep_json_is_still_read(tmp_path: Path) -> None:
+    """Its plan as version 0.1 wrote it, with every choice made."""
+    plan = {"name": "s", "recipe": "tiny", "overrides": ["train.steps=6"], "space": "smoke", "about": "", "tree": {}}
+    plan |= {"search": "grid", "scheduler": "none", "trials": 2, "concurrent": 1, "workers": 1, "seed": 0}
+    plan |= {"patience": 30.0, "command": "didr sweep", "facts": {"didr": "0.1.0"}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"plan": plan, "status": "running", "started": 1.0, "asked": 0}))
+    options = SweepFolder.find(str(tmp_path)).plan()
+    assert (options.name, options.trials, options.overrides) == ("s", 2, ["train.steps=6"])
+
+
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -324,33 +390,52 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_a_trials_plan_counts_the_actors_that_score_a_black_box() -> None:
     view = ClusterView((Node("one", {"CPU": 64.0}),))
-    names = [g.name for g in plan.sweep_demands(configs.load("tiny_blackbox"), view, 2, 3).groups]
+    names = [g.name for g in budget.sweep_demands(configs.load("tiny_blackbox"), view, 2, 3).groups]
     assert "scoring actor of a trial" in names
     assert "scoring actor of a trial" not in [
-        g.name for g in plan.sweep_demands(configs.load("tiny"), view, 2, 3).groups
+        g.name for g in budget.sweep_demands(configs.load("tiny"), view, 2, 3).groups
     ]
 
 
 def test_a_trial_that_an_earlier_driver_followed_gets_its_whole_curve(swept: SweepFolder, tmp_path: Path) -> None:
     """That driver was killed with the last steps in its hands; and one that followed nothing at all."""
-    from pipelines.sweeps.board import Board
+    from pipelines.sweeps.monitor import SweepMonitor
     from pipelines.tracking import tracker as tracking
 
     folder = SweepFolder(Path(shutil.copytree(swept.path, tmp_path / "s")))
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    with Board(folder, uri) as board:  # steps 1 and 2 of trial 0 arrive, then it dies
-        with board.guard:
-            tracker = board.tracker(0)
+    with SweepMonitor(folder, uri) as monitor:  # steps 1 and 2 of trial 0 arrive, then it dies
+        with monitor.guard:
+            tracker = monitor.tracker(0)
         for row in read_lines(folder.trial(0).metrics_path)[:2]:
             tracker.metrics(row["step"], {"time/step": row["time/step"]})
         tracker.flush()  # type: ignore[attr-defined]
     for _ in range(2):  # the second has nothing to do
-        with Board(folder, uri) as board:
+        with SweepMonitor(folder, uri) as monitor:
             for number in folder.points():
-                board.settle(number)
+                monitor.settle(number)
     client = tracking.connect(uri)
     for number, run in folder.info()["mlflow"]["trials"].items():
         points = client.get_metric_history(run, "time/step")
         assert [p.step for p in points] == list(range(1, STEPS + 1)), number
         rows = read_lines(folder.trial(int(number)).metrics_path)
         assert [p.value for p in points] == [row["time/step"] for row in rows]
+
+
+def test_a_sweep_without_news_gives_up_and_says_how_to_go_on(
+    swept: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.sweeps import monitor as monitors
+
+    now = [0.0]
+    monkeypatch.setattr(monitors, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    watched = monitors.SweepMonitor(swept, "none")
+    assert swept.plan().patience == 1.0
+    for minute in (0.9, 1.8):
+        now[0] = 60 * minute
+        watched.on_step_begin(0, [])
+        watched.on_trial_result(0, [], None, {})
+    now[0] = 60 * 2.9
+    with pytest.raises(DIDRError, match=r"no trial moved for 1 minutes.*didr sweep --resume s"):
+        watched.on_step_begin(0, [])
+    assert type(pickle.loads(pickle.dumps(watched))).__name__ == "Callback"  # as Tune does; it never uses it

@@ -27,7 +27,7 @@ from pipelines.cluster.resources import (
 )
 from pipelines.report.console import clock
 from pipelines.sweeps.bench import WORDS
-from pipelines.sweeps.folder import Sweep
+from pipelines.sweeps.folder import SweepOptions
 from pipelines.sweeps.space import Space
 
 DRIVER_CPUS = 0.1  # of a trial that has workers of its own: it waits and reads files
@@ -57,7 +57,9 @@ def sweep_demands(config: Config, view: ClusterView, workers: int, at_once: int)
     )
 
 
-def fit(config: Config, view: ClusterView, workers: int, trials: int, at_once: int | None) -> tuple[int, Room]:
+def trials_at_once(
+    config: Config, view: ClusterView, workers: int, trials: int, at_once: int | None
+) -> tuple[int, Room]:
     """How many trials run at once, and how they are placed: as many as fit (on this machine not more than it has cores), or ``at_once``.
 
     Raises:
@@ -95,19 +97,19 @@ def earlier_seconds(config: Config) -> float | None:
     return statistics.median(found) if found else None
 
 
-def estimate(config: Config, plan: Sweep, seconds_a_step: float | None) -> str:
+def estimate(config: Config, options: SweepOptions, seconds_a_step: float | None) -> str:
     """How long it may take, in words."""
     if seconds_a_step is None:
         return "known when the shared work is done (no earlier run of this recipe to go by)"
     one = seconds_a_step * config.train.steps
-    rounds = math.ceil(plan.trials / plan.concurrent)
-    return f"about {clock(one * rounds)} ({plan.trials} trials of about {clock(one)}, {plan.concurrent} at once), plus shared work"
+    rounds = math.ceil(options.trials / options.concurrent)
+    return f"about {clock(one * rounds)} ({options.trials} trials of about {clock(one)}, {options.concurrent} at once), plus shared work"
 
 
-def plan_table(config: Config, space: Space, plan: Sweep, found: Room, path: Path) -> Table:
+def plan_table(config: Config, space: Space, options: SweepOptions, found: Room, path: Path) -> Table:
     """The plan for people."""
     table = Table(
-        title=f"sweep {plan.name}",
+        title=f"sweep {options.name}",
         title_justify="left",
         title_style="bold",
         box=None,
@@ -116,21 +118,25 @@ def plan_table(config: Config, space: Space, plan: Sweep, found: Room, path: Pat
     )
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    needs = ", ".join(f"{v:g} {k}" for k, v in trial_need(config, found.cluster, plan.workers).amounts().items())
-    group = "" if plan.workers == 1 else f", driving {plan.workers} training workers and their actors"
+    needs = ", ".join(f"{v:g} {k}" for k, v in trial_need(config, found.cluster, options.workers).amounts().items())
+    group = "" if options.workers == 1 else f", driving {options.workers} training workers and their actors"
     for name, text in (
         ("space", f"{space.name}: {space.about}"),
         *((f"  {key}", f"{d.kind} {list(d.values)}") for key, d in space.domains.items()),
-        *((f"  {key}", f"{value} (fixed)") for key, value in space.fixed.items() if key not in _given(plan.overrides)),
-        ("trials", f"{plan.trials} by {plan.search}, {_scheduler(plan)}"),
+        *(
+            (f"  {key}", f"{value} (fixed)")
+            for key, value in space.fixed.items()
+            if key not in _given(options.overrides)
+        ),
+        ("trials", f"{options.trials} by {options.search}, {_scheduler(options)}"),
         ("each", f"{config.train.steps} steps of {config.train.batch} samples; reserves {needs}{group}"),
-        ("at once", f"{plan.concurrent} on {_cluster(found.cluster)}"),
+        ("at once", f"{options.concurrent} on {_cluster(found.cluster)}"),
         (
             "judged on",
             f"{config.evaluation.prompts} held-out prompts x {max(2, config.evaluation.seeds)} noises by {_judge(config)}",
         ),
         ("objective", f"the front of held-out gain against distance to {_reference(config)}; {WORDS}"),
-        ("time", estimate(config, plan, earlier_seconds(config))),
+        ("time", estimate(config, options, earlier_seconds(config))),
         ("folder", str(path)),
     ):
         table.add_row(name, text)
@@ -141,8 +147,8 @@ def _given(overrides: Sequence[str]) -> set[str]:
     return {item.partition("=")[0].strip() for item in overrides}
 
 
-def _scheduler(plan: Sweep) -> str:
-    return "all to their end" if plan.scheduler == "none" else "poor ones stopped early by ASHA on the score"
+def _scheduler(options: SweepOptions) -> str:
+    return "all to their end" if options.scheduler == "none" else "poor ones stopped early by ASHA on the score"
 
 
 def _cluster(view: ClusterView) -> str:

@@ -7,12 +7,9 @@ sweep.json; where a kill came between making the run and writing that down, the 
 from __future__ import annotations
 
 import math
-import os
-import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -22,7 +19,7 @@ from rich.text import Text
 
 from didr_core.train.alarms import explain
 from didr_core.train.loop import Observer
-from didr_core.types import StepReport
+from didr_core.types import DIDRError, StepReport
 from pipelines.cluster.watch import Follower
 from pipelines.report.console import clock, console
 from pipelines.sweeps.folder import SweepFolder
@@ -30,8 +27,6 @@ from pipelines.sweeps.space import shown
 from pipelines.tracking import tracker as tracking
 
 EVERY_S = 10.0  # between lines of a running trial, where there is no terminal
-WATCH_S = 5.0
-GRACE_S = 120.0  # from the watchdog's interrupt to its last resort
 
 
 class Curve(Observer):
@@ -47,11 +42,11 @@ class Curve(Observer):
             self.tracker.alarms(report.step, report.alarms)
 
 
-class TrialBoard(Observer):
+class TrialMonitor(Observer):
     """One running trial: its line, and its MLflow run."""
 
-    def __init__(self, board: Board, number: int, total: int) -> None:
-        self.board, self.number, self.total = board, number, total
+    def __init__(self, monitor: SweepMonitor, number: int, total: int) -> None:
+        self.monitor, self.number, self.total = monitor, number, total
         self.step_done, self.text, self.values = 0, "starting", dict[str, float]()
         self.began, self.next_line = time.monotonic(), -math.inf
 
@@ -59,20 +54,20 @@ class TrialBoard(Observer):
         """A step, from the follower's thread."""
         self.step_done, self.text = report.step, ""
         self.values |= report.metrics
-        self.board.news()
-        with self.board.guard:
-            Curve(self.board.tracker(self.number)).step(report)
-        self.board.show(self)
+        self.monitor.news()
+        with self.monitor.guard:
+            Curve(self.monitor.tracker(self.number)).step(report)
+        self.monitor.show(self)
 
     def stage(self, text: str, done: int = 0, total: int = 0) -> None:
         """What a worker group is doing outside of steps."""
         self.text = text
-        self.board.news()
-        self.board.show(self)
+        self.monitor.news()
+        self.monitor.show(self)
 
     def line(self) -> str:
         """``trial 3 (beta 0.21, steps 2)  40/60  reward +0.31 sd  2.1 s/step``."""
-        parts = [self.board.name_of(self.number), self.text or f"{self.step_done}/{self.total}"]
+        parts = [self.monitor.name_of(self.number), self.text or f"{self.step_done}/{self.total}"]
         if "reward/gain" in self.values:
             parts.append(f"reward {self.values['reward/gain']:+.2f} sd")
         if "time/step" in self.values:
@@ -80,39 +75,38 @@ class TrialBoard(Observer):
         return "  ".join(parts)
 
 
-class Board:
-    """Lines, MLflow and the watchdog of one sweep."""
+class SweepMonitor(tune.Callback):
+    """Lines, MLflow and the watchdog of one sweep: Tune's callback, in the driver's process."""
 
     def __init__(self, folder: SweepFolder, uri: str, stream: TextIO | None = None) -> None:
         self.folder, self.uri = folder, uri
-        self.plan, self.config = folder.plan(), folder.config()
+        self.options, self.config = folder.plan(), folder.config()
         self.console = console(stream)
         self.guard = threading.RLock()
-        self.running: dict[int, tuple[TrialBoard, Follower]] = {}
+        self.running: dict[int, tuple[TrialMonitor, Follower]] = {}
         self._trackers: dict[int, tracking.Tracker] = {}
         self._parent: tracking.Tracker = tracking.Tracker()
         self._live: Live | None = None
         self._heard = time.monotonic()
-        self._done = threading.Event()
-        self.silent = False
-        self.restored = False  # Tune's state of an earlier driver is taken up once
         self.worked: list[float] = []  # seconds of trials that ended under this driver
+
+    def __reduce__(self) -> Any:
+        """Tune pickles its callbacks for a restore, which no sweep asks for: what it gets does nothing."""
+        return tune.Callback, ()
 
     def __enter__(self) -> Self:
         ids = self.folder.info().get("mlflow", {})
-        tags = {"didr.sweep": self._tag, "didr.space": self.plan.space}
+        tags = {"didr.sweep": self._tag, "didr.space": self.options.space}
         self._parent = self._open(ids.get("parent"), tags, None, self.folder.path)
         self._remember("parent", self._parent.run_id)
         if self.console.is_terminal:
             self._live = Live(console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
-        threading.Thread(target=self._watch, name="sweep-watchdog", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._done.set()
         for number in list(self.running):
             self._unfollow(number)
         for tracker in self._trackers.values():  # those of trials that did not end
@@ -130,12 +124,12 @@ class Board:
 
     def name_of(self, number: int) -> str:
         """A trial for people; they count from 1."""
-        return f"trial {number + 1}/{self.plan.trials} ({shown(self.folder.points().get(number, {}))})"
+        return f"trial {number + 1}/{self.options.trials} ({shown(self.folder.points().get(number, {}))})"
 
-    def show(self, trial: TrialBoard) -> None:
+    def show(self, trial: TrialMonitor) -> None:
         """Refresh the live lines; without a terminal, a line of this trial now and then."""
         if self._live:
-            lines = [board.line() for board, _ in self.running.values()]
+            lines = [monitor.line() for monitor, _ in self.running.values()]
             self._live.update(Text("\n".join([*lines, self._eta()])))
         elif time.monotonic() >= trial.next_line:
             trial.next_line = time.monotonic() + EVERY_S
@@ -143,31 +137,37 @@ class Board:
 
     def _eta(self) -> str:
         done = len(self.folder.results())
-        left = self.plan.trials - done
+        left = self.options.trials - done
         if not self.worked:
-            return f"{done}/{self.plan.trials} trials done"
+            return f"{done}/{self.options.trials} trials done"
         mean = sum(self.worked) / len(self.worked)
-        return f"{done}/{self.plan.trials} trials done, about {clock(mean * left / self.plan.concurrent)} left"
+        return f"{done}/{self.options.trials} trials done, about {clock(mean * left / self.options.concurrent)} left"
 
     # -- trials
 
-    def begin(self, number: int) -> None:
-        """A trial is starting, or going on in another process; one that Tune only believes to be running is left as it is."""
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """A trial is starting, or going on in another process."""
         self.news()
+        number = int(trial.config["number"])
         if number in self.running or self.folder.result(number):
             return
         run = self.folder.trial(number)
         with self.guard:
             self.tracker(number)
-        board = TrialBoard(self, number, self.folder.config_of(number).train.steps)
-        follower = Follower(run, board, 0)
+        monitor = TrialMonitor(self, number, self.folder.config_of(number).train.steps)
+        follower = Follower(run, monitor, 0)
         follower.__enter__()
-        self.running[number] = (board, follower)
-        self.show(board)
+        self.running[number] = (monitor, follower)
+        self.show(monitor)
 
-    def end(self, number: int) -> None:
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+        """A sign of life."""
+        self.news()
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """It is over, for whatever reason: last line, final scores, its MLflow run closed."""
         self.news()
+        number = int(trial.config["number"])
         self._unfollow(number)
         result = self.folder.result(number)
         if result is None:  # an interrupted sweep
@@ -202,11 +202,14 @@ class Board:
             self._trackers.pop(number, None)
         self._remember("closed", sorted({*closed, number}))
 
-    def lost(self, number: int, reason: str) -> None:
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Its process died too often, or said something that no user could mend."""
+        number = int(trial.config["number"])
         if self.folder.result(number) is None:
+            lines = str(getattr(trial, "error_file", "") and _tail(trial.error_file)).strip().splitlines()
+            reason = lines[-1][:300] if lines else "its process died"
             self.folder.end(number, status="lost", reason=reason, step=self.folder.trial(number).last_step())
-        self.end(number)
+        self.on_trial_complete(iteration, trials, trial)
 
     def _unfollow(self, number: int) -> None:
         _, follower = self.running.pop(number, (None, None))
@@ -228,7 +231,7 @@ class Board:
 
     def _open(self, known: str | None, tags: Mapping[str, str], parent: str | None, path: Any) -> tracking.Tracker:
         number = tags.get("didr.trial")
-        config = self.config if number is None else self.folder.config_of(int(number), self.plan.workers)
+        config = self.config if number is None else self.folder.config_of(int(number), self.options.workers)
         known = known or tracking.find_run(config.tracking, self.uri, tags)
         return tracking.open_tracker(config, path, run_id=known, tags=tags, parent=parent, uri=self.uri)
 
@@ -257,24 +260,19 @@ class Board:
         """Something moved."""
         self._heard = time.monotonic()
 
-    def _watch(self) -> None:
-        """Nothing new for `patience` minutes: interrupt the main thread; if that does not help, end the process. `--resume` goes on."""
-        while not self._done.wait(WATCH_S):
-            if time.monotonic() - self._heard < self.plan.patience * 60:
-                continue
-            self.silent = True
-            import _thread
+    def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
+        """A turn of Tune's loop, in the driver's own thread, some times a second.
 
-            _thread.interrupt_main()
-            if not self._done.wait(GRACE_S):
-                print(f"error: {self.silence()}", file=sys.stderr, flush=True)
-                os._exit(1)
-            return
+        Raises:
+            DIDRError: nothing new for `patience` minutes.
+        """
+        if time.monotonic() - self._heard > self.options.patience * 60:
+            raise DIDRError(self.silence())
 
     def silence(self) -> str:
         """What the watchdog says."""
         return (
-            f"no trial moved for {self.plan.patience:g} minutes. Look at `ray status` and the trials' folders; "
+            f"no trial moved for {self.options.patience:g} minutes. Look at `ray status` and the trials' folders; "
             f"`didr sweep --resume {self.folder.name}` goes on from the last checkpoints, --patience sets another limit."
         )
 
@@ -287,47 +285,6 @@ def outcome_line(result: Mapping[str, Any]) -> str:
     distance = f"{result['distance']:.3g} (start {result['start_distance']:.2g})"
     worth = f"gain {result['gain']:+.3f} sd, distance {distance}, score {result['score']:+.3f}"
     return f"done in {clock(result['seconds'])}: {worth}{alarms}"
-
-
-_BOARDS: dict[str, Board] = {}
-
-
-class News(tune.Callback):
-    """Tune's callbacks to the board. Tune pickles its callbacks, and a board is not for that: it is found again by the sweep's folder."""
-
-    def __init__(self, sweep: str) -> None:
-        self.sweep = sweep
-
-    @classmethod
-    def to(cls, board: Board) -> News:
-        """Callbacks that reach ``board`` in this process."""
-        _BOARDS[str(board.folder.path)] = board
-        return cls(str(board.folder.path))
-
-    def _tell(self, what: Callable[[Board], None]) -> None:
-        board = _BOARDS.get(self.sweep)
-        if board is None:
-            warnings.warn("a sweep's callback found no board", stacklevel=2)
-            return
-        what(board)
-
-    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """See :meth:`Board.begin`."""
-        self._tell(lambda board: board.begin(int(trial.config["number"])))
-
-    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-        """A sign of life."""
-        self._tell(lambda board: board.news())
-
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """See :meth:`Board.end`."""
-        self._tell(lambda board: board.end(int(trial.config["number"])))
-
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """See :meth:`Board.lost`."""
-        lines = str(getattr(trial, "error_file", "") and _tail(trial.error_file)).strip().splitlines()
-        reason = lines[-1][:300] if lines else "its process died"
-        self._tell(lambda board: board.lost(int(trial.config["number"]), reason))
 
 
 def _tail(path: str) -> str:
