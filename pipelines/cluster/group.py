@@ -44,7 +44,7 @@ def measured_scales(config: Config, view: ClusterView) -> Config:
 
 
 def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, listener: Listener, view: ClusterView) -> None:
-    """Room; after a worker's death again, from the last checkpoint, ``workers.max_failures`` times.
+    """Fit; after a worker's death again, from the last checkpoint, ``workers.max_failures`` times.
 
     Raises:
         DIDRError: a mistake of the user's, or workers that died too often.
