@@ -18,6 +18,7 @@ from diffusers import AutoencoderTiny
 
 from didr_core.config import WORLD
 from didr_core.config.files import replace_text
+from didr_core.world.assess import assess, compare, summary
 from didr_core.world.captions import draw_scenes, parse_caption, sample_facts
 from didr_core.world.checker import check, read_pictures
 from didr_core.world.scenes import render
