@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
@@ -38,6 +37,7 @@ from benchmarks.pareto_figure import save_fronts
 from benchmarks.trainings import train
 from didr_core import config as configs
 from didr_core.config import Config
+from didr_core.config.files import replace_text
 from didr_core.config.registry import find
 from didr_core.data.feed import LocalFeed
 from didr_core.evaluate.contestants import fingerprint, one_step_contestant, teacher_contestant
@@ -261,10 +261,7 @@ def tables(tree: dict[str, Any]) -> str:
 
 
 def _write(file: Path, tree: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(tree, indent=1) + "\n")
-    os.replace(part, file)
+    replace_text(file, json.dumps(tree, indent=1) + "\n")
 
 
 def _one_benchmark_a_folder(given: argparse.Namespace) -> None:

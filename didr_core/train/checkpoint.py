@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from didr_core.config.files import replaced
 from didr_core.networks import fsdp, optim
 from didr_core.train.learner import Learner
 from didr_core.types import DIDRError
@@ -143,20 +144,13 @@ def _damage(folder: Path) -> Iterator[None]:
 
 def _write(folder: Path, tree: Any) -> None:
     """``folder/state.pt``, atomically; ``tree`` may be one that is serialised already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (FILE + ".part")
-    try:
-        with partial.open("wb") as file:
-            if isinstance(tree, io.BytesIO):
-                file.write(tree.getbuffer())
-            else:
-                torch.save(tree, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / FILE)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replaced(folder / FILE) as partial, partial.open("wb") as file:
+        if isinstance(tree, io.BytesIO):
+            file.write(tree.getbuffer())
+        else:
+            torch.save(tree, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -28,6 +28,7 @@ import yaml
 
 from didr_core import config as configs
 from didr_core.config import Config
+from didr_core.config.files import replace_text
 from didr_core.config.provenance import provenance
 from didr_core.types import DIDRError, StepReport
 
@@ -195,10 +196,8 @@ class RunFolder:
 
     def _replace(self, name: str, text: str) -> None:
         path = self.path / name
-        partial = path.with_name(path.name + ".part")
         with disk("output", path):
-            partial.write_text(text)
-            partial.replace(path)
+            replace_text(path, text)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -178,11 +178,14 @@ def half(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
-def test_a_full_disk_at_a_checkpoint_loses_nothing(didr: Didr, half: Path, tmp_path: Path) -> None:
+def test_a_full_disk_at_a_checkpoint_loses_nothing(
+    didr: Didr, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunFolder(tmp_path / "run")
     shutil.copytree(half, run.path)
     before = torch.load(run.checkpoint(2) / "state.pt", weights_only=True)
-    partial = run.checkpoint(4) / "state.pt.part"
+    monkeypatch.setattr("didr_core.config.files.secrets.token_hex", lambda _: "known")
+    partial = run.checkpoint(4) / ".state.known.part.pt"
     partial.parent.mkdir()
     partial.symlink_to("/dev/full")
     said = didr("align", "--resume", run.path, "--local", "--set", "train.steps=4")

@@ -160,4 +160,4 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         state.save(tmp_path, subject, {"n": 2})
     monkeypatch.undo()
     assert state.load(tmp_path, subject) == {"n": 1}
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.part*"))
