@@ -6,7 +6,6 @@ import json
 import pickle
 import shutil
 import time
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,6 @@ from didr_core.data.prompts import PromptIndex
 from didr_core.train.loop import train
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError, NonFiniteError
-from pipelines.cli.main import main
 from pipelines.cluster.resources import ClusterView, Node, NoRoom
 from pipelines.sweeps import bench, budget, figures, results, search, space, work
 from pipelines.sweeps.folder import SweepFolder, SweepOptions
@@ -352,49 +350,6 @@ def test_shared_work_does_not_wait_for_points_that_optuna_makes_later(toy: Path,
     (folder.path / "points.jsonl").unlink()
     assert work.prepare(str(folder.path)) > 0
     assert folder.points() == {}
-
-
-def test_options_that_are_left_out_are_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr("pipelines.sweep.sweep", lambda options, **rest: seen.append((options, rest)))
-    for words in ([], ["--trials", "5", "--set", "drp.beta=1", "--output", "there", "--search", "random"]):
-        with pytest.raises(SystemExit) as done:
-            main(["sweep", *words])
-        assert not done.value.code
-    (bare, _), (said, rest) = seen
-    assert replace(bare, command="") == SweepOptions()
-    assert said == SweepOptions(trials=5, overrides=["drp.beta=1"], search="random", command=said.command)
-    assert rest["output"] == "there" and rest["resume"] is None
-
-
-def test_an_older_sweep_json_is_still_read(tmp_path: Path) -> None:
-    """Its plan as version 0.1 wrote it, with every choice made."""
-    plan = {"name": "s", "recipe": "tiny", "overrides": ["train.steps=6"], "space": "smoke", "about": "", "tree": {}}
-    plan |= {"search": "grid", "scheduler": "none", "trials": 2, "concurrent": 1, "workers": 1, "seed": 0}
-    plan |= {"patience": 30.0, "command": "didr sweep", "facts": {"didr": "0.1.0"}}
-    (tmp_path / "sweep.json").write_text(json.dumps({"plan": plan, "status": "running", "started": 1.0, "asked": 0}))
-    options = SweepFolder.find(str(tmp_path)).plan()
-    assert (options.name, options.trials, options.overrides) == ("s", 2, ["train.steps=6"])
-
-
-def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("pipelines.sweep.sweep", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        main(["sweep", "--space", "smoke"])
-    assert stopped.value.code == 130
-    assert "`didr sweep --resume NAME` goes on" in capsys.readouterr().err
-
-
-def test_a_trials_plan_counts_the_actors_that_score_a_black_box() -> None:
-    view = ClusterView((Node("one", {"CPU": 64.0}),))
-    names = [g.name for g in budget.sweep_demands(configs.load("tiny_blackbox"), view, 2, 3).groups]
-    assert "scoring actor of a trial" in names
-    assert "scoring actor of a trial" not in [
-        g.name for g in budget.sweep_demands(configs.load("tiny"), view, 2, 3).groups
-    ]
 
 
 def test_a_trial_that_an_earlier_driver_followed_gets_its_whole_curve(swept: SweepFolder, tmp_path: Path) -> None:
