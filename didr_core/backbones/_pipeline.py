@@ -67,7 +67,7 @@ class Family:
     network: str
     part: str  # the network's folder in a pipeline
     same: tuple[str, ...]  # settings in which generator and reference must agree
-    anchor: str  # a tensor by whose name a prefix in single files is recognised
+    marker: str  # a tensor by whose name a prefix in single files is recognised
     dtype: torch.dtype  # of exports
     original: str | None = None  # part of a tensor's name in the authors' own layout, which diffusers converts
 
@@ -150,7 +150,7 @@ class PipelineBackbone:
                 ".safetensors/.bin file."
             )
         elif not self._is_original(shapes := shapes_of("backbone.generator", path)):
-            bare = without_prefix(shapes, family.anchor)
+            bare = without_prefix(shapes, family.marker)
             if names and (missing := sorted(names - bare.keys())):
                 raise DIDRError(_wrong_layout(path, missing, sorted(bare.keys() - names), family))
 
@@ -218,7 +218,7 @@ class PipelineBackbone:
                 state, config=str(self.folder), subfolder=self.family.part, torch_dtype=torch.float32
             )
             return converted
-        state = without_prefix(state, self.family.anchor)
+        state = without_prefix(state, self.family.marker)
         with torch.device("meta"):
             expected = {name: tuple(value.shape) for name, value in self._empty().state_dict().items()}
         check_layout("backbone.generator", path, state, expected, f"the diffusers layout of {self.family.network}")

@@ -26,7 +26,7 @@ class SDXL(PipelineBackbone):
         network="UNet2DConditionModel",
         part="unet",
         same=("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim"),
-        anchor="time_embedding.linear_1.weight",
+        marker="time_embedding.linear_1.weight",
         dtype=torch.float16,
     )
     lora_targets = (  # those of DMD2's and DMDR's SDXL recipes

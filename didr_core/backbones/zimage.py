@@ -35,7 +35,7 @@ class ZImage(PipelineBackbone):
         network="ZImageTransformer2DModel",
         part="transformer",
         same=("in_channels", "cap_feat_dim", "all_patch_size", "all_f_patch_size"),
-        anchor="cap_embedder.1.weight",
+        marker="cap_embedder.1.weight",
         dtype=torch.bfloat16,  # float16 overflows
         original=".attention.qkv.weight",
     )

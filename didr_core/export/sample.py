@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from didr_core import config as configs
 from didr_core.config import Config, build
 from didr_core.networks import roles
-from didr_core.train import checkpoint as state
+from didr_core.train import checkpoint
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import Backbone, DIDRError
 
@@ -76,5 +76,5 @@ def trained_generator(config: Config, run: RunFolder, which: str = "ema") -> tup
         raise DIDRError(f"run {run.path}: no checkpoint yet, so there is nothing to export.")
     backbone: Backbone = build("backbones", config.backbone)
     network = roles.bare_generator(backbone, config.backbone, config.roles)
-    network.load_state_dict(state.read(run.checkpoint(step), which, network.state_dict()))
+    network.load_state_dict(checkpoint.read(run.checkpoint(step), which, network.state_dict()))
     return backbone, network.requires_grad_(False), step

@@ -174,13 +174,13 @@ def shapes_of(key: str, path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
-def without_prefix(state: Mapping[str, Any], anchor: str) -> dict[str, Any]:
+def without_prefix(state: Mapping[str, Any], marker: str) -> dict[str, Any]:
     """``state`` without what trainers put before every name (``module.``, ``unet.``, ``model.diffusion_model.``).
 
-    ``anchor`` is the bare name of one tensor, which tells the prefix; without it, or with two of it, nothing changes.
+    ``marker`` is the bare name of one tensor, which tells the prefix; without it, or with two of it, nothing changes.
     """
-    found = [name for name in state if name == anchor or name.endswith(f".{anchor}")]
-    prefix = found[0].removesuffix(anchor) if len(found) == 1 else ""
+    found = [name for name in state if name == marker or name.endswith(f".{marker}")]
+    prefix = found[0].removesuffix(marker) if len(found) == 1 else ""
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
@@ -202,7 +202,7 @@ def check_layout(key: str, path: Path, state: State, expected: Shapes, what: str
         raise DIDRError(f"{key}={str(path)!r}: tensors {', '.join(wrong)}. Expected {what}.")
 
 
-def anchors(key: str, path: Path, state: State, names: Sequence[str], what: str) -> list[tuple[int, ...]]:
+def marker_shapes(key: str, path: Path, state: State, names: Sequence[str], what: str) -> list[tuple[int, ...]]:
     """Shapes of the tensors ``names``, from which the sizes of ``what`` follow.
 
     Raises:

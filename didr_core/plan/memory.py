@@ -15,7 +15,7 @@ from torch import nn
 
 from didr_core.config import Config, Optim, registry
 from didr_core.drs.problem import Calls, Estimator
-from didr_core.networks import fsdp as sharding
+from didr_core.networks import fsdp
 from didr_core.networks.roles import starts_as_reference
 from didr_core.plan import shapes
 from didr_core.plan.footprint import NOTHING, Cost
@@ -233,7 +233,7 @@ def _gathered(config: Config, costs: _Costs) -> list[Line]:
     """Of split networks: the block in use and the next one, and the gradient of a block in float32, twice (to reduce, and reduced)."""
     if not _split(config):
         return []
-    largest = max(sharding.unit_sizes(costs.network))
+    largest = max(fsdp.unit_sizes(costs.network))
     bytes_ = max(BYTES[costs.dtypes[r]] for r in ("generator", "assistant") if getattr(config.roles, r) == "full")
     how = f"largest block {largest / 1e6:,.0f}M x (2 x {bytes_} B + 2 x 4 B)"
     return [Line("split networks", "gathered blocks", how, largest * (2 * bytes_ + 8))]

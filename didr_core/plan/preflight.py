@@ -10,7 +10,7 @@ import torch
 from didr_core.config import Config, build
 from didr_core.data.prompts import PromptIndex, open_prompts
 from didr_core.export.folder import find_export
-from didr_core.networks import optim as precision
+from didr_core.networks import optim
 from didr_core.plan import advice
 from didr_core.train.run_folder import local_folder
 from didr_core.types import DIDRError
@@ -37,7 +37,7 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
     index.scan(SCAN_ROWS)
     if config.data.heldout:
         PromptIndex.open(config.data.heldout, config.data.column, config.data.id_column, "data.heldout").scan(SCAN_ROWS)
-    precision.check(config)
+    optim.check(config)
     build("algorithms", config.algorithm)
     build("backbones", config.backbone).check()
     if config.needs_reward and config.reward is not None:

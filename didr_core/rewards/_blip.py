@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from didr_core.networks.loading import Shapes, State, anchors, assemble, check_layout, count_layers
+from didr_core.networks.loading import Shapes, State, assemble, check_layout, count_layers, marker_shapes
 from didr_core.rewards._head import linear_layers
 from didr_core.types import DIDRError
 
@@ -46,13 +46,13 @@ def check(file: Path, state: State) -> None:
 def layout(state: State, file: Path) -> Shapes:
     """Names and shapes of both towers with the sizes that ``state`` shows."""
     names = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
-    conv, places, vision_fc = anchors("reward.path", file, state, [VISION + n for n in names], WHAT)
+    conv, places, vision_fc = marker_shapes("reward.path", file, state, [VISION + n for n in names], WHAT)
     names = (
         "embeddings.word_embeddings.weight",
         "embeddings.position_embeddings.weight",
         "encoder.layer.0.intermediate.dense.weight",
     )
-    words, positions, text_fc = anchors("reward.path", file, state, [TEXT + n for n in names], WHAT)
+    words, positions, text_fc = marker_shapes("reward.path", file, state, [TEXT + n for n in names], WHAT)
     v, t = conv[0], words[1]
     for width in (v, t):
         if width % HEAD_WIDTH:

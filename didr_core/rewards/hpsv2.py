@@ -15,12 +15,12 @@ import torch
 from didr_core.config import Component, locate
 from didr_core.networks.loading import (
     State,
-    anchors,
     assemble,
     check_layout,
     check_tokenizer,
     count_layers,
     find_file,
+    marker_shapes,
     read_state,
 )
 from didr_core.rewards._clip import ClipReward, Towers, load_tokenizer
@@ -86,7 +86,7 @@ def layout(state: State, file: Path) -> dict[str, tuple[int, ...]]:
     """
     names = ("visual.conv1.weight", "visual.positional_embedding", "visual.proj", "token_embedding.weight")
     first = ("visual.transformer.resblocks.0.mlp.c_fc.weight", "transformer.resblocks.0.mlp.c_fc.weight")
-    conv, places, proj, tokens, vision_fc, text_fc, context = anchors(
+    conv, places, proj, tokens, vision_fc, text_fc, context = marker_shapes(
         "reward.path", file, state, (*names, *first, "positional_embedding"), WHAT
     )
     vision, text, out = conv[0], tokens[1], proj[1]

@@ -19,7 +19,7 @@ from didr_core.config import Config
 from didr_core.data import scales
 from didr_core.data.feed import LocalFeed
 from didr_core.data.prompts import PromptIndex
-from didr_core.train import checkpoint as state
+from didr_core.train import checkpoint
 from didr_core.train.alarms import Alarms
 from didr_core.train.learner import Learner
 from didr_core.train.run_folder import RunFolder
@@ -51,7 +51,7 @@ class Journal:
     def __init__(self, run: RunFolder, config: Config, learner: Learner, corpus: str) -> None:
         self.run, self.config, self.learner, self.corpus = run, config, learner, corpus
         self.alarms = Alarms()
-        self.saver = state.Saver(learner)
+        self.saver = checkpoint.Saver(learner)
 
     def restore(self) -> None:
         """Go to the newest complete checkpoint, if there is one.
@@ -62,7 +62,7 @@ class Journal:
         step = self.run.last_step()
         if not step:
             return
-        extra = state.load(self.run.checkpoint(step), self.learner)
+        extra = checkpoint.load(self.run.checkpoint(step), self.learner)
         if extra["corpus"] != self.corpus:
             raise DIDRError(
                 f"data.prompts={self.config.data.prompts!r}: shards or row counts are not those this run began with, so it cannot go on "
@@ -78,7 +78,7 @@ class Journal:
             self.run.checkpoint(step), extra, then=lambda: self.run.prune(self.config.train.keep_checkpoints)
         )
 
-    def judge(self, report: StepReport, seconds: float, waited: float) -> StepReport:
+    def with_alarms(self, report: StepReport, seconds: float, waited: float) -> StepReport:
         """``report`` with times and alarms."""
         metrics = report.metrics | {"time/step": seconds, "time/data": waited}
         return replace(report, metrics=metrics, alarms=self.alarms.update(report.metrics))
@@ -121,7 +121,7 @@ def loop(
         except NonFiniteError:  # on all ranks at once; what is being written is the last good checkpoint
             journal.saver.wait()
             raise
-        report = journal.judge(report, time.perf_counter() - began, waited)
+        report = journal.with_alarms(report, time.perf_counter() - began, waited)
         if writes:
             journal.run.log(report)
         observer.step(report)

@@ -20,7 +20,7 @@ from didr_core.algorithms import losses
 from didr_core.config.registry import find, names
 from didr_core.data.feed import LocalFeed
 from didr_core.diffusion.noise import Noise
-from didr_core.train import checkpoint as state
+from didr_core.train import checkpoint
 from didr_core.train.learner import Learner, _Pass
 from didr_core.types import Batch, DIDRError, GeneratorContext
 from pipelines.cli.show import show
@@ -347,10 +347,10 @@ def test_a_real_step_changes_the_generator_and_resumes_exactly(recipe: Path, nam
     assert ("loss/assistant" in metrics) == needs_assistant
     assert torch.equal(weights(straight.assistant_net), tracker) != needs_assistant
     assert ("reward/ratio" in metrics) == (name in ("diff_instruct_pp", "diff_instruct_star", "dmdr"))
-    state.save(tmp_path, straight, {})
+    checkpoint.save(tmp_path, straight, {})
     straight.step(batches[1])
     second, _ = started(recipe, name)
-    state.load(tmp_path, second)
+    checkpoint.load(tmp_path, second)
     second.step(batches[1])
     for a, b in ((straight.generator_net, second.generator_net), (straight.ema_net, second.ema_net)):
         assert torch.equal(weights(a), weights(b))

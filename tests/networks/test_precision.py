@@ -15,7 +15,7 @@ from didr_core import config
 from didr_core.config import Optim
 from didr_core.networks import optim
 from didr_core.networks.optim import StochasticAdamW, Weights, stochastic_round
-from didr_core.train import checkpoint as state
+from didr_core.train import checkpoint
 from didr_core.types import DIDRError
 
 LR, STEPS = 5e-7, 200
@@ -116,9 +116,9 @@ def test_bfloat16_networks_train_and_resume_bit_for_bit(folder: Path, tmp_path: 
     assert metrics["matching/rms"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(straight.generator_net.parameters(), start, strict=True))
     first.step(data)
-    state.save(tmp_path, first, {})
+    checkpoint.save(tmp_path, first, {})
     second = learner(folder, **made)
-    state.load(tmp_path, second)
+    checkpoint.load(tmp_path, second)
     for _ in range(2):
         second.step(data)
     for name in ("generator_weights", "assistant_weights"):

@@ -15,7 +15,7 @@ from didr_core import config
 from didr_core.config import Roles
 from didr_core.networks import lora
 from didr_core.networks.lora import LoRA
-from didr_core.train import checkpoint as state
+from didr_core.train import checkpoint
 from didr_core.train.learner import Learner
 from didr_core.types import DIDRError
 
@@ -147,15 +147,15 @@ def test_resume_is_exact_and_checkpoints_hold_what_is_trained(
         straight.step(data)
     for _ in range(2):
         first.step(data)
-    state.save(tmp_path, first, {})
+    checkpoint.save(tmp_path, first, {})
     second = learner(folder, **options)
-    state.load(tmp_path, second)
+    checkpoint.load(tmp_path, second)
     for _ in range(2):
         second.step(data)
     for name in ("generator_net", "assistant_net", "ema_net"):
         for a, b in zip(getattr(second, name).parameters(), getattr(straight, name).parameters(), strict=True):
             assert torch.equal(a, b)
-    saved = torch.load(tmp_path / state.FILE, weights_only=True)["learner"]
+    saved = torch.load(tmp_path / checkpoint.FILE, weights_only=True)["learner"]
     trained = sum(p.numel() for p in straight.assistant_net.parameters())
     assert sum(v.numel() for v in saved["assistant"].values()) == trained < 60_000
 
@@ -196,7 +196,7 @@ def test_trained_generator_reads_an_adapter_from_the_checkpoint(folder: Path, tm
     subject.step(batch(subject))
     randomise(subject.ema_net, 1)
     run = RunFolder.create(subject.config, str(tmp_path / "run"), "test")
-    state.save(run.checkpoint(1), subject, {})
+    checkpoint.save(run.checkpoint(1), subject, {})
     _, network, step = trained_generator(subject.config, run, "ema")
     assert step == 1
     ours, theirs = lora.plain(subject.ema_net).state_dict(), lora.plain(network).state_dict()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from didr_core import config
 from didr_core.networks import fsdp, optim
-from didr_core.train import checkpoint as state
+from didr_core.train import checkpoint
 from didr_core.train import distributed as parallel
 from didr_core.train.learner import Learner
 from didr_core.types import DIDRError
@@ -100,7 +100,7 @@ def _checks(rank: int, folder: Path, out: Path) -> None:
 
     # with Adam: on from a checkpoint of two workers, and from one of a single one
     straight = subject(folder, "full", parallel.current(), 2)
-    saver = state.Saver(straight)
+    saver = checkpoint.Saver(straight)
     straight.step(half(straight))
     torch.save(bytes_held(straight), out / f"held-{rank}.pt")
     moments = {k: v.clone() for k, v in _moments(straight).items()}
@@ -115,7 +115,7 @@ def _checks(rank: int, folder: Path, out: Path) -> None:
     for source in ("two", "one"):
         resumed = subject(folder, "full", parallel.current(), 2)
         dist.barrier()
-        assert state.load(out / source, resumed) == {"n": 1}
+        assert checkpoint.load(out / source, resumed) == {"n": 1}
         if source == "two":
             assert all(torch.equal(v, moments[k]) for k, v in _moments(resumed).items())
         resumed.step(half(resumed))
@@ -123,10 +123,10 @@ def _checks(rank: int, folder: Path, out: Path) -> None:
 
     waiting = subject(folder, "head_start", parallel.current(), 2)  # the generator has not begun when it is saved
     waiting.step(half(waiting))
-    state.save(out / "waiting", waiting, {})
+    checkpoint.save(out / "waiting", waiting, {})
     dist.barrier()
     resumed = subject(folder, "head_start", parallel.current(), 2)
-    state.load(out / "waiting", resumed)
+    checkpoint.load(out / "waiting", resumed)
     assert not resumed.generator_opt.state and resumed.assistant_opt.state
     for _ in range(2):
         one, other = waiting.step(half(waiting)), resumed.step(half(resumed))
@@ -161,7 +161,7 @@ def two_processes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("two")
     first = subject(folder, "full")  # a checkpoint of one worker
     first.step(batch(first))
-    state.save(out / "one", first, {"n": 1})
+    checkpoint.save(out / "one", first, {"n": 1})
     assert not (out / "one" / fsdp.FOLDER).exists()
     mp.spawn(_worker, (str(folder), str(out)), nprocs=2)
     return out
@@ -198,7 +198,7 @@ def test_a_checkpoint_fits_any_number_of_workers(two_processes: Path, folder: Pa
         assert resumed.keys() == straight.keys()
         assert all(torch.equal(v, straight[n]) for n, v in resumed.items())
     alone = subject(folder, "full")  # two to one
-    assert state.load(out / "two", alone) == {"n": 1}
+    assert checkpoint.load(out / "two", alone) == {"n": 1}
     assert alone.step_count == 1
     for key, value in _moments(alone).items():
         assert torch.equal(value, moments[key]), key
@@ -209,7 +209,7 @@ def test_a_checkpoint_fits_any_number_of_workers(two_processes: Path, folder: Pa
     for name, value in weights(alone).items():
         assert (value - one_to_two[name]).abs().max() <= 2e-4, name
     network = alone.backbone.load_network("generator")  # what `didr export` and `didr sample` read
-    network.load_state_dict(state.read(out / "two", "ema", network.state_dict()))
+    network.load_state_dict(checkpoint.read(out / "two", "ema", network.state_dict()))
     assert set(whole) == set(network.state_dict())
     assert any((v - whole[n]).abs().max() > 0 for n, v in network.state_dict().items())  # a step earlier
     for name, value in whole.items():
@@ -229,7 +229,7 @@ def test_a_checkpoint_that_lacks_a_part_is_named(two_processes: Path, folder: Pa
     broken = Path(shutil.copytree(two_processes / "two", tmp_path / "broken"))
     next((broken / fsdp.FOLDER).glob("*.distcp")).unlink()
     with pytest.raises(DIDRError, match="checkpoint .*broken: does not fit this recipe, or is damaged"):
-        state.load(broken, subject(folder, "full"))
+        checkpoint.load(broken, subject(folder, "full"))
 
 
 def test_moments_made_to_load_into_change_nothing(folder: Path) -> None:

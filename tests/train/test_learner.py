@@ -11,7 +11,7 @@ from random_models import clip_folder, sdxl_folder
 
 from didr_core import config
 from didr_core.algorithms import losses
-from didr_core.train import checkpoint as state
+from didr_core.train import checkpoint
 from didr_core.train.learner import Learner
 from didr_core.types import Batch, DIDRError, NonFiniteError
 
@@ -85,9 +85,9 @@ def test_resume_is_bit_for_bit(folders: tuple[Path, Path], tmp_path: Path) -> No
         straight.step(data)
     for _ in range(2):
         first.step(data)
-    state.save(tmp_path / "ckpt", first, {"cursor": 8})
+    checkpoint.save(tmp_path / "ckpt", first, {"cursor": 8})
     second = learner(folders)
-    assert state.load(tmp_path / "ckpt", second) == {"cursor": 8}
+    assert checkpoint.load(tmp_path / "ckpt", second) == {"cursor": 8}
     for _ in range(2):
         second.step(data)
     assert second.step_count == straight.step_count == 4
@@ -150,14 +150,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = learner(folders)
-    state.save(tmp_path, subject, {"n": 1})
+    checkpoint.save(tmp_path, subject, {"n": 1})
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(DIDRError, match=r"disk is full: about [\d,]+ bytes needed"):
-        state.save(tmp_path, subject, {"n": 2})
+        checkpoint.save(tmp_path, subject, {"n": 2})
     monkeypatch.undo()
-    assert state.load(tmp_path, subject) == {"n": 1}
+    assert checkpoint.load(tmp_path, subject) == {"n": 1}
     assert not list(tmp_path.glob("*.part*"))
