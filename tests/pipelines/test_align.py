@@ -75,7 +75,7 @@ WITHOUT_RAY = """
 import sys
 for name in ("ray", "mlflow", "pipelines"):
     sys.modules[name] = None  # importing it raises
-from didr_core.train import main
+from didr_core.train.__main__ import main
 sys.exit(main())
 """
 
