@@ -65,8 +65,9 @@ class Journal:
         extra = checkpoint.load(self.run.checkpoint(step), self.learner)
         if extra["corpus"] != self.corpus:
             raise DIDRError(
-                f"data.prompts={self.config.data.prompts!r}: shards or row counts are not those this run began with, so it cannot go on "
-                "where it stopped. Restore the shards, or start a new run."
+                f"data.prompts={self.config.data.prompts!r}: shards, row counts or the order of samples are not those this run began "
+                "with, so it cannot go on where it stopped. Restore the shards, or start a new run (over 65,536 prompts the order "
+                "changed with version 0.2: go on with the version in run.json)."
             )
         self.alarms.load_state_dict(extra["alarms"])
 
