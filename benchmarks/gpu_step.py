@@ -16,9 +16,11 @@ import argparse
 import datetime
 import json
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -27,16 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.random_sdxl import RandomClip, RandomSDXL
+from benchmarks import random_sdxl
 from didr_core import config as configs
 from didr_core.algorithms import losses
 from didr_core.backbones.sdxl import SDXL
 from didr_core.config import Config
 from didr_core.diffusion.noise import Noise
 from didr_core.diffusion.schedule import chain_times, coeffs_like, diffuse, step
-from didr_core.plan import memory
-from didr_core.plan.footprint import Counter
-from didr_core.train import learner as learning
+from didr_core.networks.lora import cast_inputs
+from didr_core.plan import hollow, memory
+from didr_core.plan.trace import Counter
 from didr_core.train.learner import Learner
 from didr_core.types import Batch, Condition
 
@@ -44,7 +46,15 @@ GIB = 2**30
 
 
 def recipe(
-    size: str, resolution: int, k: int, batch: int, micro: int, updates: int, decoder: str, exact: bool = False
+    size: str,
+    folder: Path,
+    resolution: int,
+    k: int,
+    batch: int,
+    micro: int,
+    updates: int,
+    decoder: str,
+    exact: bool = False,
 ) -> Config:
     """Recipe sdxl_1gpu's roles around random weights; ``exact``: float32 full copies, as "plain" in float32."""
     roles: dict[str, Any] = {
@@ -57,14 +67,9 @@ def recipe(
     roles |= {"rank": 4} if size == "tiny" else {}
     tree = {
         "name": "gpu_step",
-        "backbone": {
-            "name": "benchmarks.random_sdxl:RandomSDXL",
-            "size": size,
-            "resolution": resolution,
-            "decoder": decoder,
-        },
+        "backbone": {"name": "sdxl", "resolution": resolution, **random_sdxl.backbone(size, decoder, folder)},
         "algorithm": "didr",
-        "reward": {"name": "benchmarks.random_sdxl:RandomClip", "size": size},
+        "reward": random_sdxl.reward(size, folder),
         "drp": {"estimator": "ode", "steps": k},
         "guidance": {"reference": 8.0},
         "generator": {"lr": 5e-7},
@@ -82,37 +87,44 @@ def recipe(
     return configs.validate(tree)
 
 
+def ours(config: Config, folder: Path, device: torch.device) -> Learner:
+    """The learner around random weights."""
+    return Learner(
+        config,
+        device=device,
+        backbone=hollow.backbone(config.backbone, folder, str(device)),
+        reward=hollow.Reward(config.reward, str(device)),  # type: ignore[arg-type]
+        phase=partial(phase, device=device),
+    )
+
+
 def prompts(backbone: SDXL, size: int, device: torch.device) -> Batch:
     """Random conditions of ``size`` prompts."""
-    net = backbone.network_config
-    pooled = net["projection_class_embeddings_input_dim"] - 6 * net["addition_time_embed_dim"]
     torch.manual_seed(7)
-    condition = {
-        "prompt_embeds": torch.randn(size, 77, net["cross_attention_dim"]),
-        "pooled": torch.randn(size, pooled),
-    }
     names = [str(i) for i in range(size)]
     zeros, ones = torch.zeros(size), torch.full((size,), 0.01)
-    return Batch(torch.arange(size), names, names, Condition(condition), {}, zeros, ones).to(device)
+    condition = backbone.blank(size).map(torch.randn_like)
+    return Batch(torch.arange(size), names, names, condition, {}, zeros, ones).to(device)
 
 
 class Plain:
     """The loop one writes first: three copies, nothing shared, nothing recomputed."""
 
-    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> None:
+    def __init__(
+        self, config: Config, folder: Path, device: torch.device, dtype: torch.dtype, checkpointing: bool
+    ) -> None:
         self.config, self.device = config, device
-        self.backbone = RandomSDXL(config.backbone)  # type: ignore[arg-type]
+        self.backbone: SDXL = hollow.backbone(config.backbone, folder, str(device))
         nets = [self.backbone.load_network(role).to(device, dtype) for role in ("generator", "assistant", "reference")]
         self.generator, self.assistant, self.reference = nets
         self.reference.requires_grad_(False)
         for net in nets:
-            net.register_forward_pre_hook(lambda m, a, k: learning.lora._cast(m, a, k), with_kwargs=True)
+            cast_inputs(net)
             if checkpointing:
                 net.enable_gradient_checkpointing()
         self.backbone.load_decoder()
         self.backbone.to(device)
-        self.reward = RandomClip(config.reward)  # type: ignore[arg-type]
-        self.reward.load(device)
+        self.reward = hollow.Reward(config.reward, str(device))
         self.optimizers = [
             torch.optim.AdamW(net.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
             for net, o in ((self.generator, config.generator), (self.assistant, config.assistant))
@@ -125,9 +137,9 @@ class Plain:
 
     def step(self, batch: Batch) -> None:
         for k in range(self.config.train.assistant_updates):
-            with phase("teaching assistant", self.device):
+            with phase("TA update", self.device):
                 self._update(1, batch, lambda part, k=k: self._assistant(part, f"ta{k}"))
-        with phase("generator", self.device):
+        with phase("generator update", self.device):
             self._update(0, batch, self._generator)
 
     def _update(self, which: int, batch: Batch, loss: Callable[[Batch], Tensor]) -> None:
@@ -154,7 +166,7 @@ class Plain:
         t = noise.uniform(part.index, "g/t", *self.config.times.generator)
         x_t = diffuse(schedule, x0, noise.normal(part.index, shape, "g/eps"), t).detach()
         alpha, sigma = coeffs_like(schedule, t, x_t)
-        with phase("proxy and reward", self.device):
+        with phase("proxy", self.device):
             drs = self._drs(x_t, t, part) / 0.1  # 0.1: the square root of the batch's spread
         with torch.no_grad():
             reference = self.guided(x_t, t, part.condition)
@@ -199,27 +211,6 @@ def phase(name: str, device: torch.device) -> Iterator[None]:
         row[:] = [row[0] + time.perf_counter() - began, row[1] + 1, max(row[2], peak)]
 
 
-@contextmanager
-def phases_of(learner: Learner) -> Iterator[None]:
-    """Time the learner's phases by wrapping their methods, for the length of the block."""
-    wrapped = ((Learner, "_update_assistant", "teaching assistant"), (Learner, "_update_generator", "generator"))
-    originals = []
-    for owner, method, name in (*wrapped, (learning._Pass, "drs", "proxy and reward")):
-        original = getattr(owner, method)
-
-        def timed(*args: Any, _original: Any = original, _name: str = name, **kwargs: Any) -> Any:
-            with phase(_name, learner.device):
-                return _original(*args, **kwargs)
-
-        originals.append((owner, method, original))
-        setattr(owner, method, timed)
-    try:
-        yield
-    finally:
-        for owner, method, original in originals:
-            setattr(owner, method, original)
-
-
 def measure(make: Callable[[], Any], batch_size: int, iterations: int, device: torch.device) -> dict[str, Any]:
     """Build, warm up with one counted step, then time ``iterations``."""
     if device.type == "cuda":
@@ -228,13 +219,12 @@ def measure(make: Callable[[], Any], batch_size: int, iterations: int, device: t
     try:
         subject = make()
         batch = prompts(subject.backbone, batch_size, device)
-        with phases_of(subject) if isinstance(subject, Learner) else _nothing():
-            with Counter() as count:
+        with Counter() as count:
+            subject.step(batch)
+        PHASES.clear()
+        with phase("update", device):
+            for _ in range(iterations):
                 subject.step(batch)
-            PHASES.clear()
-            with phase("update", device):
-                for _ in range(iterations):
-                    subject.step(batch)
     except torch.cuda.OutOfMemoryError:
         return {"fits": False}
     seconds = PHASES["update"][0] / iterations
@@ -254,19 +244,9 @@ def measure(make: Callable[[], Any], batch_size: int, iterations: int, device: t
     }
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def planned(config: Config) -> dict[str, float]:
-    """What `didr doctor` says of the same step at full size: for the same numbers to be seen side by side."""
-    tree = configs.dump(config)
-    resolution = tree["backbone"]["resolution"]
-    tree["backbone"] = {"name": "sdxl", "pipeline": "none", "generator": "none", "resolution": resolution}
-    tree["backbone"] |= {"decoder": "none"} if config.backbone.decoder == "tiny" else {}  # type: ignore[attr-defined]
-    tree["reward"] = {"name": "hpsv2", "path": "none"}
-    plan = memory.plan(configs.validate(tree))
+    """What `didr doctor` says of the same step."""
+    plan = memory.plan(config)
     assert plan is not None
     return {"tflop_per_update": plan.total_flops * plan.samples / 1e12, "peak_gib": plan.processes[0].total / GIB}
 
@@ -300,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu_step.json"))
     given = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(tempfile.mkdtemp())
     report: dict[str, Any] = {
         "hardware": hardware(device),
         "arguments": vars(given) | {"output": str(given.output)},
@@ -308,11 +289,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for resolution in given.resolutions:
         for k in given.steps:
             config = recipe(
-                given.size, resolution, k, given.batch, given.micro_batch, given.assistant_updates, given.decoder
+                given.size,
+                folder,
+                resolution,
+                k,
+                given.batch,
+                given.micro_batch,
+                given.assistant_updates,
+                given.decoder,
             )
             loops: dict[str, Callable[[], Any]] = {
-                "ours": lambda c=config: Learner(c, device=device),  # type: ignore[misc]
-                "plain": lambda c=config: Plain(c, device, torch.bfloat16, given.plain_checkpointing),  # type: ignore[misc]
+                "ours": lambda c=config: ours(c, folder, device),  # type: ignore[misc]
+                "plain": lambda c=config: Plain(c, folder, device, torch.bfloat16, given.plain_checkpointing),  # type: ignore[misc]
             }
             for name in given.loops:
                 row = {
@@ -321,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "K": k,
                     **measure(loops[name], given.batch, given.iterations, device),
                 }
-                if name == "ours" and given.size == "full":
+                if name == "ours":
                     row["planned"] = planned(config)
                 report["rows"].append(row)
                 print(json.dumps(row), flush=True)

@@ -27,7 +27,7 @@ from didr_core.networks.loading import (
     variant,
     without_prefix,
 )
-from didr_core.types import DIDRError, Schedule
+from didr_core.types import Condition, DIDRError, Schedule
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
@@ -73,7 +73,7 @@ class Family:
 
 
 class PipelineBackbone:
-    """Base of the families; `schedule`, `x0`, `generate`, `encode` and `null` are theirs."""
+    """Base of the families; `schedule`, `x0`, `generate`, `encode`, `blank` and `null` are theirs."""
 
     family: Family
     schedule: Schedule
@@ -223,6 +223,10 @@ class PipelineBackbone:
             expected = {name: tuple(value.shape) for name, value in self._empty().state_dict().items()}
         check_layout("backbone.generator", path, state, expected, f"the diffusers layout of {self.family.network}")
         return assemble(self._empty, state).requires_grad_(True)
+
+    def blank(self, count: int) -> Condition:
+        """What :meth:`encode` gives for ``count`` of the longest prompts, all zeros, without text encoders: for plans and benchmarks."""
+        raise NotImplementedError
 
     def load_decoder(self) -> None:
         """Load the VAE that pictures are decoded with, frozen."""

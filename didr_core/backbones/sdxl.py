@@ -71,6 +71,13 @@ class SDXL(PipelineBackbone):
             embeds, _, pooled, _ = self._text.encode_prompt(list(prompts), do_classifier_free_guidance=False)
         return Condition({"prompt_embeds": embeds.float(), "pooled": pooled.float()})
 
+    def blank(self, count: int) -> Condition:
+        """See :meth:`PipelineBackbone.blank`."""
+        net = self.network_config
+        pooled = net["projection_class_embeddings_input_dim"] - 6 * net["addition_time_embed_dim"]
+        embeds = torch.zeros(count, 77, net["cross_attention_dim"])
+        return Condition({"prompt_embeds": embeds, "pooled": torch.zeros(count, pooled)})
+
     def null(self, like: Condition) -> Condition:
         """Zeros (the SDXL pipeline's default), or the encoded empty prompt."""
         if self.config.unconditional == "zeros":

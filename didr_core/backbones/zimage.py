@@ -113,6 +113,12 @@ class ZImage(PipelineBackbone):
             }
         )
 
+    def blank(self, count: int) -> Condition:
+        """See :meth:`PipelineBackbone.blank`."""
+        size, width = self.config.max_tokens, self.network_config["cap_feat_dim"]
+        rows = torch.zeros(count, size, width)
+        return Condition({"prompt_embeds": rows, "length": torch.full((count,), size), "null_embeds": rows[:, :16]})
+
     @torch.no_grad()
     def _embed(self, prompts: Sequence[str]) -> list[Tensor]:
         """``[L_i, D]`` each, float32: hidden states before the last layer, without padding."""

@@ -152,7 +152,10 @@ def add_adapter(base: nn.Module, role: str, roles: Roles, backbone: Backbone, se
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
     trained = [p for p in base.parameters() if p.requires_grad]
-    with torch.random.fork_rng():
+    hollow = any(
+        p.is_meta for p in base.parameters()
+    )  # adapters are drawn on the CPU, wherever the base is; in a plan, nowhere
+    with torch.random.fork_rng(), torch.device("meta" if hollow else "cpu"):
         torch.manual_seed(seed)
         try:
             if not targets:
@@ -172,7 +175,8 @@ def add_adapter(base: nn.Module, role: str, roles: Roles, backbone: Backbone, se
     mode.layers = [m.__dict__ for m in base.modules() if isinstance(m, LoraLayer)]
     mode.role = role  # whatever it was: the new layers are on
     mode._enter(None, ())
-    return LoRA(base, role).requires_grad_(True)
+    adapter = LoRA(base, role)
+    return adapter.to(adapter.dtype).requires_grad_(True)  # peft leaves those of a hollow base in float32
 
 
 def _matrices(base: nn.Module) -> list[str]:

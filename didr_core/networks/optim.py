@@ -162,7 +162,8 @@ class StochasticAdamW(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if bits is None:
-                    bits = torch.Generator(p.device).manual_seed(group["seed"] * 1_000_003 + group["updates"])
+                    device = "cpu" if p.is_meta else p.device
+                    bits = torch.Generator(device).manual_seed(group["seed"] * 1_000_003 + group["updates"])
                 p.copy_(
                     stochastic_round(self._updated(p, group), bits)
                     if p.dtype == torch.bfloat16

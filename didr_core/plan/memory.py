@@ -1,31 +1,36 @@
 """Memory and FLOPs of a recipe, before anything is loaded: per process, role and phase, with the arithmetic shown.
 
-Weights, gradients, moments, masters and averages are parameter counts times bytes. Activations come from :mod:`didr_core.plan.footprint`:
-each network is run on the meta device at this recipe's size, and what would be alive is counted. Added to both: a CUDA context, and
-:data:`MARGIN` for fragmentation and workspaces. LoRA's own activations and FLOPs (a few per cent) are inside it.
+The real learner is built around networks on the meta device (:mod:`didr_core.plan.hollow`) and makes one update of each kind, counted
+operator by operator (:mod:`didr_core.plan.trace`); what it holds and what was alive is the plan. Added: a CUDA context, what several
+workers need, and :data:`MARGIN` for fragmentation and workspaces.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from didr_core.config import Config, Optim, registry
-from didr_core.drs.problem import Calls, Estimator
-from didr_core.networks import fsdp
-from didr_core.networks.roles import starts_as_reference
-from didr_core.plan import shapes
-from didr_core.plan.footprint import NOTHING, Cost
-from didr_core.types import DIDRError
+from didr_core.config import Config
+from didr_core.diffusion.noise import Noise
+from didr_core.networks import fsdp, optim
+from didr_core.networks.lora import LoRA
+from didr_core.networks.roles import load_start
+from didr_core.plan import hollow
+from didr_core.plan.trace import Counter, flash_attention
+from didr_core.train.learner import Learner
+from didr_core.types import Batch, Reward
 
 GIB = 2**30
 MARGIN = 0.05
 CONTEXT = 0.6 * GIB
 EPS = 1e-6
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Plan:
     """The whole recipe."""
 
     processes: list[Process]
-    flops: list[tuple[str, str, float]]  # phase, evaluations, FLOPs a sample
+    flops: list[tuple[str, float]]  # phase, FLOPs a sample
     samples: int  # of an iteration, over all workers
     notes: list[str] = field(default_factory=list)
 
@@ -83,262 +88,204 @@ class Plan:
     @property
     def total_flops(self) -> float:
         """Of one sample's share of an iteration."""
-        return sum(value for _, _, value in self.flops)
+        return sum(value for _, value in self.flops)
 
 
 def plan(config: Config) -> Plan | None:
-    """The plan of ``config``; None for families that are not described in `full_size.py` (there is nothing to count).
+    """The plan of ``config``, made once in a process; None for families that are not diffusers pipelines: they are small.
 
     Raises:
         DIDRError: LoRA targets that no layer matches.
     """
-    of = shapes.family(config.backbone)
-    if of is None:
-        return None
-    workers = config.workers
-    costs = _Costs(config, of)
-    held = [
-        *_reference(config, costs),
-        *_trained("generator", config, costs),
-        *(_trained("assistant", config, costs) if config.sizes.assistant_updates else []),
-        *_gathered(config, costs),
-        *_judges(config, of, costs),
-        Line("process", "CUDA context", "kernels and libraries", CONTEXT),
-    ]
+    key = config.model_dump_json()
+    if key not in _PLANS:
+        with tempfile.TemporaryDirectory() as folder:
+            backbone = hollow.backbone(config.backbone, Path(folder))
+            _PLANS[key] = None if backbone is None else _plan(config, backbone)
+    return _PLANS[key]
+
+
+_PLANS: dict[str, Plan | None] = {}
+
+
+def _plan(config: Config, backbone: Any) -> Plan:
+    workers, size, batch = config.workers, config.sizes.micro_batch, config.train.micro_batch or 64
+    count = Counter()
+    rewards = hollow.Reward(config.reward if config.needs_reward else None)
+    with Counter():  # for its short cuts on meta: weights are not drawn
+        learner = Learner(
+            _usual_moments(config),
+            device="meta",
+            backbone=backbone,
+            noise=_Shapes(0),
+            reward=cast(Reward, rewards),
+            phase=count.phase,
+        )
+    context = Line("process", "CUDA context", "kernels and libraries", CONTEXT)
+    judges = [*_weights("decoder", backbone._vae), *_weights("reward", rewards)]
+    held = [*_held(learner, config), *_gathered(learner, config), *judges, context]
     if workers.train > 1:
         held.append(Line("process", "all-reduce bucket", "2^25 x 4 B", 4 * 2**25))
-    trainer = Process("trainer", workers.train, workers.train_gpus, held, _phases(config, costs))
-    processes = [trainer]
-    if costs.reward_parameters:
-        dtype = costs.dtypes["generator"]
-        weights = Line("generator", "weights", *_times(costs.parameters, dtype))
-        b = config.sizes.micro_batch
-        once = max(shapes.network_cost(of, dtype, None, False).peak, costs.decode_plain.peak, costs.reward_plain.peak)
-        phases = [Line("reward", "pictures of the start, scored", f"{b} x {once / GIB:.2f} GiB", b * once)]
-        lines = [weights, *_judges(config, of, costs), Line("process", "CUDA context", "", CONTEXT)]
-        processes.append(Process("reward actor", workers.rewards, workers.reward_gpus, lines, phases))
-    text = shapes.text_parameters(of)
-    if text:
-        dtype = getattr(config.backbone, "text_dtype", "float32")
-        lines = [Line("text", "weights", *_times(text, dtype)), Line("process", "CUDA context", "", CONTEXT)]
-        processes.append(Process("encoder actor", workers.encoders, workers.encoder_gpus, lines, []))
-    notes = [
-        f"{'published sizes' if not of.folder else of.folder}, latents {of.side} x {of.side}, {of.tokens} prompt tokens, "
-        f"micro-batch {config.sizes.micro_batch}",
-        f"flash attention; {MARGIN:.0%} added for fragmentation, workspaces and LoRA activations; GB = 1e9 bytes",
-    ]
-    notes += [f"reward {name!r} is not known here and not counted" for name in costs.unknown]
-    return Plan(processes, _flops(config, costs), config.train.batch, notes)
+    _update(learner, count, _batch(backbone, size))
+    times = {name: config.sizes.assistant_updates if name.startswith("TA:") else 1 for name in count.phases}
+    phases = [Line(*_named(name), f"{size} samples", phase.most) for name, phase in count.phases.items()]
+    flops = [(name or "the rest", times[name] * p.flops / size) for name, p in count.phases.items() if p.flops]
 
-
-class _Costs:
-    """What one sample costs, in every way that this recipe uses it."""
-
-    def __init__(self, config: Config, of: shapes.Family) -> None:
-        roles = config.roles
-        self.family = of
-        self.network = shapes.network(of)
-        self.parameters = sum(p.numel() for p in self.network.parameters())
-        self.shared = roles.generator == "lora" and starts_as_reference(config.backbone)
-        self.dtypes = {
-            "generator": roles.dtype.reference if self.shared else roles.dtype.generator,
-            "assistant": roles.dtype.reference if roles.assistant == "lora" else roles.dtype.assistant,
-            "reference": roles.dtype.reference,
-        }
-        backbone = registry.find("backbones", config.backbone.name)
-        targets = roles.targets or backbone.lora_targets
-        self.adapter = adapter_parameters(self.network, targets, roles.rank)
-        check = roles.gradient_checkpointing
-        self.generator = shapes.network_cost(of, self.dtypes["generator"], True, check)
-        self.assistant = shapes.network_cost(of, self.dtypes["assistant"], True, check)
-        self.reference = shapes.network_cost(of, self.dtypes["reference"], False, check)
-        self.plain = {role: shapes.network_cost(of, dtype, None, False) for role, dtype in self.dtypes.items()}
-        method = registry.find("algorithms", config.algorithm.name)
-        self.drs = bool(method.uses_drs)
-        self.reward_parameters = 0
-        self.decode = self.decode_plain = self.reward = self.reward_plain = NOTHING
-        self.unknown: list[str] = []
-        if method.needs_reward and config.reward is not None:
-            self.reward_parameters, self.reward, self.reward_plain, self.unknown = shapes.rewards(config.reward)
-            self.decode, self.decode_plain = shapes.decoder_cost(of, True), shapes.decoder_cost(of, False)
-            self.decoder_parameters = shapes.decoder_parameters(of)
-
-
-def adapter_parameters(network: nn.Module, targets: tuple[str, ...] | str | None, rank: int) -> int:
-    """``rank (inputs + outputs)`` of every layer that ``targets`` names, as peft matches names.
-
-    Raises:
-        DIDRError: there is none.
-    """
-    total = 0
-    for name, layer in network.named_modules():
-        if isinstance(targets, str):
-            matches = re.fullmatch(targets, name) is not None
-        else:
-            matches = targets is None or any(name == t or name.endswith(f".{t}") for t in targets)
-        if matches and isinstance(layer, nn.Linear):
-            total += rank * (layer.in_features + layer.out_features)
-        elif matches and isinstance(layer, nn.Conv2d):
-            total += rank * (layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1] + layer.out_channels)
-    if not total:
-        raise DIDRError(f"roles.targets={targets!r}: no layer of {type(network).__name__} has such a name.")
-    return total
-
-
-def _times(count: float, dtype: str) -> tuple[str, float]:
-    return f"{count / 1e6:,.0f}M x {BYTES[dtype]} B ({dtype})", count * BYTES[dtype]
-
-
-def _reference(config: Config, costs: _Costs) -> list[Line]:
-    users = ["reference"]
-    users += ["generator"] if costs.shared else []
-    users += ["TA"] if config.roles.assistant == "lora" else []
-    return [
-        Line("reference", f"weights (base of {', '.join(users)})", *_times(costs.parameters, costs.dtypes["reference"]))
-    ]
-
-
-def _trained(role: str, config: Config, costs: _Costs) -> list[Line]:
-    """Weights, masters, gradients, moments and average of one trained role."""
-    kind, optim = getattr(config.roles, role), getattr(config, role)
-    dtype, count, lines = costs.dtypes[role], costs.parameters, []
-    if kind == "lora":
-        if role == "generator" and not costs.shared:
-            lines.append(Line(role, "frozen start", *_times(count, dtype)))
-        count = costs.adapter
-    update = "master" if kind == "lora" else config.roles.update
-    mastered = dtype == "bfloat16" and update == "master"
-    size, how = _moments(optim, dtype == "bfloat16" and update == "stochastic")
-    own = [
-        ("adapter" if kind == "lora" else "weights", *_times(count, dtype)),
-        *([("master weights", *_times(count, "float32"))] if mastered else []),
-        ("gradients", *_times(count, "float32" if mastered else dtype)),
-        ("Adam moments", f"{count / 1e6:,.0f}M x {size} B ({how})", count * size),
-        *(
-            [("running average", *_times(count, "float32"))]
-            if role == "generator" and config.train.ema_decay > 0
-            else []
-        ),
-    ]
-    parts = config.workers.train if kind == "full" and _split(config) else 1
-    split = f" / {parts} workers" if parts > 1 else ""
-    return [*lines, *(Line(role, what, how + split, size / parts) for what, how, size in own)]
-
-
-def _split(config: Config) -> bool:
-    return config.roles.fsdp and config.workers.train > 1
-
-
-def _gathered(config: Config, costs: _Costs) -> list[Line]:
-    """Of split networks: the block in use and the next one, and the gradient of a block in float32, twice (to reduce, and reduced)."""
-    if not _split(config):
-        return []
-    largest = max(fsdp.unit_sizes(costs.network))
-    bytes_ = max(BYTES[costs.dtypes[r]] for r in ("generator", "assistant") if getattr(config.roles, r) == "full")
-    how = f"largest block {largest / 1e6:,.0f}M x (2 x {bytes_} B + 2 x 4 B)"
-    return [Line("split networks", "gathered blocks", how, largest * (2 * bytes_ + 8))]
-
-
-def _moments(optim: Optim, stochastic: bool) -> tuple[int, str]:
-    if optim.optimizer == "adamw8bit":
-        return 2, "two, 8-bit"
-    if stochastic and optim.betas[0] == 0:
-        return 4, "one, float32: betas[0] = 0"
-    return 8, "two, float32"
-
-
-def _judges(config: Config, of: shapes.Family, costs: _Costs) -> list[Line]:
-    if not costs.reward_parameters:
-        return []
-    return [
-        Line("decoder", "weights", *_times(costs.decoder_parameters, of.decode_dtype)),
-        Line("reward", "weights", *_times(costs.reward_parameters, "float32")),
-    ]
-
-
-def _calls(config: Config) -> Calls:
-    """Of the reference and the reward inside the proxy, a sample, as the estimator says."""
-    estimator: type[Estimator] = registry.find("drs", config.drp.estimator)
-    return estimator.calls(config.drp.steps, config.drp.particles)
-
-
-def _phases(config: Config, costs: _Costs) -> list[Line]:
-    """Peaks on top of what is always held."""
-    b, c = config.sizes.micro_batch, _factor(config.guidance.reference)
-    inner = config.guidance.reference if config.drp.guidance is None else config.drp.guidance
-    phases = []
-    if config.sizes.assistant_updates:
-        phases.append(Line("TA update", "forward and backward", _shown(b, costs.assistant), b * costs.assistant.peak))
-    kept, chain = b * costs.generator.kept, 0.0
-    pictures = 1
-    if costs.drs:
-        calls = _calls(config)
-        graphs, rollouts, pictures = calls.differentiated, calls.plain, calls.rewarded
-        kept_steps = 1 if config.drp.gradient_checkpointing and graphs else graphs
-        samples = b * _factor(inner)
-        chain = float(kept_steps * samples * costs.reference.kept)
-        walk = samples * (config.drp.particles if rollouts else 1) * costs.plain["reference"].peak
-        block = samples * (costs.reference.peak - costs.reference.kept) if graphs else 0.0
-        how = f"generator kept {kept / GIB:.2f} + {kept_steps} x {samples} samples of the reference {chain / GIB:.2f} + its block"
-        phases.append(Line("generator update", "proxy", how, kept + chain + max(walk, block)))
-    else:
-        phases.append(
-            Line("generator update", "reference", f"{b * c} samples", kept + b * c * costs.plain["reference"].peak)
+    backbone.load_text()
+    text = _weights("text", backbone._text)
+    phases.append(_ending(learner, config, text, batch))
+    processes = [Process("trainer", workers.train, workers.train_gpus, held, phases)]
+    if rewards.models:
+        start = _weights("generator", load_start(backbone, config.backbone, config.roles, torch.device("meta")))
+        seen = Line("reward", "pictures of the start, scored", f"{size} samples", _scored(learner, size))
+        processes.append(
+            Process("reward actor", workers.rewards, workers.reward_gpus, [*start, *judges, context], [seen])
         )
-    if costs.reward_parameters:
-        judged = b * pictures * max(costs.decode.plus(costs.reward).peak, 1)
-        how = f"kept {(kept + chain) / GIB:.2f} + {b * pictures} pictures x {costs.decode.plus(costs.reward).peak / GIB:.2f} GiB"
-        phases.append(Line("generator update", "decoder and reward", how, kept + chain + judged))
-    phases.append(Line("generator update", "backward", _shown(b, costs.generator), b * costs.generator.peak))
-    phases.append(_ending(config, costs))
-    return phases
+    if text:
+        processes.append(Process("encoder actor", workers.encoders, workers.encoder_gpus, [*text, context], []))
+    notes = [
+        f"latents {' x '.join(map(str, backbone.latent_shape))}, micro-batch {size}",
+        f"flash attention; {MARGIN:.0%} added for fragmentation and workspaces; GB = 1e9 bytes",
+    ]
+    notes += [f"reward {name!r} is not known here and not counted" for name in rewards.unknown]
+    return Plan(processes, flops, config.train.batch, notes)
 
 
-def _ending(config: Config, costs: _Costs) -> Line:
+class _Shapes(Noise):
+    """Random numbers of a recipe without the numbers."""
+
+    def normal(self, index: Tensor | Sequence[int], shape: Sequence[int], tag: str) -> Tensor:
+        return torch.empty(len(index), *shape, device="meta")
+
+    def uniform(self, index: Tensor | Sequence[int], tag: str, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return torch.empty(len(index), device="meta")
+
+
+def _usual_moments(config: Config) -> Config:
+    """8-bit moments are made by a library for CUDA alone: here as float32, and counted as a quarter."""
+    usual = {
+        role: settings.model_copy(update={"optimizer": "adamw"})
+        for role, settings in (("generator", config.generator), ("assistant", config.assistant))
+    }
+    return config.model_copy(update=usual)
+
+
+def _batch(backbone: Any, size: int) -> Batch:
+    names = [str(i) for i in range(size)]
+    condition = backbone.blank(size)
+    there = {key: value.to("meta") if value.is_floating_point() else value for key, value in condition.tensors.items()}
+    return Batch(torch.empty(size, device="meta"), names, names, replace(condition, tensors=there))
+
+
+def _update(learner: Learner, count: Counter, batch: Batch) -> None:
+    """The forward and backward passes of one update of each kind, with gradients and moments of earlier ones there."""
+    with flash_attention(), count:
+        if learner.config.sizes.assistant_updates:
+            learner.backward(batch, "assistant", lambda part: learner.assistant_loss(part, "ta0"))
+        learner.backward(batch, "generator", learner.generator_loss)
+
+
+def _scored(learner: Learner, size: int) -> int:
+    """Most bytes alive while ``size`` pictures are made and scored without gradient."""
+    batch, count = _batch(learner.backbone, size), Counter()
+    with torch.no_grad(), flash_attention(), count:
+        z = learner.noise.normal(batch.index, learner.backbone.latent_shape, "")
+        pictures = learner.backbone.decode(learner.backbone.generate(learner.generator(), z, batch.condition))
+        if learner.reward is not None:
+            learner.reward.score(pictures, {})
+    return count.phases[""].most
+
+
+def _base(network: nn.Module) -> nn.Module:
+    return network.base if isinstance(network, LoRA) else network
+
+
+def _trained(learner: Learner) -> dict[str, tuple[optim.Weights, torch.optim.Optimizer]]:
+    trained = {"generator": (learner.generator_weights, learner.generator_opt)}
+    if learner.config.sizes.assistant_updates:
+        trained["assistant"] = (learner.assistant_weights, learner.assistant_opt)
+    return trained
+
+
+def _held(learner: Learner, config: Config) -> list[Line]:
+    """Weights, masters, gradients, moments and average: each tensor once; adapters before the bases that they lie in."""
+    seen: set[int] = set()
+    lines: list[Line] = []
+
+    def add(owner: str, what: str, tensors: Iterable[Tensor], parts: int = 1, small: bool = False) -> None:
+        new = {t.untyped_storage()._cdata: t for t in tensors if t.dim() and t.untyped_storage()._cdata not in seen}
+        seen.update(new)
+        if new:
+            how, size = _times(new.values())
+            how += (", 8-bit: a quarter" if small else "") + (f" / {parts} workers" if parts > 1 else "")
+            lines.append(Line(owner, what, how, size / parts / (4 if small else 1)))
+
+    for role, (weights, optimizer) in _trained(learner).items():
+        with Counter():
+            optim.begin(optimizer)
+        full = getattr(config.roles, role) == "full"
+        parts = config.workers.train if full and config.roles.fsdp else 1
+        add(role, "weights" if full else "adapter", weights.network.parameters(), parts)
+        add(role, "master weights", weights.values.values(), parts)
+        add(role, "gradients", (v.grad for v in weights.values.values() if v.grad is not None), parts)
+        small = getattr(config, role).optimizer == "adamw8bit"
+        add(role, "Adam moments", (t for s in optimizer.state.values() for t in s.values()), parts, small)
+        if role == "generator":
+            add(role, "running average", learner.ema_net.parameters(), parts)
+    users = {"reference": learner.reference_net, "generator": learner.generator_net, "TA": learner.assistant_net}
+    sharing = [name for name, net in users.items() if _base(net) is _base(learner.reference_net)]
+    add("reference", f"weights (base of {', '.join(sharing)})", _base(learner.reference_net).parameters())
+    add("generator", "frozen start", _base(learner.generator_net).parameters())
+    return sorted(lines, key=lambda line: line.owner != "reference")
+
+
+def _times(tensors: Iterable[Tensor]) -> tuple[str, float]:
+    """Bytes of ``tensors``, and their arithmetic by type."""
+    counts: dict[torch.dtype, int] = {}
+    for t in tensors:
+        counts[t.dtype] = counts.get(t.dtype, 0) + t.numel()
+    how = (f"{n / 1e6:,.0f}M x {d.itemsize} B ({str(d).removeprefix('torch.')})" for d, n in counts.items())
+    return " + ".join(how), sum(n * d.itemsize for d, n in counts.items())
+
+
+def _weights(owner: str, network: nn.Module | None) -> list[Line]:
+    weights = list(network.parameters()) if network is not None else []
+    return [Line(owner, "weights", *_times(weights))] if weights else []
+
+
+def _gathered(learner: Learner, config: Config) -> list[Line]:
+    """Of split networks: the block in use and the next one, and the gradient of a block in float32, twice (to reduce, and reduced)."""
+    split = [w.network for role, (w, _) in _trained(learner).items() if getattr(config.roles, role) == "full"]
+    if not split or not config.roles.fsdp or config.workers.train == 1:
+        return []
+    largest = max(max(fsdp.unit_sizes(network)) for network in split)
+    width = max(next(network.parameters()).element_size() for network in split)
+    how = f"largest block {largest / 1e6:,.0f}M x (2 x {width} B + 2 x 4 B)"
+    return [Line("split networks", "gathered blocks", how, largest * (2 * width + 8))]
+
+
+def _named(phase: str) -> tuple[str, str]:
+    """Row's owner and what: `TA: backward` is the backward pass of a TA update."""
+    owner, colon, what = phase.rpartition(": ")
+    return f"{owner} update" if colon else "generator update", what or "the rest"
+
+
+def _ending(learner: Learner, config: Config, text: list[Line], batch: int) -> Line:
     """Grid and scores: text towers, the start where it is not a base that is there, the held-out judge, pictures without gradient."""
-    of, batch = costs.family, config.train.micro_batch or 64
-    text = shapes.text_parameters(of) * BYTES[getattr(config.backbone, "text_dtype", "float32")]
-    full = costs.parameters if config.roles.generator == "full" else 0
-    start, gathered = full * BYTES[costs.dtypes["generator"]], full * BYTES["float32"] * _split(config)
-    judge = shapes.rewards(config.judge)[0] * BYTES["float32"]
-    made = batch * max(costs.plain["generator"].peak, shapes.decoder_cost(of, False).peak)
-    sizes = {"text": text, "start": start, "whole average": gathered, "judge": judge, f"{batch} pictures": made}
+    backbone: Any = learner.backbone
+    decoder = 0.0
+    if backbone._vae is None:  # a run without a reward decodes nothing before
+        backbone.load_decoder()
+        decoder = sum(line.bytes for line in _weights("decoder", backbone._vae))
+    full = list(learner.generator_net.parameters()) if config.roles.generator == "full" else []
+    split = config.roles.fsdp and config.workers.train > 1
+    sizes = {
+        "text": sum(line.bytes for line in text),
+        "decoder": decoder,
+        "start": _times(full)[1],
+        "whole average": sum(p.numel() for p in full) * 4 * split,
+        "judge": _times(hollow.Reward(config.judge).parameters())[1],
+        f"{batch} pictures": _scored(learner, batch),
+    }
     how = " + ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
     return Line("end of the run", "grid and scores", how, sum(sizes.values()))
-
-
-def _shown(samples: int, cost: Cost) -> str:
-    return f"{samples} x {cost.peak / GIB:.2f} GiB"
-
-
-def _factor(guidance: float) -> int:
-    """Guided predictions run the network twice."""
-    return 1 if guidance == 1.0 else 2
-
-
-def _flops(config: Config, costs: _Costs) -> list[tuple[str, str, float]]:
-    """A sample's share of an iteration."""
-    n, g = config.sizes.assistant_updates, config.guidance
-    rows = []
-    if n:
-        one = costs.plain["generator"].forward + costs.assistant.forward + costs.assistant.backward
-        rows.append(("TA updates", f"{n} x (fresh sample + forward + backward)", n * one))
-    own = costs.generator.forward + costs.generator.backward
-    rows.append(("generator", "forward + backward", own))
-    rows.append(("TA's answer", "forward", _factor(g.assistant) * costs.plain["assistant"].forward))
-    plain, pictures = costs.plain["reference"].forward, 1
-    if costs.drs:
-        calls = _calls(config)
-        graphs, rollouts, pictures = calls.differentiated, calls.plain, calls.rewarded
-        inner = g.reference if config.drp.guidance is None else config.drp.guidance
-        again = costs.reference.forward if config.drp.gradient_checkpointing else 0.0
-        proxy = graphs * (costs.reference.forward + costs.reference.backward + again) + rollouts * plain
-        text = f"{_factor(inner)} x ({graphs} with backward + {rollouts} without)"
-        rows.append((f"proxy ({config.drp.estimator})", text, _factor(inner) * proxy))
-    if not costs.drs or config.drp.guidance not in (None, g.reference):
-        rows.append(("reference", f"{_factor(g.reference)} x forward", _factor(g.reference) * plain))
-    if costs.reward_parameters:
-        seen = costs.decode.forward + costs.decode.backward + costs.reward.forward + costs.reward.backward
-        watch = costs.decode_plain.forward + costs.reward_plain.forward
-        rows.append(("decoder and reward", f"{pictures} with backward + 1 for the logs", pictures * seen + watch))
-    return rows

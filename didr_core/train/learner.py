@@ -6,12 +6,15 @@ give the same update for any number of workers and micro-batches.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from didr_core import drs
@@ -23,10 +26,12 @@ from didr_core.diffusion.sampling import guided_x0
 from didr_core.diffusion.schedule import coeffs_like, diffuse
 from didr_core.networks import fsdp, lora, optim, roles
 from didr_core.train.distributed import Single
+from didr_core.train.reward_scale import RewardScale
 from didr_core.types import Backbone, Batch, NonFiniteError, Parallel, Reward, StepReport
 
 Which = Literal["generator", "ema", "start", "reference"]
 Losses = tuple[Tensor, dict[str, Tensor]]  # a loss [B], and metrics {name: [B]}
+Phase = Callable[[str], AbstractContextManager[Any]]
 
 
 class Learner:
@@ -40,13 +45,21 @@ class Learner:
         parallel: Parallel | None = None,
         noise: Noise | None = None,
         reward: Reward | None = None,
+        backbone: Backbone | None = None,
+        phase: Phase = record_function,
     ) -> None:
-        """``noise`` stands in for the config's own random numbers, in benchmarks, ``reward``, loaded, for its own: a black box."""
+        """Built from ``config`` alone, unless told otherwise.
+
+        Args:
+            noise, reward, backbone: in place of the config's own; the latter two are loaded already.
+            phase: entered around each part of an update, with its name: by default a range in torch's profiler.
+        """
         self.config = config
         self.noise = noise or Noise(config.seed)
         self.device = torch.device(device)
         self.parallel: Parallel = parallel or Single()
-        self.backbone: Backbone = build("backbones", config.backbone)
+        self.phase = phase
+        self.backbone: Backbone = backbone or build("backbones", config.backbone)
         self.algorithm = build("algorithms", config.algorithm)
         nets = roles.networks(
             self.backbone,
@@ -110,27 +123,30 @@ class Learner:
         metrics: dict[str, float] = {}
         assistant_updates = self.config.sizes.assistant_updates
         for k in range(assistant_updates):
-            metrics |= self._update_assistant(batch, f"ta{k}")
+            with self.phase("TA update"):
+                metrics |= self._update_assistant(batch, f"ta{k}")
         if self.step_count >= self.config.train.assistant_warmup or not assistant_updates:
-            metrics |= self._update_generator(batch)
+            with self.phase("generator update"):
+                metrics |= self._update_generator(batch)
         self.step_count += 1
         return StepReport(self.step_count, metrics)
 
     def assistant_loss(self, part: Batch, tag: str) -> Losses:
         """Stage I: denoising score matching on fresh samples of the current generator; ``tag`` names the update's random numbers."""
         shape = self.backbone.latent_shape
-        with torch.no_grad():
+        with torch.no_grad(), self.phase("TA: fresh sample"):
             z = self.noise.normal(part.index, shape, f"{tag}/z")
             x0 = self.backbone.generate(self.generator_net, z, part.condition)
         t = self.noise.uniform(part.index, f"{tag}/t", *self.config.times.assistant)
         x_t = diffuse(self.backbone.schedule, x0, self.noise.normal(part.index, shape, f"{tag}/eps"), t)
-        prediction = guided_x0(self.backbone, self.assistant_net, x_t, t, part.condition, 1.0)
+        with self.phase("TA: forward"):
+            prediction = guided_x0(self.backbone, self.assistant_net, x_t, t, part.condition, 1.0)
         alpha, sigma = coeffs_like(self.backbone.schedule, t, x_t)
         return losses.denoising_score_matching(prediction, x0, alpha, sigma), {}
 
     def generator_loss(self, part: Batch) -> Losses:
         """Stage II: the algorithm's loss, and what is watched of the pictures that it was computed on."""
-        ctx = _Pass(self, part, self.noise)
+        ctx = GeneratorPass(self, part)
         value, metrics = self.algorithm.generator_loss(ctx)
         x0 = ctx.x0.detach()
         if self.reward is not None:
@@ -140,40 +156,39 @@ class Learner:
 
     def _update_assistant(self, batch: Batch, tag: str) -> dict[str, float]:
         self.assistant_opt.zero_grad(set_to_none=False)
-        means, refused = self._backward("assistant", batch, lambda part: self.assistant_loss(part, tag))
-        return self._update("assistant", self.assistant_opt, self.config.assistant, means, refused)
+        seen = self.backward(batch, "assistant", lambda part: self.assistant_loss(part, tag))
+        return self._update("assistant", self.assistant_opt, self.config.assistant, batch, *seen)
 
     def _update_generator(self, batch: Batch) -> dict[str, float]:
         self.generator_opt.zero_grad(set_to_none=False)
-        means, refused = self._backward("generator", batch, self.generator_loss)
+        means, finite = self.backward(batch, "generator", self.generator_loss)
         if self.anchor:
             means["loss/anchor"] = self._backward_anchor(self.anchor)
-        metrics = self._update("generator", self.generator_opt, self.config.generator, means, refused)
+        metrics = self._update("generator", self.generator_opt, self.config.generator, batch, means, finite)
         for part in ("drs", "reward"):  # a ratio of means: single samples may match perfectly
             if f"{part}/rms" in metrics:
                 metrics[f"{part}/ratio"] = metrics[f"{part}/rms"] / max(metrics["matching/rms"], 1e-12)
         self._update_average()
         return metrics
 
-    def _backward(
-        self, name: str, batch: Batch, loss: Callable[[Batch], Losses]
-    ) -> tuple[dict[str, Tensor], list[str]]:
-        """Gradients of the mean loss over ``batch``, added up by micro-batches. Returns means of loss and metrics, and the ids of the
-        prompts where one of them is not finite."""
+    def backward(self, batch: Batch, name: str, loss: Callable[[Batch], Losses]) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of the mean loss over ``batch``, added up by micro-batches; the host waits for nothing.
+
+        Returns:
+            Means of loss and metrics, and which samples ``[B]`` are finite in all of them.
+        """
         means: dict[str, Tensor] = {}
-        refused: list[str] = []
+        finite: list[Tensor] = []
         size = self.config.sizes.micro_batch
         for start in range(0, len(batch), size):
-            part = batch[start : start + size]
-            value, metrics = loss(part)
-            finite = torch.isfinite(value.detach())
-            for metric in metrics.values():
-                finite &= torch.isfinite(metric)
-            refused += [i for i, ok in zip(part.ids, finite.tolist(), strict=True) if not ok]
-            value.sum().div(len(batch)).backward()
-            for key, metric in {f"loss/{name}": value.detach(), **metrics}.items():
-                means[key] = means.get(key, torch.zeros((), device=self.device)) + metric.detach().sum() / len(batch)
-        return means, refused
+            value, metrics = loss(batch[start : start + size])
+            seen = {f"loss/{name}": value.detach(), **{key: metric.detach() for key, metric in metrics.items()}}
+            finite.append(functools.reduce(torch.logical_and, (v.isfinite() for v in seen.values())))
+            with self.phase("TA: backward" if name == "assistant" else "generator: backward"):
+                value.sum().div(len(batch)).backward()
+            for key, metric in seen.items():
+                means[key] = means.get(key, torch.zeros((), device=self.device)) + metric.sum() / len(batch)
+        return means, torch.cat(finite)
 
     def _backward_anchor(self, anchor: TeacherPairs) -> Tensor:
         """Weighted regression to this rank's share of stored pairs; the mean over the global anchor batch."""
@@ -184,9 +199,16 @@ class Learner:
         return value.detach()
 
     def _update(
-        self, name: str, optimizer: torch.optim.Optimizer, settings: Optim, means: dict[str, Tensor], refused: list[str]
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        settings: Optim,
+        batch: Batch,
+        means: dict[str, Tensor],
+        finite: Tensor,
     ) -> dict[str, float]:
         """Average gradients and ``means`` over ranks, refuse what is not finite, clip, set the rate, update. Returns the means."""
+        refused = [i for i, ok in zip(batch.ids, finite.tolist(), strict=True) if not ok]
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in weights]
         flags = torch.tensor(float(len(refused)), device=self.device)
@@ -239,47 +261,16 @@ class Learner:
         self.step_count = state["step_count"]
 
 
-class RewardScale:
-    """Within-prompt standard deviation of the starting generator's reward: pooled over every prompt seen so far, on all ranks."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros(
-            2, dtype=torch.float64, device=device
-        )  # sum of batch means of the variance, number of batches
-
-    def update(self, spread: Tensor | None, parallel: Parallel) -> None:
-        """Add a batch's variances ``[B]``. A non-finite one comes with a non-finite baseline, which is refused with its prompt id later."""
-        if spread is None:
-            return
-        mean = torch.where(spread.isfinite(), spread, 0.0).double().mean()
-        parallel.mean_([mean])
-        self.total += torch.stack([mean, torch.ones_like(mean)])
-
-    @property
-    def value(self) -> Tensor:
-        """Scalar standard deviation; 1 before any was seen."""
-        return torch.where(
-            self.total[1] > 0, (self.total[0] / self.total[1].clamp_min(1)).sqrt().clamp_min(1e-6), 1.0
-        ).float()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The sums."""
-        return {"total": self.total.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of :meth:`state_dict`."""
-        self.total.copy_(state["total"])
-
-
-class _Pass:
+class GeneratorPass:
     """:class:`didr_core.types.GeneratorContext` for one micro-batch: what is asked for is computed once."""
 
-    def __init__(self, learner: Learner, batch: Batch, noise: Noise) -> None:
-        self.learner, self.batch, self.noise = learner, batch, noise
-        backbone, config = learner.backbone, learner.config
+    def __init__(self, learner: Learner, batch: Batch) -> None:
+        self.learner, self.batch, self.noise = learner, batch, learner.noise
+        backbone, config, noise = learner.backbone, learner.config, learner.noise
         shape = backbone.latent_shape
         z = noise.normal(batch.index, shape, "g/z")
-        self.x0 = backbone.generate(learner.generator_net, z, batch.condition)
+        with learner.phase("generator: forward"):
+            self.x0 = backbone.generate(learner.generator_net, z, batch.condition)
         self.t = noise.uniform(batch.index, "g/t", *config.times.generator)
         self.x_t = diffuse(backbone.schedule, self.x0, noise.normal(batch.index, shape, "g/eps"), self.t)
         self.alpha, self.sigma = coeffs_like(backbone.schedule, self.t, self.x_t)
@@ -289,11 +280,12 @@ class _Pass:
     def assistant(self, grad: bool = False) -> Tensor:
         """``D_psi(x_t)``; its weights take no gradient: they are frozen for the call."""
         learner, w = self.learner, self.learner.config.guidance.assistant
-        if not grad:
-            with torch.no_grad():
-                return self._evaluate(learner.assistant_net, self.x_t.detach(), self.t, w)
-        with lora.frozen(learner.assistant_net):
-            return self._evaluate(learner.assistant_net, self.x_t, self.t, w)
+        with learner.phase("TA's answer"):
+            if not grad:
+                with torch.no_grad():
+                    return self._evaluate(learner.assistant_net, self.x_t.detach(), self.t, w)
+            with lora.frozen(learner.assistant_net):
+                return self._evaluate(learner.assistant_net, self.x_t, self.t, w)
 
     def _evaluate(self, network: nn.Module, x: Tensor, t: Tensor, guidance: float) -> Tensor:
         condition = self.batch.condition.tile(len(x) // len(self.batch))
@@ -302,9 +294,11 @@ class _Pass:
     def reference(self, grad: bool = False) -> Tensor:
         """Guided ``D~_ref(x_t)``."""
         learner, w = self.learner, self.learner.config.guidance.reference
-        if grad:
-            return self._evaluate(learner.reference_net, self.x_t, self.t, w)
-        if self._reference is None:
+        if self._reference is not None and not grad:
+            return self._reference
+        with learner.phase("reference"):
+            if grad:
+                return self._evaluate(learner.reference_net, self.x_t, self.t, w)
             with torch.no_grad():
                 self._reference = self._evaluate(learner.reference_net, self.x_t.detach(), self.t, w)
         return self._reference
@@ -328,7 +322,8 @@ class _Pass:
             noise=self._particles,
             beta=config.drp.beta,
         )
-        estimate = drs.estimate(config.drp, problem)
+        with self.learner.phase("proxy"):
+            estimate = drs.estimate(config.drp, problem)
         if inner == config.guidance.reference:
             self._reference = estimate.x0
         score = estimate.score
@@ -358,13 +353,14 @@ class _Pass:
         assert learner.reward is not None, "the algorithm declares needs_reward"
         times = len(latent) // len(batch)
         inputs = {k: v.repeat(times, *([1] * (v.dim() - 1))) for k, v in batch.reward_inputs.items()}
-        images = learner.backbone.decode(latent)
         details = learner.reward.details if log else None
-        if details:
-            raw, parts = details(images, inputs)
-            self.metrics |= {f"reward/{name}": value for name, value in parts.items()}
-        else:
-            raw = learner.reward.score(images, inputs)
+        with learner.phase("decoder and reward"):
+            images = learner.backbone.decode(latent)
+            if details:
+                raw, parts = details(images, inputs)
+                self.metrics |= {f"reward/{name}": value for name, value in parts.items()}
+            else:
+                raw = learner.reward.score(images, inputs)
         baseline = torch.zeros_like(raw) if batch.baseline is None else batch.baseline.repeat(times)
         return (raw - baseline) / learner.scale.value, raw, images
 

@@ -88,7 +88,7 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
     made = memory.plan(config)
     if made is None:
         out.print(
-            f"{config.name}: backbone {config.backbone.name!r} is small or not described in full; nothing to plan."
+            f"{config.name}: backbone {config.backbone.name!r} is no diffusers pipeline, so small; nothing to plan."
         )
         return True
     for table in _processes(made):
@@ -133,11 +133,11 @@ def _cells(line: Line) -> tuple[str, str, str, str]:
 
 
 def _flops(made: Plan) -> Table:
-    table = _table(f"one iteration of {made.samples} samples", "phase", "evaluations", "TFLOP/sample")
-    for phase, what, value in made.flops:
-        table.add_row(phase, what, f"{value / 1e12:.1f}")
+    table = _table(f"one iteration of {made.samples} samples", "phase", "TFLOP/sample")
+    for phase, value in made.flops:
+        table.add_row(phase, f"{value / 1e12:.1f}")
     table.add_row(
-        "together", f"{made.total_flops * made.samples / 1e15:.2f} PFLOP an iteration", f"{made.total_flops / 1e12:.1f}"
+        f"together: {made.total_flops * made.samples / 1e15:.2f} PFLOP an iteration", f"{made.total_flops / 1e12:.1f}"
     )
     return table
 

@@ -19,9 +19,8 @@ from didr_core import config
 from didr_core.algorithms import losses
 from didr_core.config.registry import find, names
 from didr_core.data.feed import LocalFeed
-from didr_core.diffusion.noise import Noise
 from didr_core.train import checkpoint
-from didr_core.train.learner import Learner, _Pass
+from didr_core.train.learner import GeneratorPass, Learner
 from didr_core.types import Batch, DIDRError, GeneratorContext
 from pipelines.cli.show import show
 
@@ -358,7 +357,7 @@ def test_a_real_step_changes_the_generator_and_resumes_exactly(recipe: Path, nam
 
 def test_di_star_gives_the_networks_weights_no_gradient(recipe: Path) -> None:
     subject, batches = started(recipe, "diff_instruct_star")
-    loss, _ = subject.algorithm.generator_loss(_Pass(subject, batches[0], Noise(0)))
+    loss, _ = subject.algorithm.generator_loss(GeneratorPass(subject, batches[0]))
     loss.sum().backward()
     assert all(p.grad is None for p in subject.assistant_net.parameters())
     assert all(p.grad is None for p in subject.reference_net.parameters())

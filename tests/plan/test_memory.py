@@ -12,9 +12,9 @@ from small_learner import batch, held, learner, lines, planned
 from torch.utils.flop_counter import FlopCounterMode
 
 from didr_core import config
-from didr_core.plan import advice, memory, shapes
-from didr_core.plan.footprint import Counter, measure
+from didr_core.plan import advice, memory
 from didr_core.plan.memory import Plan
+from didr_core.plan.trace import Counter
 from didr_core.types import DIDRError
 
 
@@ -23,58 +23,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sdxl_folder(tmp_path_factory.mktemp("memory") / "pipeline")
 
 
-def unet_call(folder: Path) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    from diffusers import UNet2DConditionModel
-
-    net = UNet2DConditionModel.from_pretrained(folder / "unet")
-    added = {"text_embeds": torch.randn(1, 16), "time_ids": torch.ones(1, 6)}
-    return (
-        net,
-        (torch.randn(1, 4, 8, 8), torch.zeros(1).long()),
-        {
-            "encoder_hidden_states": torch.randn(1, 77, 32),
-            "added_cond_kwargs": added,
-            "return_dict": False,
-        },
-    )
+def full(folder: Path, **changes: Any) -> Any:
+    roles = {"generator": "full", "assistant": "full", **changes}
+    return learner(folder, roles=roles, train={"assistant_updates": 1})
 
 
-@pytest.mark.parametrize("weights", [False, True])
-def test_counted_on_meta_is_what_runs(folder: Path, weights: bool) -> None:
-    """FLOPs of a real run by torch's own counter; bytes by what autograd really saved."""
-    net, args, kwargs = unet_call(folder)
-    of = shapes.family(learner(folder).config.backbone)
-    assert of is not None and of.side == 8 and of.tokens == 77
-    counted = shapes.network_cost(of, "float32", weights, False)
-    net.requires_grad_(weights)
-    args[0].requires_grad_(not weights)
+def test_counted_on_meta_is_what_runs(folder: Path) -> None:
+    """FLOPs of a real backward pass by torch's own counter; bytes by what autograd really saved."""
+    subject = full(folder)
+    own = {p.untyped_storage()._cdata for n in (subject.generator_net, subject.assistant_net) for p in n.parameters()}
     saved: dict[int, Any] = {}
-    own = {p.untyped_storage()._cdata for p in (*net.parameters(), *args, *kwargs["added_cond_kwargs"].values())}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         saved[t.untyped_storage()._cdata] = t
         return t
 
     with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = net(*args, **kwargs)[0]
+        loss, _ = subject.assistant_loss(batch(subject), "ta0")
     with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
+        loss.sum().backward()
+    plan = memory.plan(subject.config)
+    assert plan is not None
+    flops = {name: value * 4 for name, value in plan.flops}
+    counted = flops["TA: fresh sample"] + flops["TA: forward"]
     # attention on a CPU has no formula in torch's counter: the meta count has it, and it is small here
-    assert forward.get_total_flops() <= counted.forward <= 1.2 * forward.get_total_flops()
-    assert backward.get_total_flops() <= counted.backward <= 1.2 * backward.get_total_flops()
+    assert forward.get_total_flops() <= counted <= 1.2 * forward.get_total_flops()
+    assert backward.get_total_flops() <= flops["TA: backward"] <= 1.2 * backward.get_total_flops()
     held = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in own)
-    assert counted.kept == pytest.approx(held, rel=0.1)
-    assert counted.peak >= counted.kept
+    assert held <= peaks(plan)["TA update", "forward"] <= 1.2 * held
+
+
+def peaks(plan: Plan) -> dict[tuple[str, str], float]:
+    return {(line.owner, line.what): line.bytes for line in plan.processes[0].phases}
 
 
 def test_checkpointing_keeps_less_and_computes_more(folder: Path) -> None:
-    of = shapes.family(learner(folder).config.backbone)
-    assert of is not None
-    whole, again = (shapes.network_cost(of, "float32", True, c) for c in (False, True))
-    nothing = shapes.network_cost(of, "float32", None, False)
-    assert again.kept < 0.5 * whole.kept and again.peak < whole.peak
-    assert again.backward > whole.backward + 0.5 * whole.forward
-    assert nothing.backward == 0 and nothing.kept < again.kept and nothing.forward == whole.forward
+    whole, again = (memory.plan(full(folder, gradient_checkpointing=c).config) for c in (False, True))
+    assert whole is not None and again is not None
+    assert peaks(again)["TA update", "forward"] < 0.5 * peaks(whole)["TA update", "forward"]
+    assert peaks(again)["TA update", "backward"] < peaks(whole)["TA update", "backward"]
+    before, after = dict(whole.flops), dict(again.flops)
+    assert after["TA: backward"] > before["TA: backward"] + 0.5 * before["TA: forward"]
+    assert after["TA: forward"] == before["TA: forward"]
 
 
 ROLES = {
@@ -108,9 +98,8 @@ def test_the_plan_counts_the_flops_of_a_real_step(folder: Path, tmp_path: Path, 
     assert plan is not None
     with Counter() as count:
         subject.step(data)
-    assert (
-        count.flops <= plan.total_flops * 4 <= 1.15 * count.flops
-    )  # attention on a CPU has no formula in torch's counter
+    # attention on a CPU has no formula in torch's counter
+    assert count.flops <= plan.total_flops * 4 <= 1.15 * count.flops
 
 
 def test_shares_of_a_gpu_decide_who_meets_whom() -> None:
@@ -138,8 +127,9 @@ def test_the_published_recipes_fit_80_gb_and_say_what_60_would_take(capsys: pyte
     sdxl = memory.plan(config.load("sdxl_1gpu"))
     assert sdxl is not None
     assert lines(sdxl, "reference") == {"weights (base of reference, TA)": 2 * 2_567_463_684}
-    unet = {phase: flops for phase, _, flops in sdxl.flops}["TA's answer"]
-    assert unet / 1e12 == pytest.approx(6.76, abs=0.01)  # counted apart, for the design notes
+    assert dict(sdxl.flops)["generator: forward"] / 1e12 == pytest.approx(
+        6.76, abs=0.01
+    )  # counted apart, for the design notes
     with pytest.raises(SystemExit) as done:
         main(["doctor", "--recipe", "sdxl_1gpu", "--gpu-gb", "60"])
     assert done.value.code == 1
@@ -162,17 +152,41 @@ def test_a_small_world_needs_no_plan(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_adapters_are_counted_as_peft_makes_them(folder: Path) -> None:
     subject = learner(folder)
-    net, _, _ = unet_call(folder)
-    made = sum(p.numel() for p in subject.generator_net.parameters())
-    targets = subject.config.roles.targets or getattr(subject.backbone, "lora_targets", None)
-    assert memory.adapter_parameters(net, targets, 4) == made
+    made = sum(p.numel() * p.element_size() for p in subject.generator_net.parameters())
+    plan = memory.plan(subject.config)
+    assert plan is not None and lines(plan, "generator")["adapter"] == made
     with pytest.raises(DIDRError, match="no layer of UNet2DConditionModel"):
-        memory.adapter_parameters(net, ("nothing",), 4)
+        memory.plan(learner_config(folder, targets=("nothing",)))
 
 
-def test_a_call_is_measured_without_keeping_anything(folder: Path) -> None:
+def learner_config(folder: Path, **roles: Any) -> config.Config:
+    tree = config.dump(learner(folder).config)
+    return config.validate({**tree, "roles": {**tree["roles"], **roles}})
+
+
+def test_text_encoders_of_a_folder_are_counted(folder: Path) -> None:
+    subject = learner(folder)
+    subject.backbone.load_text()
+    loaded = subject.backbone._text  # type: ignore[attr-defined]
+    held = sum(p.numel() * 4 for tower in (loaded.text_encoder, loaded.text_encoder_2) for p in tower.parameters())
+    plan = memory.plan(subject.config)
+    assert plan is not None and plan.processes[-1].name == "encoder actor"
+    assert plan.processes[-1].held[0].bytes == held
+
+
+def test_counting_keeps_nothing_and_counts_what_was_there_never() -> None:
     linear = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)).to("meta")
-    cost = measure(linear, (torch.empty(2, 8, device="meta"),), {}, weights=True)
-    assert cost.forward == 2 * 2 * (8 * 16 + 16 * 4)
-    assert cost.backward == 2 * 2 * (8 * 16 + 2 * 16 * 4)  # weights of both layers, input of the second
-    assert cost.kept == 4 * 2 * (16 + 4)  # tanh's output (the first sum is freed) and the result
+    for p in linear.parameters():
+        p.grad = torch.empty_like(p)
+    count, x = Counter(), torch.empty(2, 8, device="meta")
+    with count:
+        with count.phase("forward"):
+            out = linear(x)
+        kept = count.now
+        with count.phase("backward"):
+            out.sum().backward()
+    flops = {name: phase.flops for name, phase in count.phases.items()}
+    assert flops == {"forward": 2 * 2 * (8 * 16 + 16 * 4), "backward": 2 * 2 * (8 * 16 + 2 * 16 * 4)}
+    assert kept == 4 * 2 * (16 + 4)  # tanh's output (the first sum is freed) and the result
+    del out
+    assert count.now == 0

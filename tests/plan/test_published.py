@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from torch import nn
 
 from didr_core.backbones.sdxl import SDXL
 from didr_core.backbones.zimage import ZImage
-from didr_core.config import registry
-from didr_core.plan import full_size
+from didr_core.networks.loading import quiet
+from didr_core.plan import hollow, published
 from didr_core.types import DIDRError
 
 PUBLISHED = {
@@ -33,7 +34,11 @@ PUBLISHED = {
 
 @functools.cache
 def network(family: str, part: str) -> nn.Module:
-    return full_size.NETWORKS[family][part]()
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        config = published.write(family, Path(folder)) / part
+        name, _ = published.PARTS[family][part]
+        return hollow.from_config(name, config if part.startswith("text") else hollow.read_json(config / "config.json"))
 
 
 def shapes(module: nn.Module) -> layouts.Layout:
@@ -43,13 +48,13 @@ def shapes(module: nn.Module) -> layouts.Layout:
 @pytest.mark.parametrize(("family", "part"), PUBLISHED)
 def test_parameter_counts_are_the_published_ones(family: str, part: str) -> None:
     module = network(family, part)
-    assert full_size.parameters(module) == PUBLISHED[family, part]
+    assert sum(p.numel() for p in module.parameters()) == PUBLISHED[family, part]
     assert {p.device.type for p in module.parameters()} == {"meta"}
 
 
-def test_every_network_is_counted_and_the_file_is_no_backbone() -> None:
-    assert {(family, part) for family, parts in full_size.NETWORKS.items() for part in parts} == set(PUBLISHED)
-    assert "full_size" not in registry.names("backbones")
+def test_every_network_is_counted() -> None:
+    made = {(family, part) for family, parts in published.PARTS.items() for part in parts if part != "scheduler"}
+    assert made == set(PUBLISHED)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +68,13 @@ def test_no_key_is_missing_or_unexpected(family: str, part: str, layout: layouts
 def pipeline(
     folder: Path,
     index: str,
-    part: tuple[str, str, full_size.Settings, layouts.Layout],
+    part: tuple[str, str, published.Settings, layouts.Layout],
     family: str,
     scheduler: Mapping[str, Any],
 ) -> Path:
     """A pipeline folder at full size: true configs, hollow weights."""
     name, network_class, settings, layout = part
-    vae = full_size.SDXL_VAE if family == "sdxl" else full_size.ZIMAGE_VAE
+    vae = published.SDXL_VAE if family == "sdxl" else published.ZIMAGE_VAE
     for at, content in (
         ("model_index.json", {"_class_name": index}),
         (f"{name}/config.json", {"_class_name": network_class, **settings}),
@@ -87,7 +92,7 @@ def test_preflight_at_full_size_takes_the_official_single_file(tmp_path: Path) -
     """Headers only: SDXL base, then DMD2's and DIDR's UNet with and without a trainer's prefix, then other files."""
     layout = layouts.sdxl_unet()
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
-    part = ("unet", "UNet2DConditionModel", full_size.SDXL_UNET, layout)
+    part = ("unet", "UNet2DConditionModel", published.SDXL_UNET, layout)
     base = pipeline(tmp_path / "base", "StableDiffusionXLPipeline", part, "sdxl", betas)
     for prefix in ("", "unet.", "module."):
         file = layouts.hollow_file(tmp_path / "didr.safetensors", {prefix + k: v for k, v in layout.items()})
@@ -103,7 +108,7 @@ def test_preflight_at_full_size_takes_the_official_single_file(tmp_path: Path) -
 
 def test_preflight_at_full_size_takes_z_image_turbo(tmp_path: Path) -> None:
     layout = layouts.zimage_transformer()
-    part = ("transformer", "ZImageTransformer2DModel", full_size.ZIMAGE_TRANSFORMER, layout)
+    part = ("transformer", "ZImageTransformer2DModel", published.ZIMAGE_TRANSFORMER, layout)
     base = pipeline(tmp_path / "base", "ZImagePipeline", part, "zimage", {"shift": 6.0})
     file = layouts.hollow_file(tmp_path / "turbo.safetensors", layout, "BF16")
     made = ZImage(ZImage.Config(pipeline=str(base), generator=str(file), shift=3.0))

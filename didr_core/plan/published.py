@@ -1,19 +1,19 @@
-"""The published architectures at full size, as plain data, and each network on the meta device: shapes and dtypes, no memory, no hub.
+"""The published architectures at full size, as the configs of pipeline folders without weights: no memory, no hub.
 
 For memory plans, FLOP counts, layout tests and random-weight benchmarks. Backbones read the folder they are given and never this file.
-``NETWORKS[family][part]`` makes a network; parts are named as the folders of the family's diffusers pipeline are.
+``PARTS[family][part]`` is a class of diffusers or transformers and its settings; parts are named as the folders of the pipeline are.
 
 Facts from the published ``config.json`` files of stabilityai/stable-diffusion-xl-base-1.0, madebyollin/taesdxl, Tongyi-MAI/Z-Image and
-Z-Image-Turbo (which share all of these), madebyollin/taef1; held to the published parameter counts by tests/plan/test_full_size.py.
+Z-Image-Turbo (which share all of these), madebyollin/taef1; held to the published parameter counts by tests/plan/test_published.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 Settings = Mapping[str, Any]
 
@@ -121,95 +121,54 @@ ZIMAGE_TEXT: Settings = {  # Qwen3-4B
 }
 
 
-def sdxl_unet() -> nn.Module:
-    """``UNet2DConditionModel``: generator, teaching assistant or reference."""
-    from diffusers import UNet2DConditionModel
-
-    return _on_meta(lambda: UNet2DConditionModel(**SDXL_UNET))
-
-
-def sdxl_vae() -> nn.Module:
-    """``AutoencoderKL``, encoder and decoder."""
-    return _autoencoder(SDXL_VAE)
-
-
-def taesdxl() -> nn.Module:
-    """``AutoencoderTiny``: the cheap decoder for rewards."""
-    return _tiny_autoencoder(TAESDXL)
-
-
-def sdxl_text() -> nn.Module:
-    """``CLIPTextModel``."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    return _on_meta(lambda: CLIPTextModel(CLIPTextConfig(**SDXL_TEXT)))
-
-
-def sdxl_text_2() -> nn.Module:
-    """``CLIPTextModelWithProjection``."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    return _on_meta(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**SDXL_TEXT_2)))
-
-
-def zimage_transformer() -> nn.Module:
-    """``ZImageTransformer2DModel``: generator, teaching assistant or reference."""
-    from diffusers import ZImageTransformer2DModel
-
-    return _on_meta(lambda: ZImageTransformer2DModel(**ZIMAGE_TRANSFORMER))
-
-
-def zimage_vae() -> nn.Module:
-    """``AutoencoderKL`` with 16 channels, encoder and decoder."""
-    return _autoencoder(ZIMAGE_VAE)
-
-
-def taef1() -> nn.Module:
-    """``AutoencoderTiny`` with 16 channels."""
-    return _tiny_autoencoder(TAEF1)
-
-
-def zimage_text() -> nn.Module:
-    """``Qwen3Model``, without a language-model head."""
-    from transformers import Qwen3Config, Qwen3Model
-
-    return _on_meta(lambda: Qwen3Model(Qwen3Config(**ZIMAGE_TEXT)))
-
-
-NETWORKS: Mapping[str, Mapping[str, Callable[[], nn.Module]]] = {
-    "sdxl": {
-        "unet": sdxl_unet,
-        "vae": sdxl_vae,
-        "decoder": taesdxl,
-        "text_encoder": sdxl_text,
-        "text_encoder_2": sdxl_text_2,
-    },
-    "zimage": {
-        "transformer": zimage_transformer,
-        "vae": zimage_vae,
-        "decoder": taef1,
-        "text_encoder": zimage_text,
-    },
+SDXL_SCHEDULER: Settings = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
 }
 
+ZIMAGE_SCHEDULER: Settings = {"shift": 6.0, "use_dynamic_shifting": False}
 
-def parameters(network: nn.Module) -> int:
-    """How many there are, shared ones counted once."""
-    return sum(p.numel() for p in network.parameters())
+PARTS: Mapping[str, Mapping[str, tuple[str, Settings]]] = {
+    "sdxl": {
+        "unet": ("UNet2DConditionModel", SDXL_UNET),
+        "vae": ("AutoencoderKL", SDXL_VAE),
+        "decoder": ("AutoencoderTiny", TAESDXL),
+        "text_encoder": ("CLIPTextModel", SDXL_TEXT),
+        "text_encoder_2": ("CLIPTextModelWithProjection", SDXL_TEXT_2),
+        "scheduler": ("EulerDiscreteScheduler", SDXL_SCHEDULER),
+    },
+    "zimage": {
+        "transformer": ("ZImageTransformer2DModel", ZIMAGE_TRANSFORMER),
+        "vae": ("AutoencoderKL", ZIMAGE_VAE),
+        "decoder": ("AutoencoderTiny", TAEF1),
+        "text_encoder": ("Qwen3Model", ZIMAGE_TEXT),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", ZIMAGE_SCHEDULER),
+    },
+}
+"""`decoder` lies beside the pipeline, in no folder of it: a cheap decoder for rewards."""
 
 
-def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.device("meta"):
-        return make().eval()
+def write(family: str, folder: Path, **parts: tuple[str, Settings]) -> Path:
+    """Make ``folder`` a pipeline folder of ``family`` without weights, ``parts`` in place of the published ones; returns it."""
+    made = {**PARTS[family], **parts}
+    for part, (name, settings) in made.items():
+        file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(_complete(name, settings) | {"_class_name": name, "architectures": [name]}))
+    (folder / "model_index.json").write_text(json.dumps({p: ["", name] for p, (name, _) in made.items()}))
+    return folder
 
 
-def _autoencoder(settings: Settings) -> nn.Module:
-    from diffusers import AutoencoderKL
+def _complete(name: str, settings: Settings) -> dict[str, Any]:
+    """``settings`` with the class's own defaults for what they leave out."""
+    import diffusers
+    import transformers
 
-    return _on_meta(lambda: AutoencoderKL(**settings))
-
-
-def _tiny_autoencoder(settings: Settings) -> nn.Module:
-    from diffusers import AutoencoderTiny
-
-    return _on_meta(lambda: AutoencoderTiny(**settings))
+    if hasattr(diffusers, name):
+        signature = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+        defaults = {p.name: p.default for p in signature if p.default is not inspect.Parameter.empty}
+        return {**defaults, **settings}
+    return getattr(transformers, name).config_class(**settings).to_dict()

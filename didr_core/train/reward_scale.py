@@ -1,0 +1,40 @@
+"""The unit of rewards: the spread that the starting generator has within a prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from didr_core.types import Parallel
+
+
+class RewardScale:
+    """Within-prompt standard deviation of the starting generator's reward: pooled over every prompt seen so far, on all ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = torch.zeros(
+            2, dtype=torch.float64, device=device
+        )  # sum of batch means of the variance, number of batches
+
+    def update(self, spread: Tensor | None, parallel: Parallel) -> None:
+        """Add a batch's variances ``[B]``. A non-finite one comes with a non-finite baseline, which is refused with its prompt id later."""
+        if spread is None:
+            return
+        mean = torch.where(spread.isfinite(), spread, 0.0).double().mean()
+        parallel.mean_([mean])
+        self.total += torch.stack([mean, torch.ones_like(mean)])
+
+    @property
+    def value(self) -> Tensor:
+        """Scalar standard deviation; 1 before any was seen."""
+        return torch.where(
+            self.total[1] > 0, (self.total[0] / self.total[1].clamp_min(1)).sqrt().clamp_min(1e-6), 1.0
+        ).float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums."""
+        return {"total": self.total.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.total.copy_(state["total"])
