@@ -34,19 +34,19 @@ TEACHER_GUIDANCE = 2.0
 ACROSS = ("size", "contrast", "win_utility")
 
 
-def held_out(world: Path, count: int) -> list[str]:
-    """The first ``count`` held-out captions."""
+def held_out(world: Path, count: int | None = None) -> list[str]:
+    """The first ``count`` held-out captions, or all."""
     return read_shards(world / "prompts" / "heldout")[:count]
 
 
 def free_captions(world: Path, count: int) -> list[str]:
     """Held-out captions that name no background and no relation: what they leave free is measured across seeds."""
-    facts = [(caption, parse_caption(caption)) for caption in read_shards(world / "prompts" / "heldout")]
+    facts = [(caption, parse_caption(caption)) for caption in held_out(world)]
     return [caption for caption, fact in facts if fact.background is None and fact.relation is None][:count]
 
 
 def statistics(seen: Assessment, resamples: int = 0) -> dict[str, Array]:
-    """Statistics ``[R + 1]``: means of the checker's measures (and ``win``, where it is there), entropies in bits of what captions leave free.
+    """Statistics ``[R + 1]``: means of the checker's measures (and of ``win``), entropies in bits of what captions leave free.
 
     ``*_bits`` are over all captions, ``*_bits_within`` inside one caption (Miller-Madow corrected; NaN without repeats).
     """
@@ -55,7 +55,7 @@ def statistics(seen: Assessment, resamples: int = 0) -> dict[str, Array]:
     boot = Bootstrap(len(names), resamples=resamples)
 
     def by_caption(values: np.ndarray, gap: float) -> np.ndarray:
-        table = np.full((1, slot.max() + 1, len(names)), gap, np.asarray(gap).dtype)  # [1, S, N]
+        table = np.full((1, slot.max() + 1, len(names)), gap)  # [1, S, N]
         table[0, slot, place] = values
         return table
 
@@ -118,14 +118,8 @@ def measure_checker(world: Path, count: int = 2000) -> dict[str, Any]:
     right = check(readings, facts)
     spent = time.perf_counter() - started
     wrong = check(readings, [spoil(fact, rng)[0] for fact in facts])
-    return rounded(
-        {
-            "right_strict": right["strict"].mean(),
-            "wrong_strict": wrong["strict"].mean(),
-            "wrong_loose": wrong["loose"].mean(),
-            "ms_per_picture": 1000 * spent / count,
-        }
-    )
+    passed = {f"wrong_{name}": wrong[name].mean() for name in ("strict", "loose")}
+    return rounded({"right_strict": right["strict"].mean(), **passed, "ms_per_picture": 1000 * spent / count})
 
 
 def measure_vae(world: Path, count: int = 1000) -> dict[str, Any]:
@@ -154,24 +148,19 @@ def measure_reference(
     return {"steps": steps, "guidance": guidance, **rounded(summary(assess(pictures.numpy(), captions)))}
 
 
-def measure_generator(
-    world: Path, count: int = 1000, folder: Path | None = None, teacher_count: int = 500
-) -> dict[str, Any]:
+def measure_generator(world: Path, count: int = 1000) -> dict[str, Any]:
     """One step on held-out captions, and its diversity beside the teacher's (same captions, same noise).
 
     ``across_seeds``: 20 captions that leave background and place free, 16 seeds each, for both.
     """
-    teacher, generator = Parts.load(world / "pipeline"), Parts.load(world / "pipeline", folder or world / "generator")
+    teacher, generator = Parts.load(world / "pipeline"), Parts.load(world / "pipeline", world / "generator")
     captions = held_out(world, count)
     result = assess(sample(generator, captions, seed=1).numpy(), captions)
     free = [caption for caption in free_captions(world, 20) for _ in range(16)]
     one = assess(sample(generator, free, seed=2).numpy(), free)
     many = assess(sample(teacher, free, seed=2, steps=12, guidance=TEACHER_GUIDANCE).numpy(), free)
-    against = compare(one, many)
-    return {
-        **rounded(summary(result)),
-        "across_seeds": {name: rounded(row) for name, row in against.items() if name in ACROSS or "_bits" in name},
-    }
+    across = {name: rounded(row) for name, row in compare(one, many).items() if name in ACROSS or "_bits" in name}
+    return {**rounded(summary(result)), "across_seeds": across}
 
 
 def measure_rewards(world: Path) -> dict[str, Any]:
@@ -190,14 +179,10 @@ def measure_rewards(world: Path) -> dict[str, Any]:
         with torch.no_grad():
             scores = torch.stack([scorer(model)(pictures[:, k], ids, mask) for k in range(2)], 1)
         report = quality(model, tokenizer, vae, seed=7_777 + len(name))
-        on_generator = {
-            "generator_pairs": pair_accuracy(scores, utility),
-            "generator_pairs_clear": pair_accuracy(scores, utility, 0.2),
-        }
-        out[name] = {
-            **rounded({**{k: v for k, v in report.items() if k != "facets"}, **on_generator}),
-            "facets": rounded(report["facets"]),
-        }
+        facets = rounded(report.pop("facets"))
+        pairs = {"generator_pairs": 0.0, "generator_pairs_clear": 0.2}
+        report |= {key: pair_accuracy(scores, utility, least) for key, least in pairs.items()}
+        out[name] = {**rounded(report), "facets": facets}
     return out
 
 
