@@ -128,12 +128,12 @@ def parse_caption(text: str) -> CaptionFacts:
         background = next(filter(None, ending), None)
         return CaptionFacts("count", ((colour, _PLURALS[shapes]),), _NUMBER_OF[number], None, background)
     if match := _NAMED.fullmatch(plain):
-        colour, shape, word, *second = match.groups()[:5]
-        background = next(filter(None, match.groups()[5:]), None)
+        colour, shape, word, other, form, *ending = match.groups()
+        background = next(filter(None, ending), None)
         if word is None:
             return CaptionFacts("single", ((colour, shape),), 1, None, background)
         kind = "relation" if word in _RELATION_OF else "pair"
-        return CaptionFacts(kind, ((colour, shape), tuple(second)), 1, _RELATION_OF.get(word), background)
+        return CaptionFacts(kind, ((colour, shape), (other, form)), 1, _RELATION_OF.get(word), background)
     raise ValueError(
         f"caption {text!r} is not of the tiny world's grammar; expected for example 'a red circle on a white background', "
         f"'two blue rings', 'a green cross and a red square' or 'a red circle to the left of a blue square on gray'"

@@ -223,7 +223,7 @@ def _grow(mask: np.ndarray) -> np.ndarray:
 def _match(facts: CaptionFacts, colours: np.ndarray, shapes: np.ndarray) -> list[int]:
     """Part index for each object the caption shows (or -1), each part used once; picks the assignment that gets most right."""
     wanted = [(COLOURS.index(colour), SHAPES.index(shape)) for colour, shape in facts.expanded()]
-    score = np.array([[*(2 * (c == colours) + 2.1 * (s == shapes)), 0.0] for c, s in wanted])  # -1, no part: 0
+    score = np.array([np.append(2 * (colours == c) + 2.1 * (shapes == s), 0.0) for c, s in wanted])  # -1, no part: 0
     nothing = [-1] * len(wanted)
     if facts.kind == "count":
         return [*np.argsort(-score[0, :-1], kind="stable").tolist(), *nothing][: len(wanted)]
