@@ -136,10 +136,10 @@ class Evaluator:
         with text_towers(backbone, device):
             return cls(backbone, prompts, seeds, reward=reward, judge=judge, world=world, device=device, **more)
 
+    @torch.no_grad()
     def _ready(self, first: int, prompts: Sequence[str]) -> _Part:
-        with torch.no_grad():
-            condition = self.backbone.encode(prompts).to(self.device)
-            prepared = {name: reward.prepare(prompts) for name, reward in self.rewards.items()}
+        condition = self.backbone.encode(prompts).to(self.device)
+        prepared = {name: reward.prepare(prompts) for name, reward in self.rewards.items()}
         inputs = {name: {k: v.to(self.device) for k, v in tensors.items()} for name, tensors in prepared.items()}
         return _Part(first, prompts, condition, inputs)
 

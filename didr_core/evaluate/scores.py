@@ -87,15 +87,16 @@ class Scores:
     ) -> Scores:
         """Statistics over measured values. Codes (integer arrays named ``<what>_code``, groups ``<what>_group``) become entropies."""
         trainings = max(len(next(iter(values.values()))) for values in arrays.values())
+        full = {name: {key: _numbers(value) for key, value in values.items()} for name, values in arrays.items()}
         boot = Bootstrap(len(prompts), trainings, resamples)
-        entropies = {name: dict(_entropies(boot, values)) for name, values in arrays.items()}
+        entropies = {name: dict(_entropies(boot, values)) for name, values in full.items()}
         rows: dict[str, Any] = {}
-        for name, values in arrays.items():
+        for name, values in full.items():
             drawn = {key: boot.means(value) for key, value in values.items() if not _is_code(key)} | entropies[name]
             rows[name] = {**models[name], "measures": _ordered({k: interval(v).tree() for k, v in drawn.items()})}
         pairs = [
-            {"a": a, "b": b, "measures": _compare(boot, arrays[a], arrays[b], entropies[a], entropies[b])}
-            for a, b in _pairs(list(arrays), focus)
+            {"a": a, "b": b, "measures": _compare(boot, full[a], full[b], entropies[a], entropies[b])}
+            for a, b in _pairs(list(full), focus)
         ]
         named = sorted({key for row in rows.values() for key in row["measures"]}, key=_rank)
         tree = {
@@ -187,10 +188,10 @@ def table(tree: Mapping[str, Any], everything: bool = False) -> tuple[list[str],
     """Header and rows of text: a row a model, a column a measure, "mean ± half the 95 % interval"."""
     names = [n for n in tree["measures"] if (everything or describe(n).shown) and _known(tree, n)]
     header = ["model", "steps", *(title(n) for n in names)]
-    rows = []
-    for model, row in tree["models"].items():
-        rows.append([model, str(row.get("steps", "")), *(show(row["measures"].get(n), n) for n in names)])
-    return header, rows
+    models = tree["models"].items()
+    return header, [
+        [model, str(row.get("steps", "")), *(show(row["measures"].get(n), n) for n in names)] for model, row in models
+    ]
 
 
 def comparison_table(
@@ -302,6 +303,11 @@ def _entropies(boot: Bootstrap, values: Arrays) -> Iterator[tuple[str, Array]]:
             what = key.removesuffix("_code")
             groups = values.get(f"{what}_group")
             yield f"{what}_entropy", boot.entropy(values[key], None if groups is None else groups[0, 0])
+
+
+def _numbers(values: NDArray[Any]) -> NDArray[Any]:
+    """Yes/no becomes 1/0."""
+    return values.astype(np.float64) if values.dtype == bool else values
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -62,17 +62,6 @@ class Readings:
     fade: np.ndarray
     stray: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.parts)
-
-
-def _border(pictures: np.ndarray) -> np.ndarray:
-    """Median colour [B, 3] of the outermost pixels."""
-    edge = np.concatenate(
-        [pictures[:, :, 0], pictures[:, :, -1], pictures[:, :, 1:-1, 0], pictures[:, :, 1:-1, -1]], axis=2
-    )
-    return np.median(edge, axis=2)
-
 
 def _label(classes: np.ndarray) -> np.ndarray:
     """Connected parts (4-neighbours of equal class): classes [B, H, W] int, -1 for none -> labels [B, H, W], 0 for none."""
@@ -142,7 +131,8 @@ def read_pictures(pictures: np.ndarray, chunk: int = 512) -> Readings:
 
 def _read(pictures: np.ndarray) -> Readings:
     count = len(pictures)
-    border = _border(pictures)
+    edge = [pictures[:, :, 0], pictures[:, :, -1], pictures[:, :, 1:-1, 0], pictures[:, :, 1:-1, -1]]
+    border = np.median(np.concatenate(edge, axis=2), axis=2)  # [B, 3]
     gaps = np.linalg.norm(border[:, None] - BACKGROUND_RGB, axis=2)
     nearest = gaps.argmin(1)
     known = np.where(gaps.min(1) <= BACKGROUND_TOLERANCE, nearest, -1)
@@ -243,8 +233,8 @@ def check(readings: Readings, facts: list[CaptionFacts]) -> dict[str, np.ndarray
     strict, loose; count, colour, shape, relation, background as right or wrong; ``*_part`` the share of objects with the right colour or
     shape (graded); size (radius over the renderer's range), contrast (fade over its range), centring, shape_iou.
     """
-    if len(readings) != len(facts):
-        raise ValueError(f"{len(readings)} pictures but {len(facts)} captions; give one caption for each picture")
+    if len(readings.parts) != len(facts):
+        raise ValueError(f"{len(readings.parts)} pictures but {len(facts)} captions; give one caption for each picture")
     graded = ("count_part", "colour_part", "shape_part", "shape_iou", "size", "contrast", "centring")
     out = {name: np.zeros(len(facts), dtype=np.float32) for name in ("strict", "loose", *FACETS, *graded)}
     for row, fact in enumerate(facts):
