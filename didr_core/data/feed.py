@@ -43,7 +43,7 @@ class PromptEncoder:
         self.device = config.torch_device
         self.backbone: Backbone = build("backbones", config.backbone)
         self.backbone.load_text()
-        _move(self.backbone, self.device)
+        self.backbone.to(self.device)
 
     @torch.no_grad()
     def __call__(self, batch: Columns) -> Columns:
@@ -69,7 +69,7 @@ class RewardPreparer:
         self.size = config.train.micro_batch
         self.generator = roles.load_start(self.backbone, config.backbone, config.roles, self.device)
         self.backbone.load_decoder()
-        _move(self.backbone, self.device)
+        self.backbone.to(self.device)
         self.reward = build("rewards", config.reward)
         self.reward.load(self.device)
 
@@ -121,12 +121,12 @@ class LocalFeed:
     """The training batches of one rank, made in this process, from sample ``start`` to the end of the run.
 
     ``start`` is the cursor: samples already consumed by all ranks together, a multiple of ``train.batch``. With the defaults the batches
-    are whole (`world` 1); rank r of w takes rows ``[r, r + 1) * batch / w`` of each, as the Ray stream deals them out.
+    are whole; rank r of w = ``world_size`` takes rows ``[r, r + 1) * batch / w`` of each, as the Ray stream deals them out.
     """
 
-    def __init__(self, config: Config, start: int = 0, *, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, config: Config, start: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
         self.config = config
-        self.start, self.rank, self.world = start, rank, world
+        self.start, self.rank, self.share = start, rank, config.train.batch // world_size
         self.index = open_prompts(config)
         self._stages: list[Any] | None = None
 
@@ -136,20 +136,14 @@ class LocalFeed:
 
     def columns(self, step: int) -> Columns:
         """This rank's share of the batch of ``step`` (0 is the first), as numpy columns."""
-        config, size = self.config, self.config.train.batch
-        share = size // self.world
+        config, share = self.config, self.share
         if self._stages is None:
             self._stages = [PromptEncoder(config), *([RewardPreparer(config)] if config.needs_reward else [])]
-        first = step * size + self.rank * share
+        first = step * config.train.batch + self.rank * share
         batch = columns(self.index.read(np.arange(first, first + share), config.seed))
         for stage in self._stages:
             batch = stage(batch)
         return batch
-
-
-def _move(backbone: Backbone, device: torch.device) -> None:
-    """Backbones that hold towers of their own offer ``to``."""
-    backbone.to(device)
 
 
 def _arrays(prefix: str, tensors: Mapping[str, Tensor]) -> Columns:

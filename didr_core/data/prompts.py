@@ -37,8 +37,6 @@ from didr_core.types import DIDRError
 WINDOW = 65_536
 """Rows that are shuffled among themselves. A reading process keeps two windows: about 100 bytes a row more than the text."""
 
-_SPACE = " \t\n\r\f\v\u00a0"
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -134,20 +132,16 @@ class PromptIndex:
         return [samples[slot] for slot in range(len(indices))]
 
     def _samples(self, indices: Sequence[int], table: pa.Table) -> list[Prompt]:
-        """Rows of :meth:`_rows` as samples."""
+        """Rows of :meth:`_rows` as samples; raises DIDRError for a blank one."""
         samples = []
         for index, row in zip(indices, table.to_pylist(), strict=True):
             if not (row["prompt"] or "").strip():
-                raise self._blank(row)
+                raise DIDRError(
+                    f"{self.key}: the prompt at {self.shards[row['shard']]}:{row['row']} (shard:row, column {self.column!r}) is "
+                    f"{row['prompt']!r}. Expected non-empty text; remove the row or fill it in."
+                )
             samples.append(Prompt(index, row["id"], row["prompt"]))
         return samples
-
-    def _blank(self, row: dict[str, Any]) -> DIDRError:
-        place = f"{self.shards[row['shard']]}:{row['row']}"
-        return DIDRError(
-            f"{self.key}: the prompt at {place} (shard:row, column {self.column!r}) is {row['prompt']!r}. "
-            "Expected non-empty text; remove the row or fill it in."
-        )
 
     def _rows(self, group: RowGroup, start: int = 0, stop: int | None = None) -> pa.Table:
         """Rows of a row group, read from disk: ``prompt``, ``id``, and where they stand, ``shard`` and ``row``."""
@@ -180,10 +174,9 @@ class PromptIndex:
             if seen >= rows:
                 break
             table = self._rows(group)
-            length = pc.utf8_length(pc.utf8_trim(table.column("prompt"), characters=_SPACE))
-            first = pc.index(pc.fill_null(pc.equal(length, 0), True), True).as_py()
-            if first >= 0:
-                raise self._blank(table.slice(first, 1).to_pylist()[0])
+            length = pc.utf8_length(pc.utf8_trim_whitespace(table.column("prompt")))
+            blank = table.filter(pc.fill_null(pc.equal(length, 0), True))
+            self._samples(range(len(blank)), blank)  # refuses the first
             seen += len(table)
         return seen
 

@@ -38,6 +38,9 @@ from didr_core.diffusion import sampling
 from didr_core.evaluate.contestants import Contestant
 from didr_core.evaluate.scores import Scores
 from didr_core.types import Backbone, Condition, NonFiniteError, Reward, Tensors
+from didr_core.world import assess
+from didr_core.world.checker import FACETS
+from didr_core.world.scenes import KINDS
 
 Progress = Callable[[str, int, int], None]
 """``(model, pictures done, pictures to do)``."""
@@ -45,8 +48,6 @@ Measured = dict[str, NDArray[Any]]
 """``{measure: [1, S, N]}``, and ``features [1, S, N, D]`` where they are looked at."""
 
 SIDE = 4  # of the shrunken pictures that stand in for features
-KINDS = ("single", "count", "pair", "relation")
-FACETS = ("count", "colour", "shape", "relation", "background")
 
 
 @contextmanager
@@ -135,10 +136,10 @@ class Evaluator:
         with text_towers(backbone, device):
             return cls(backbone, prompts, seeds, reward=reward, judge=judge, world=world, device=device, **more)
 
+    @torch.no_grad()
     def _ready(self, first: int, prompts: Sequence[str]) -> _Part:
-        with torch.no_grad():
-            condition = self.backbone.encode(prompts).to(self.device)
-            prepared = {name: reward.prepare(prompts) for name, reward in self.rewards.items()}
+        condition = self.backbone.encode(prompts).to(self.device)
+        prepared = {name: reward.prepare(prompts) for name, reward in self.rewards.items()}
         inputs = {name: {k: v.to(self.device) for k, v in tensors.items()} for name, tensors in prepared.items()}
         return _Part(first, prompts, condition, inputs)
 
@@ -269,7 +270,7 @@ def _watch(latent: Tensor, images: Tensor) -> dict[str, NDArray[Any]]:
 
 def _diversity(images: Tensor) -> dict[str, NDArray[Any]]:
     """``[S, B, 3, H, W]`` to the root mean square difference over pairs of seeds, per prompt ``[B]``."""
-    small = torch.nn.functional.adaptive_avg_pool2d(images.flatten(0, 1), 8).unflatten(0, images.shape[:2])
+    small = F.adaptive_avg_pool2d(images.flatten(0, 1), 8).unflatten(0, images.shape[:2])
     measures = {}
     for name, pictures in (("diversity", images), ("layout_diversity", small)):
         pairs = [(a - b).square().flatten(1).mean(1) for a, b in combinations(pictures, 2)]
@@ -279,19 +280,10 @@ def _diversity(images: Tensor) -> dict[str, NDArray[Any]]:
 
 def _world(images: Tensor, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
     """The analytic checker's measures; a facet that a caption does not ask for is NaN, codes say what captions left free."""
-    from didr_core.world import assess
-
-    seen = assess.assess(images.cpu().numpy(), list(captions))
-    measures = {
-        (f"right_{name}" if name in FACETS else name): seen[name].astype(np.float64) for name in assess.MEASURES
-    }
+    seen = assess.assess(images.cpu().numpy(), captions)
+    measures = {f"right_{n}" if n in FACETS else n: seen[n].astype(np.float64) for n in assess.MEASURES}
     measures["right_relation"] = np.where(seen["kind"] == "relation", measures["right_relation"], np.nan)
     measures["right_background"] = np.where(seen["background_free"], np.nan, measures["right_background"])
     for kind in KINDS:
         measures[f"strict_{kind}"] = np.where(seen["kind"] == kind, measures["strict"], np.nan)
-    groups = list(assess.POSITION_GROUPS)
-    return measures | {
-        "background_code": np.where(seen["background_free"], seen["background_seen"], -1),
-        "position_code": seen["position_bin"],
-        "position_group": np.array([groups.index(g) if g in groups else len(groups) for g in seen["position_group"]]),
-    }
+    return measures | {name: seen[name] for name in ("background_code", "position_code", "position_group")}

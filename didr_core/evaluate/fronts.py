@@ -44,22 +44,14 @@ def frechet(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
 def front(points: Array) -> NDArray[np.int64]:
     """Indices of the points ``[P, 2]`` (larger is better on both axes) that none dominates, by falling first coordinate."""
     order = np.lexsort((-points[:, 1], -points[:, 0]))
-    kept, best = [], -np.inf
-    for i in order:
-        if points[i, 1] > best:
-            kept.append(int(i))
-            best = points[i, 1]
-    return np.array(kept, dtype=np.int64)
+    best = np.maximum.accumulate([-np.inf, *points[order, 1]])
+    return order[points[order, 1] > best[:-1]]
 
 
 def hypervolume(points: Array, worst: Array) -> float:
     """Area that the points ``[P, 2]`` (larger is better) dominate above ``worst [2]``; points not above it on both axes add nothing."""
-    area, reached = 0.0, float(worst[1])
-    for x, y in points[front(points)]:
-        if x > worst[0] and y > reached:
-            area += float((x - worst[0]) * (y - reached))
-            reached = float(y)
-    return area
+    x, y = np.maximum(points[front(points)] - worst, 0.0).T
+    return float((x * np.diff(y, prepend=0.0)).sum())
 
 
 def hypervolumes(gain: Array, fidelity: Array, worst: Array, best: Array) -> Array:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from didr_core.config.files import replace_text, replaced
 from didr_core.config.provenance import provenance
-from didr_core.evaluate.paired import Bootstrap, interval, won
+from didr_core.evaluate.paired import Array, Bootstrap, interval, won
 from didr_core.export.card import markdown
 from didr_core.types import DIDRError
 
@@ -89,12 +89,15 @@ class Scores:
         trainings = max(len(next(iter(values.values()))) for values in arrays.values())
         full = {name: {key: _numbers(value) for key, value in values.items()} for name, values in arrays.items()}
         boot = Bootstrap(len(prompts), trainings, resamples)
+        entropies = {name: dict(_entropies(boot, values)) for name, values in full.items()}
         rows: dict[str, Any] = {}
         for name, values in full.items():
-            drawn = {key: boot.means(value) for key, value in values.items() if not _is_code(key)}
-            drawn |= {f"{what}_entropy": boot.entropy(codes, groups) for what, codes, groups in _codes(values)}
+            drawn = {key: boot.means(value) for key, value in values.items() if not _is_code(key)} | entropies[name]
             rows[name] = {**models[name], "measures": _ordered({k: interval(v).tree() for k, v in drawn.items()})}
-        pairs = [_compare(boot, a, b, full[a], full[b]) for a, b in _pairs(list(full), focus)]
+        pairs = [
+            {"a": a, "b": b, "measures": _compare(boot, full[a], full[b], entropies[a], entropies[b])}
+            for a, b in _pairs(list(full), focus)
+        ]
         named = sorted({key for row in rows.values() for key in row["measures"]}, key=_rank)
         tree = {
             "version": VERSION,
@@ -133,10 +136,6 @@ class Scores:
                 model, _, measure = name.partition("/")
                 arrays.setdefault(model, {})[measure] = file[name]
         return cls(read_scores(Path(folder) / "scores.json"), arrays)
-
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """:func:`table` of this tree."""
-        return table(self.tree)
 
 
 def read_scores(path: Path) -> dict[str, Any]:
@@ -189,10 +188,10 @@ def table(tree: Mapping[str, Any], everything: bool = False) -> tuple[list[str],
     """Header and rows of text: a row a model, a column a measure, "mean ± half the 95 % interval"."""
     names = [n for n in tree["measures"] if (everything or describe(n).shown) and _known(tree, n)]
     header = ["model", "steps", *(title(n) for n in names)]
-    rows = []
-    for model, row in tree["models"].items():
-        rows.append([model, str(row.get("steps", "")), *(show(row["measures"].get(n), n) for n in names)])
-    return header, rows
+    models = tree["models"].items()
+    return header, [
+        [model, str(row.get("steps", "")), *(show(row["measures"].get(n), n) for n in names)] for model, row in models
+    ]
 
 
 def comparison_table(
@@ -272,19 +271,18 @@ def origin(prompts_source: str = "", commands: Sequence[str] = (), **more: Any) 
     }
 
 
-def _compare(boot: Bootstrap, a: str, b: str, first: Arrays, second: Arrays) -> dict[str, Any]:
+def _compare(boot: Bootstrap, a: Arrays, b: Arrays, bits_a: Arrays, bits_b: Arrays) -> dict[str, Any]:
     measures: dict[str, Any] = {}
-    for key in first:
-        if key not in second or _is_code(key):
+    for key in a:
+        if key not in b or _is_code(key):
             continue
-        measures[key] = {"difference": interval(boot.means(first[key] - second[key])).tree()}
+        measures[key] = {"difference": interval(boot.means(a[key] - b[key])).tree()}
         # A share of wins says something of one prompt's pictures; a yes/no measure would count mostly ties.
         if describe(key).better and not key.startswith(("strict", "loose", "right_")):
-            measures[key]["wins"] = interval(boot.means(won(first[key], second[key]))).tree()
-    for (what, codes, groups), (_, others, _) in zip(_codes(first), _codes(second), strict=False):
-        difference = boot.entropy(codes, groups) - boot.entropy(others, groups)
-        measures[f"{what}_entropy"] = {"difference": interval(difference).tree()}
-    return {"a": a, "b": b, "measures": _ordered(measures)}
+            measures[key]["wins"] = interval(boot.means(won(a[key], b[key]))).tree()
+    for key in bits_a.keys() & bits_b.keys():
+        measures[key] = {"difference": interval(bits_a[key] - bits_b[key]).tree()}
+    return _ordered(measures)
 
 
 def _pairs(names: Sequence[str], focus: str) -> Iterator[tuple[str, str]]:
@@ -299,12 +297,12 @@ def _is_code(key: str) -> bool:
     return key.endswith(("_code", "_group"))
 
 
-def _codes(values: Arrays) -> Iterator[tuple[str, NDArray[Any], NDArray[Any] | None]]:
-    for key, codes in values.items():
+def _entropies(boot: Bootstrap, values: Arrays) -> Iterator[tuple[str, Array]]:
+    for key in values:
         if key.endswith("_code"):
             what = key.removesuffix("_code")
             groups = values.get(f"{what}_group")
-            yield what, codes, None if groups is None else groups[0, 0]
+            yield f"{what}_entropy", boot.entropy(values[key], None if groups is None else groups[0, 0])
 
 
 def _numbers(values: NDArray[Any]) -> NDArray[Any]:

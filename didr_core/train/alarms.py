@@ -37,9 +37,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class View:
-    """What an alarm's test sees: smoothed values now, values at the start, and the newest raw values."""
+    """What an alarm's test sees: smoothed values now, before this step and at the start, and the newest raw values."""
 
     now: Mapping[str, float]
+    before: Mapping[str, float]
     start: Mapping[str, float]
     last: Mapping[str, float]
     limits: Limits
@@ -68,13 +69,17 @@ def _latent_shift(v: View) -> bool:
 
 
 def _latent_spread(v: View) -> bool:
-    ratio = v.ratio("latent/std")
-    return ratio > v.limits.latent_spread or ratio < 1 / v.limits.latent_spread
+    return not 1 / v.limits.latent_spread <= v.ratio("latent/std") <= v.limits.latent_spread
 
 
 def _away(v: View) -> bool:
     pulls = (v.now.get(f"{part}/ratio", 0.0) * v.now.get(f"{part}/cosine", 0.0) for part in ("drs", "reward"))
     return min(pulls) < -v.limits.away_from_reference
+
+
+def _jump(v: View) -> bool:
+    usual = v.before.get("grad/generator", math.inf)
+    return v.last.get("grad/generator", 0.0) > v.limits.gradient_jump * max(usual, 1e-12)
 
 
 ALARMS: tuple[Alarm, ...] = (
@@ -131,9 +136,7 @@ ALARMS: tuple[Alarm, ...] = (
     Alarm(
         "gradient-jump",
         "The generator's gradient norm is more than {gradient_jump:g} times what it usually is.",
-        lambda v: (
-            v.last.get("grad/generator", 0.0) > v.limits.gradient_jump * max(v.now.get("grad/generator", 0.0), 1e-12)
-        ),
+        _jump,
     ),
 )
 
@@ -163,15 +166,11 @@ class Alarms:
     def update(self, metrics: Mapping[str, float]) -> tuple[str, ...]:
         """Take one step's metrics; return the names of the alarms that ring now, in a fixed order, ``reward-hacking`` first."""
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        view = View(self._now, self._start, finite, self.limits)
-        # The jump is judged against the past, before this step is blended into it.
-        jump = [
-            a.name for a in ALARMS if a.name == "gradient-jump" and self._settled("grad/generator") and a.rings(view)
-        ]
+        before = self._settled(self._now)
         for name, value in finite.items():
             self._blend(name, value)
-        view = View(self._now, self._settled_start(), finite, self.limits)
-        ringing = [a.name for a in ALARMS if a.name != "gradient-jump" and self._started() and a.rings(view)] + jump
+        view = View(self._now, before, self._settled(self._start), finite, self.limits)
+        ringing = [alarm.name for alarm in ALARMS if view.start and alarm.rings(view)]
         if view.rise("reward/gain") > self.limits.gain_rise and SYMPTOMS.intersection(ringing):
             ringing.insert(0, HACKING)
         if len(finite) < len(metrics):
@@ -187,14 +186,9 @@ class Alarms:
         else:
             self._now[name] = self.limits.smoothing * self._now[name] + (1 - self.limits.smoothing) * value
 
-    def _settled(self, name: str) -> bool:
-        return self._seen.get(name, 0) >= self.limits.baseline_steps
-
-    def _settled_start(self) -> dict[str, float]:
-        return {name: value for name, value in self._start.items() if self._settled(name)}
-
-    def _started(self) -> bool:
-        return any(self._settled(name) for name in self._seen)
+    def _settled(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Those of ``values`` whose baseline is complete."""
+        return {name: v for name, v in values.items() if self._seen[name] >= self.limits.baseline_steps}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""

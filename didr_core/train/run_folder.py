@@ -231,14 +231,10 @@ def disk(key: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(_existing(path)).free
+            free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
             raise DIDRError(
                 f"{key} {path}: the disk is full ({free:,} bytes free). Free some space; `--resume` continues the run."
             ) from error
         raise DIDRError(
             f"{key} {path}: cannot write ({error.strerror or error}). Check the path and its permissions."
         ) from error
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)

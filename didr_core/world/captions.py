@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,8 +94,7 @@ def write_caption(facts: CaptionFacts, rng: np.random.Generator) -> str:
     if facts.kind == "single":
         body = f"a {named[0]}"
     elif facts.kind == "count":
-        plural = "crosses" if facts.objects[0][1] == "cross" else facts.objects[0][1] + "s"
-        body = f"{pick(NUMBERS[facts.count])} {facts.objects[0][0]} {plural}"
+        body = f"{pick(NUMBERS[facts.count])} {named[0]}{'es' if named[0].endswith('cross') else 's'}"
     elif facts.kind == "pair":
         body = f"a {named[0]} {pick(JOINS)} a {named[1]}"
     else:
@@ -103,7 +103,7 @@ def write_caption(facts: CaptionFacts, rng: np.random.Generator) -> str:
     return prefix + body + ending
 
 
-def _either(options: tuple[str, ...] | list[str]) -> str:
+def _either(options: Iterable[str]) -> str:
     return "(?:" + "|".join(re.escape(option) for option in sorted(options, key=len, reverse=True)) + ")"
 
 
@@ -111,20 +111,11 @@ _OBJECT = rf"({_either(COLOURS)}) ({_either(SHAPES)})"
 _PLURALS = {("crosses" if shape == "cross" else shape + "s"): shape for shape in SHAPES}
 _NUMBER_OF = {word: number for number, words in NUMBERS.items() for word in words}
 _RELATION_OF = {word: relation for relation, words in RELATION_WORDS.items() for word in words}
-_ENDING = (
-    "(?:"
-    + "|".join(re.escape(words).replace(r"\{\}", f"({_either(BACKGROUNDS)})") for words in BACKGROUND_WORDS)
-    + ")?"
-)
-_START = rf"(?:{_either([prefix for prefix in PREFIXES if prefix])})?"
-_PATTERNS = {
-    "count": re.compile(
-        rf"{_START}({_either(list(_NUMBER_OF))}) ({_either(COLOURS)}) ({_either(list(_PLURALS))}){_ENDING}"
-    ),
-    "single": re.compile(rf"{_START}a {_OBJECT}{_ENDING}"),
-    "pair": re.compile(rf"{_START}a {_OBJECT} {_either(JOINS)} a {_OBJECT}{_ENDING}"),
-    "relation": re.compile(rf"{_START}a {_OBJECT} ({_either(list(_RELATION_OF))}) a {_OBJECT}{_ENDING}"),
-}
+_START = rf"(?:{_either(PREFIXES)})"
+_BACKGROUND = f"({_either(BACKGROUNDS)})"
+_ENDING = "(?:" + "|".join(re.escape(w).replace(r"\{\}", _BACKGROUND) for w in BACKGROUND_WORDS) + ")?"
+_COUNTED = re.compile(rf"{_START}({_either(_NUMBER_OF)}) ({_either(COLOURS)}) ({_either(_PLURALS)}){_ENDING}")
+_NAMED = re.compile(rf"{_START}a {_OBJECT}(?: ({_either([*JOINS, *_RELATION_OF])}) a {_OBJECT})?{_ENDING}")
 
 
 def parse_caption(text: str) -> CaptionFacts:
@@ -132,21 +123,17 @@ def parse_caption(text: str) -> CaptionFacts:
     if not isinstance(text, str):
         raise ValueError(f"a caption must be a string, got {type(text).__name__}")
     plain = " ".join(text.lower().strip().rstrip(".").split())
-    for kind, pattern in _PATTERNS.items():
-        match = pattern.fullmatch(plain)
-        if match is None:
-            continue
-        groups = match.groups()
-        background = next((group for group in groups[-len(BACKGROUND_WORDS) :] if group), None)
-        if kind == "single":
-            return CaptionFacts(kind, ((groups[0], groups[1]),), 1, None, background)
-        if kind == "count":
-            return CaptionFacts(kind, ((groups[1], _PLURALS[groups[2]]),), _NUMBER_OF[groups[0]], None, background)
-        if kind == "pair":
-            return CaptionFacts(kind, ((groups[0], groups[1]), (groups[2], groups[3])), 1, None, background)
-        return CaptionFacts(
-            kind, ((groups[0], groups[1]), (groups[3], groups[4])), 1, _RELATION_OF[groups[2]], background
-        )
+    if match := _COUNTED.fullmatch(plain):
+        number, colour, shapes, *ending = match.groups()
+        background = next(filter(None, ending), None)
+        return CaptionFacts("count", ((colour, _PLURALS[shapes]),), _NUMBER_OF[number], None, background)
+    if match := _NAMED.fullmatch(plain):
+        colour, shape, word, other, form, *ending = match.groups()
+        background = next(filter(None, ending), None)
+        if word is None:
+            return CaptionFacts("single", ((colour, shape),), 1, None, background)
+        kind = "relation" if word in _RELATION_OF else "pair"
+        return CaptionFacts(kind, ((colour, shape), (other, form)), 1, _RELATION_OF.get(word), background)
     raise ValueError(
         f"caption {text!r} is not of the tiny world's grammar; expected for example 'a red circle on a white background', "
         f"'two blue rings', 'a green cross and a red square' or 'a red circle to the left of a blue square on gray'"

@@ -10,6 +10,7 @@ Thresholds: a shape is right when its template fits best AND with IoU >= 0.75 (s
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,6 @@ from didr_core.world.scenes import (
     COLOUR_RGB,
     COLOURS,
     FADE_RANGE,
-    MAX_OBJECTS,
     SHAPE_AREA,
     SHAPE_CENTROID,
     SHAPES,
@@ -62,40 +62,18 @@ class Readings:
     fade: np.ndarray
     stray: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.parts)
-
-
-def _border(pictures: np.ndarray) -> np.ndarray:
-    """Median colour [B, 3] of the outermost pixels."""
-    edge = np.concatenate(
-        [pictures[:, :, 0], pictures[:, :, -1], pictures[:, :, 1:-1, 0], pictures[:, :, 1:-1, -1]], axis=2
-    )
-    return np.median(edge, axis=2)
-
 
 def _label(classes: np.ndarray) -> np.ndarray:
     """Connected parts (4-neighbours of equal class): classes [B, H, W] int, -1 for none -> labels [B, H, W], 0 for none."""
-    inside = classes >= 0
-    labels = np.where(inside, np.arange(1, CANVAS * CANVAS + 1, dtype=np.int32).reshape(CANVAS, CANVAS), 0).astype(
-        np.int32
-    )
-    down = inside[:, 1:] & (classes[:, 1:] == classes[:, :-1])
-    right = inside[:, :, 1:] & (classes[:, :, 1:] == classes[:, :, :-1])
+    number = np.arange(1, CANVAS * CANVAS + 1, dtype=np.int32).reshape(CANVAS, CANVAS)
+    labels = np.where(classes >= 0, number, 0)
+    ways = [(axes, step) for axes in ((1, 0, 2), (2, 0, 1)) for step in (1, -1)]  # down, up, right, left
+    views = [(labels.transpose(axes)[::step], classes.transpose(axes)[::step]) for axes, step in ways]
     while True:
         before = labels.copy()
-        for row in range(1, CANVAS):  # sweeps carry a label across the whole picture at once
-            np.maximum(labels[:, row], labels[:, row - 1], out=labels[:, row], where=down[:, row - 1])
-        for row in range(CANVAS - 2, -1, -1):
-            np.maximum(labels[:, row], labels[:, row + 1], out=labels[:, row], where=down[:, row])
-        for column in range(1, CANVAS):
-            np.maximum(
-                labels[:, :, column], labels[:, :, column - 1], out=labels[:, :, column], where=right[:, :, column - 1]
-            )
-        for column in range(CANVAS - 2, -1, -1):
-            np.maximum(
-                labels[:, :, column], labels[:, :, column + 1], out=labels[:, :, column], where=right[:, :, column]
-            )
+        for lines, kinds in views:  # a sweep carries a part's largest number across the whole picture at once
+            for i in range(1, CANVAS):
+                np.maximum(lines[i], lines[i - 1], out=lines[i], where=kinds[i] == kinds[i - 1])
         if np.array_equal(before, labels):
             return labels
 
@@ -146,15 +124,15 @@ def read_pictures(pictures: np.ndarray, chunk: int = 512) -> Readings:
     """Read pictures [B, 3, 32, 32] in [0, 1]."""
     if pictures.ndim != 4 or pictures.shape[1:] != (3, CANVAS, CANVAS):
         raise ValueError(f"pictures must be [B, 3, {CANVAS}, {CANVAS}] in [0, 1], got {pictures.shape}")
-    pieces = [_read(np.asarray(pictures[i : i + chunk], dtype=np.float32)) for i in range(0, len(pictures), chunk)]
-    if not pieces:
-        return _read(np.zeros((0, 3, CANVAS, CANVAS), dtype=np.float32))
+    starts = range(0, max(len(pictures), 1), chunk)
+    pieces = [_read(np.asarray(pictures[i : i + chunk], dtype=np.float32)) for i in starts]
     return Readings(**{name: np.concatenate([getattr(piece, name) for piece in pieces]) for name in vars(pieces[0])})
 
 
 def _read(pictures: np.ndarray) -> Readings:
     count = len(pictures)
-    border = _border(pictures)
+    edge = [pictures[:, :, 0], pictures[:, :, -1], pictures[:, :, 1:-1, 0], pictures[:, :, 1:-1, -1]]
+    border = np.median(np.concatenate(edge, axis=2), axis=2)  # [B, 3]
     gaps = np.linalg.norm(border[:, None] - BACKGROUND_RGB, axis=2)
     nearest = gaps.argmin(1)
     known = np.where(gaps.min(1) <= BACKGROUND_TOLERANCE, nearest, -1)
@@ -181,23 +159,13 @@ def _read(pictures: np.ndarray) -> Readings:
     inside = foreground & (amount > 0.5 * fade[:, None])
     labels = _label(np.where(inside, classes, -1).reshape(count, CANVAS, CANVAS)).reshape(count, -1)
 
-    out = Readings(
-        background=known,
-        parts=np.zeros(count, dtype=np.int64),
-        colour=np.full((count, MAX_PARTS), -1),
-        shape=np.full((count, MAX_PARTS), -1),
-        iou=np.zeros((count, MAX_PARTS), dtype=np.float32),
-        x=np.zeros((count, MAX_PARTS), dtype=np.float32),
-        y=np.zeros((count, MAX_PARTS), dtype=np.float32),
-        radius=np.zeros((count, MAX_PARTS), dtype=np.float32),
-        fade=np.zeros((count, MAX_PARTS), dtype=np.float32),
-        stray=np.zeros(count, dtype=np.float32),
-    )
-    mattes, owners, slots = [], [], []
+    slots = {name: np.zeros((count, MAX_PARTS), np.float32) for name in ("iou", "x", "y", "radius", "fade")}
+    unread = {name: np.full((count, MAX_PARTS), -1) for name in ("colour", "shape")}
+    out = Readings(known, np.zeros(count, np.int64), **unread, **slots, stray=np.zeros(count, np.float32))
+    mattes, places = [], []
     for row in range(count):
         names, sizes = np.unique(labels[row], return_counts=True)
-        parts = [(size, name) for size, name in zip(sizes, names, strict=False) if name and size >= MIN_AREA]
-        parts.sort(reverse=True)
+        parts = sorted((p for p in zip(sizes, names, strict=True) if p[1] and p[0] >= MIN_AREA), reverse=True)
         out.parts[row] = len(parts)
         explained = np.zeros(CANVAS * CANVAS, dtype=bool)
         for slot, (_, name) in enumerate(parts[:MAX_PARTS]):
@@ -216,13 +184,12 @@ def _read(pictures: np.ndarray) -> Readings:
             matte = np.clip(along[row, kind] / max(level, 0.2), 0, 1) * near.reshape(-1) * ~others
             explained |= near.reshape(-1)
             mattes.append(matte.reshape(CANVAS, CANVAS))
-            owners.append(row)
-            slots.append(slot)
+            places.append((row, slot))
         rest = np.clip(strength[row] / 0.5, 0, 1) * (strength[row] > 0.2) * ~explained
         out.stray[row] = rest.sum()
     if mattes:
         shape, iou, x, y, radius = _fit(np.stack(mattes).astype(np.float32))
-        place = (np.array(owners), np.array(slots))
+        place = tuple(np.array(places).T)
         out.shape[place], out.iou[place], out.x[place], out.y[place], out.radius[place] = shape, iou, x, y, radius
     return out
 
@@ -246,29 +213,12 @@ def _grow(mask: np.ndarray) -> np.ndarray:
 def _match(facts: CaptionFacts, colours: np.ndarray, shapes: np.ndarray) -> list[int]:
     """Part index for each object the caption shows (or -1), each part used once; picks the assignment that gets most right."""
     wanted = [(COLOURS.index(colour), SHAPES.index(shape)) for colour, shape in facts.expanded()]
-    score = np.array(
-        [[2 * (c == cc) + 2.1 * (s == ss) for cc, ss in zip(colours, shapes, strict=False)] for c, s in wanted]
-    ).reshape(len(wanted), len(colours))
-    best, chosen = -1.0, [-1] * len(wanted)
-    slots = list(range(len(colours))) + [-1] * len(wanted)
-
-    def search(row: int, used: frozenset[int], so_far: float, picks: list[int]) -> None:
-        nonlocal best, chosen
-        if row == len(wanted):
-            if so_far > best:
-                best, chosen = so_far, picks
-            return
-        for slot in dict.fromkeys(slots):
-            if slot == -1:
-                search(row + 1, used, so_far, [*picks, -1])
-            elif slot not in used:
-                search(row + 1, used | {slot}, so_far + score[row, slot], [*picks, slot])
-
+    score = np.array([np.append(2 * (colours == c) + 2.1 * (shapes == s), 0.0) for c, s in wanted])  # -1, no part: 0
+    nothing = [-1] * len(wanted)
     if facts.kind == "count":
-        order = np.argsort(-score[0], kind="stable") if len(colours) else np.array([], dtype=int)
-        return [int(order[i]) if i < len(order) else -1 for i in range(len(wanted))]
-    search(0, frozenset(), 0.0, [])
-    return chosen
+        return [*np.argsort(-score[0, :-1], kind="stable").tolist(), *nothing][: len(wanted)]
+    choices = itertools.permutations([*range(len(colours)), *nothing], len(wanted))
+    return list(max(choices, key=lambda parts: sum(score[row, part] for row, part in enumerate(parts))))
 
 
 def _beside(relation: str, dx: float, dy: float) -> bool:
@@ -283,36 +233,22 @@ def check(readings: Readings, facts: list[CaptionFacts]) -> dict[str, np.ndarray
     strict, loose; count, colour, shape, relation, background as right or wrong; ``*_part`` the share of objects with the right colour or
     shape (graded); size (radius over the renderer's range), contrast (fade over its range), centring, shape_iou.
     """
-    if len(readings) != len(facts):
-        raise ValueError(f"{len(readings)} pictures but {len(facts)} captions; give one caption for each picture")
-    names = (
-        "strict",
-        "loose",
-        *FACETS,
-        "count_part",
-        "colour_part",
-        "shape_part",
-        "shape_iou",
-        "size",
-        "contrast",
-        "centring",
-    )
-    out = {name: np.zeros(len(facts), dtype=np.float32) for name in names}
+    if len(readings.parts) != len(facts):
+        raise ValueError(f"{len(readings.parts)} pictures but {len(facts)} captions; give one caption for each picture")
+    graded = ("count_part", "colour_part", "shape_part", "shape_iou", "size", "contrast", "centring")
+    out = {name: np.zeros(len(facts), dtype=np.float32) for name in ("strict", "loose", *FACETS, *graded)}
     for row, fact in enumerate(facts):
         shown = min(int(readings.parts[row]), MAX_PARTS)
         colours, shapes, iou = readings.colour[row, :shown], readings.shape[row, :shown], readings.iou[row, :shown]
         wanted = fact.expanded()
         match = _match(fact, colours, shapes)
         found = [part for part in match if part >= 0]
-        good_colour = [
-            part >= 0 and colours[part] == COLOURS.index(c) for part, (c, _) in zip(match, wanted, strict=False)
-        ]
-        named_shape = [
-            part >= 0 and shapes[part] == SHAPES.index(s) for part, (_, s) in zip(match, wanted, strict=False)
-        ]
+        pairs = list(zip(match, wanted, strict=True))
+        good_colour = [part >= 0 and colours[part] == COLOURS.index(colour) for part, (colour, _) in pairs]
+        named_shape = [part >= 0 and shapes[part] == SHAPES.index(shape) for part, (_, shape) in pairs]
         fit = [float(iou[part]) if part >= 0 else 0.0 for part in match]
-        strict_shape = [good and f >= STRICT_IOU for good, f in zip(named_shape, fit, strict=False)]
-        loose_shape = [good and f >= LOOSE_IOU for good, f in zip(named_shape, fit, strict=False)]
+        strict_shape = [good and f >= STRICT_IOU for good, f in zip(named_shape, fit, strict=True)]
+        loose_shape = [good and f >= LOOSE_IOU for good, f in zip(named_shape, fit, strict=True)]
         count = readings.parts[row] == len(wanted)
         relation = True
         if fact.relation is not None:
@@ -344,6 +280,3 @@ def check(readings: Readings, facts: list[CaptionFacts]) -> dict[str, np.ndarray
 
 def _within(value: float, limits: tuple[float, float]) -> float:
     return min(1.0, max(0.0, (value - limits[0]) / (limits[1] - limits[0])))
-
-
-__all__ = ["FACETS", "LOOSE_IOU", "MAX_OBJECTS", "MAX_PARTS", "STRICT_IOU", "Readings", "check", "read_pictures"]

@@ -7,6 +7,7 @@ the analytic checker says what each is worth.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from didr_core.world.assess import utility_of
 from didr_core.world.captions import CaptionFacts, draw_scenes, sample_facts, write_caption
 from didr_core.world.checker import check, read_pictures
-from didr_core.world.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, render
+from didr_core.world.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, max_radius, render
 from examples.tiny_world.sampling import decode
 
 KINDS_FOR_REWARDS = {"single": 0.2, "count": 0.2, "pair": 0.25, "relation": 0.35}
@@ -32,11 +33,7 @@ def spoil(facts: CaptionFacts, rng: np.random.Generator, facet: str | None = Non
         options += ["relation", "relation"]
     if facts.background is not None:
         options.append("background")
-    if (
-        len(facts.objects) == 2
-        and facts.objects[0][0] != facts.objects[1][0]
-        and facts.objects[0][1] != facts.objects[1][1]
-    ):
+    if len(facts.objects) == 2 and all(one != two for one, two in zip(*facts.objects, strict=True)):
         options.append("swap")
     chosen = facet or options[int(rng.integers(len(options)))]
     if chosen not in options:
@@ -150,25 +147,18 @@ def facet_pairs(facet: str, count: int, seed: int) -> tuple[list[str], torch.Ten
     """
     rng = np.random.default_rng(seed)
     wrong_facets = ("count", "colour", "swap", "shape", "relation", "background")
-    right: list[CaptionFacts] = []
-    shown: list[CaptionFacts] = []
-    captions: list[str] = []
-    while len(right) < count:
+    drawn: list[tuple[CaptionFacts, CaptionFacts, str]] = []
+    while len(drawn) < count:
         fact = sample_facts(rng, held_out=True)
-        changed = fact
-        if facet in wrong_facets:
-            try:
-                changed, _ = spoil(fact, rng, facet)
-            except ValueError:
-                continue
-        right.append(fact)
-        shown.append(changed)
-        captions.append(write_caption(fact, rng))
+        with contextlib.suppress(ValueError):  # a fact that has no such facet
+            changed = spoil(fact, rng, facet)[0] if facet in wrong_facets else fact
+            drawn.append((fact, changed, write_caption(fact, rng)))
+    right, shown, captions = (list(column) for column in zip(*drawn, strict=True))
     better = draw_scenes(right, rng)
     if facet in wrong_facets:
         worse = draw_scenes(shown, rng)
-        limit = np.where(better.objects == 1, 1, 0) == np.where(worse.objects == 1, 1, 0)
-        worse.radius = np.where(limit, better.radius, worse.radius)
+        alike = (better.objects == 1) == (worse.objects == 1)
+        worse.radius = np.where(alike, better.radius, worse.radius)
         worse.fade = better.fade.copy()
         free = np.array([fact.background is None for fact in right])
         worse.background = np.where(free, better.background, worse.background)
@@ -179,8 +169,8 @@ def facet_pairs(facet: str, count: int, seed: int) -> tuple[list[str], torch.Ten
         low = rng.uniform(0.0, 0.8, count).astype(np.float32)
         high = (low + rng.uniform(0.2, 1 - low)).astype(np.float32)
         if facet == "size":
-            limit_r = np.where(better.objects == 1, 11.5, 6.5).astype(np.float32)
-            better.radius, worse.radius = limit_r * (0.7 + 0.3 * high), limit_r * (0.7 + 0.3 * low)
+            limit = np.array([max_radius(number) for number in better.objects], np.float32)
+            better.radius, worse.radius = limit * (0.7 + 0.3 * high), limit * (0.7 + 0.3 * low)
         elif facet == "contrast":
             better.fade, worse.fade = 0.5 + 0.5 * high, 0.5 + 0.5 * low
         else:

@@ -18,10 +18,12 @@ from diffusers import AutoencoderTiny
 
 from didr_core.config import WORLD
 from didr_core.config.files import replace_text
-from didr_core.world.assess import assess, compare, summary
+from didr_core.evaluate.paired import Array, Bootstrap, entropy_bits, interval, won
+from didr_core.world.assess import MEASURES as JUDGED
+from didr_core.world.assess import POSITION_GROUPS, Assessment, assess
 from didr_core.world.captions import draw_scenes, parse_caption, sample_facts
 from didr_core.world.checker import check, read_pictures
-from didr_core.world.scenes import render
+from didr_core.world.scenes import BACKGROUNDS, KINDS, render
 from examples.tiny_world.pairs_data import spoil
 from examples.tiny_world.prompts import read_shards
 from examples.tiny_world.sampling import Parts, decode, sample
@@ -29,17 +31,76 @@ from examples.tiny_world.tokenizer import tokens
 
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 2.0
+ACROSS = ("size", "contrast", "win_utility")
 
 
-def held_out(world: Path, count: int) -> list[str]:
-    """The first ``count`` held-out captions."""
+def held_out(world: Path, count: int | None = None) -> list[str]:
+    """The first ``count`` held-out captions, or all."""
     return read_shards(world / "prompts" / "heldout")[:count]
 
 
 def free_captions(world: Path, count: int) -> list[str]:
     """Held-out captions that name no background and no relation: what they leave free is measured across seeds."""
-    facts = [(caption, parse_caption(caption)) for caption in read_shards(world / "prompts" / "heldout")]
+    facts = [(caption, parse_caption(caption)) for caption in held_out(world)]
     return [caption for caption, fact in facts if fact.background is None and fact.relation is None][:count]
+
+
+def statistics(seen: Assessment, resamples: int = 0) -> dict[str, Array]:
+    """Statistics ``[R + 1]``: means of the checker's measures (and of ``win``), entropies in bits of what captions leave free.
+
+    ``*_bits`` are over all captions, ``*_bits_within`` inside one caption (Miller-Madow corrected; NaN without repeats).
+    """
+    names, place = np.unique(seen["caption"], return_inverse=True)
+    slot = np.tril(place[:, None] == place, -1).sum(1)  # how many pictures of the same caption stand before this one
+    boot = Bootstrap(len(names), resamples=resamples)
+
+    def by_caption(values: np.ndarray, gap: float) -> np.ndarray:
+        table = np.full((1, slot.max() + 1, len(names)), gap)  # [1, S, N]
+        table[0, slot, place] = values
+        return table
+
+    out = {name: boot.means(by_caption(seen[name], np.nan)) for name in (*JUDGED, "win") if name in seen}
+    groups = by_caption(seen["position_group"], -1)[0, 0]
+    layouts = np.array([*POSITION_GROUPS.values(), 1])[groups]
+    for what, group, kinds in (
+        ("background", None, np.full(len(names), len(BACKGROUNDS))),
+        ("position", groups, layouts),
+    ):
+        codes = by_caption(seen[f"{what}_code"], -1)
+        counts = (codes[0, :, :, None] == np.arange(kinds.max())).sum(0) * 1.0  # [N, kinds]
+        bias = ((counts > 0).sum(1) - 1) / (2 * np.log(2) * np.maximum(counts.sum(1), 1))
+        bits = np.minimum(entropy_bits(counts) + bias, np.log2(kinds))
+        within = np.where(counts.sum(1) > 1, bits, np.nan)
+        out |= {f"{what}_bits": boot.entropy(codes, group), f"{what}_bits_within": boot.means(within[None, None])}
+    return out
+
+
+def summary(seen: Assessment) -> dict[str, float]:
+    """:func:`statistics` without intervals, strict by kind, and the shares of the backgrounds where captions leave them free."""
+    out = {name: float(values[0]) for name, values in statistics(seen).items()}
+    out |= {
+        f"strict_{kind}": float(seen["strict"][seen["kind"] == kind].mean()) for kind in KINDS if kind in seen["kind"]
+    }
+    free = seen["background_code"][seen["background_code"] >= 0]
+    out |= {f"free_{name}": float((free == code).sum() / max(1, len(free))) for code, name in enumerate(BACKGROUNDS)}
+    return out | {"pictures": float(len(seen["caption"]))}
+
+
+def compare(a: Assessment, b: Assessment, resamples: int = 1000) -> dict[str, dict[str, float]]:
+    """:func:`statistics` of two sets of pictures for the same captions in the same order: ``{"a", "b", "difference", "low", "high"}``.
+
+    ``win_utility`` is the share of pictures that a wins, ties half. Intervals: 95 %, over captions (their seeds stay together).
+    """
+    if not np.array_equal(a["caption"], b["caption"]):
+        raise ValueError("compare needs the same captions in the same order on both sides")
+    one, two = statistics(a | {"win": won(a["utility"], b["utility"])}, resamples), statistics(b, resamples)
+    share = interval(one.pop("win"))
+    out = {"win_utility": {"share": share.mean, "low": share.low, "high": share.high}}
+    for name, left in one.items():
+        gap = interval(left - two[name])
+        ends = {"difference": gap.mean, "low": gap.low, "high": gap.high}
+        out[name] = {"a": float(left[0]), "b": float(two[name][0]), **ends}
+    return out
 
 
 def rounded(values: dict[str, Any]) -> dict[str, Any]:
@@ -57,14 +118,8 @@ def measure_checker(world: Path, count: int = 2000) -> dict[str, Any]:
     right = check(readings, facts)
     spent = time.perf_counter() - started
     wrong = check(readings, [spoil(fact, rng)[0] for fact in facts])
-    return rounded(
-        {
-            "right_strict": right["strict"].mean(),
-            "wrong_strict": wrong["strict"].mean(),
-            "wrong_loose": wrong["loose"].mean(),
-            "ms_per_picture": 1000 * spent / count,
-        }
-    )
+    passed = {f"wrong_{name}": wrong[name].mean() for name in ("strict", "loose")}
+    return rounded({"right_strict": right["strict"].mean(), **passed, "ms_per_picture": 1000 * spent / count})
 
 
 def measure_vae(world: Path, count: int = 1000) -> dict[str, Any]:
@@ -93,35 +148,19 @@ def measure_reference(
     return {"steps": steps, "guidance": guidance, **rounded(summary(assess(pictures.numpy(), captions)))}
 
 
-def measure_generator(
-    world: Path, count: int = 1000, folder: Path | None = None, teacher_count: int = 500
-) -> dict[str, Any]:
+def measure_generator(world: Path, count: int = 1000) -> dict[str, Any]:
     """One step on held-out captions, and its diversity beside the teacher's (same captions, same noise).
 
     ``across_seeds``: 20 captions that leave background and place free, 16 seeds each, for both.
     """
-    teacher, generator = Parts.load(world / "pipeline"), Parts.load(world / "pipeline", folder or world / "generator")
+    teacher, generator = Parts.load(world / "pipeline"), Parts.load(world / "pipeline", world / "generator")
     captions = held_out(world, count)
     result = assess(sample(generator, captions, seed=1).numpy(), captions)
     free = [caption for caption in free_captions(world, 20) for _ in range(16)]
     one = assess(sample(generator, free, seed=2).numpy(), free)
     many = assess(sample(teacher, free, seed=2, steps=12, guidance=TEACHER_GUIDANCE).numpy(), free)
-    against = compare(one, many)
-    return {
-        **rounded(summary(result)),
-        "across_seeds": {
-            name: rounded(against[name])
-            for name in (
-                "background_bits",
-                "position_bits",
-                "background_bits_within",
-                "position_bits_within",
-                "size",
-                "contrast",
-                "win_utility",
-            )
-        },
-    }
+    across = {name: rounded(row) for name, row in compare(one, many).items() if name in ACROSS or "_bits" in name}
+    return {**rounded(summary(result)), "across_seeds": across}
 
 
 def measure_rewards(world: Path) -> dict[str, Any]:
@@ -140,14 +179,10 @@ def measure_rewards(world: Path) -> dict[str, Any]:
         with torch.no_grad():
             scores = torch.stack([scorer(model)(pictures[:, k], ids, mask) for k in range(2)], 1)
         report = quality(model, tokenizer, vae, seed=7_777 + len(name))
-        on_generator = {
-            "generator_pairs": pair_accuracy(scores, utility),
-            "generator_pairs_clear": pair_accuracy(scores, utility, 0.2),
-        }
-        out[name] = {
-            **rounded({**{k: v for k, v in report.items() if k != "facets"}, **on_generator}),
-            "facets": rounded(report["facets"]),
-        }
+        facets = rounded(report.pop("facets"))
+        pairs = {"generator_pairs": 0.0, "generator_pairs_clear": 0.2}
+        report |= {key: pair_accuracy(scores, utility, least) for key, least in pairs.items()}
+        out[name] = {**rounded(report), "facets": facets}
     return out
 
 

@@ -30,30 +30,27 @@ def normalise(pictures: torch.Tensor) -> torch.Tensor:
     return (pictures - mean) / pictures.new_tensor(CLIP_STD).view(1, 3, 1, 1)
 
 
+def _text(tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    """What both text towers' configs share: 3 x 64, the tokenizer's ids."""
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return ids | {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_TOKENS,
+    }
+
+
+VISION = {"num_attention_heads": 4, "image_size": IMAGE, "patch_size": 4, "hidden_act": "gelu"}
+
+
 def build_taste(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A CLIPModel: text 2 x 64, vision 4 x 80 with patches of 4; score = exp(logit_scale) * cosine."""
+    """A CLIPModel: text 3 x 64, vision 4 x 80 with patches of 4; score = exp(logit_scale) * cosine."""
     config = CLIPConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 160,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "max_position_embeddings": MAX_TOKENS,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "hidden_act": "gelu",
-        },
-        vision_config={
-            "hidden_size": 80,
-            "intermediate_size": 192,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "image_size": IMAGE,
-            "patch_size": 4,
-            "hidden_act": "gelu",
-        },
+        text_config=_text(tokenizer) | {"hidden_act": "gelu"},
+        vision_config=VISION | {"hidden_size": 80, "intermediate_size": 192, "num_hidden_layers": 4},
         projection_dim=64,
         logit_scale_init_value=2.3,
     )
@@ -86,37 +83,17 @@ class Judge(torch.nn.Module):
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
-        self.vision = BlipVisionModel(
-            BlipVisionConfig(
-                hidden_size=64,
-                intermediate_size=160,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                image_size=IMAGE,
-                patch_size=4,
-                hidden_act="gelu",
-                layer_norm_eps=1e-6,
-            )
+        vision = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "layer_norm_eps": 1e-6}
+        self.vision = BlipVisionModel(BlipVisionConfig(**VISION, **vision))
+        told = BlipTextConfig(
+            **_text(tokenizer),
+            encoder_hidden_size=64,
+            sep_token_id=tokenizer.eos_token_id,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            is_decoder=True,  # creates the cross-attention; the forward pass stays bidirectional
         )
-        self.text = BlipTextModel(
-            BlipTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=64,
-                encoder_hidden_size=64,
-                intermediate_size=160,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                max_position_embeddings=MAX_TOKENS,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                sep_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-                is_decoder=True,  # creates the cross-attention; the forward pass stays bidirectional
-            ),
-            add_pooling_layer=False,
-        )
+        self.text = BlipTextModel(told, add_pooling_layer=False)
         widths = (64, *HEAD_WIDTHS)
         self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.mean, self.std = 0.0, 1.0

@@ -47,15 +47,10 @@ class Parts:
         return encode_text(self.first, self.second, token_ids(self.tokenizer, captions))
 
 
-def time_ids(batch: int) -> torch.Tensor:
-    """SDXL's size conditioning [batch, 6], the same for every picture."""
-    return torch.tensor(TIME_IDS, dtype=torch.float32).expand(batch, -1)
-
-
 def predict(unet: Any, x: torch.Tensor, t: torch.Tensor, hidden: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
     """eps [B, 4, 8, 8] of x at timesteps t [B]."""
-    added = {"text_embeds": pooled, "time_ids": time_ids(len(x))}
-    return unet(x, t, hidden, added_cond_kwargs=added).sample
+    size = torch.tensor(TIME_IDS, dtype=torch.float32).expand(len(x), -1)  # SDXL's, the same for every picture
+    return unet(x, t, hidden, added_cond_kwargs={"text_embeds": pooled, "time_ids": size}).sample
 
 
 def start_noise(count: int, seed: int) -> torch.Tensor:

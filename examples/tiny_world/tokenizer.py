@@ -6,6 +6,7 @@ Words of the world become one token each; any other word falls apart into letter
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -30,24 +31,14 @@ def world_words() -> list[str]:
 
 def train_bpe(words: list[str]) -> list[tuple[str, str]]:
     """Merges, in rank order, after which every word is one token; ties break alphabetically."""
-    split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    split = {word: " ".join([*word[:-1], word[-1] + "</w>"]) for word in words}
     merges: list[tuple[str, str]] = []
-    while True:
-        pairs = Counter(pair for parts in split.values() for pair in itertools.pairwise(parts))
-        if not pairs:
-            return merges
+    while pairs := Counter(pair for parts in split.values() for pair in itertools.pairwise(parts.split())):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        for word, parts in split.items():
-            joined, i = [], 0
-            while i < len(parts):
-                if i + 1 < len(parts) and (parts[i], parts[i + 1]) == best:
-                    joined.append(parts[i] + parts[i + 1])
-                    i += 2
-                else:
-                    joined.append(parts[i])
-                    i += 1
-            split[word] = joined
+        beside = re.compile(rf"(?<!\S){re.escape(' '.join(best))}(?!\S)")
+        split = {word: beside.sub("".join(best), parts) for word, parts in split.items()}
+    return merges
 
 
 def make_tokenizer() -> CLIPTokenizer:

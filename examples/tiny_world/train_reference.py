@@ -26,12 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "ema": 0.998,
     "drop": 0.1,
     "seed": 21,
-    "kinds": {
-        "single": 0.15,
-        "count": 0.2,
-        "pair": 0.25,
-        "relation": 0.4,
-    },  # relations learn last, so they come more often
+    "kinds": {"single": 0.15, "count": 0.2, "pair": 0.25, "relation": 0.4},  # relations, learnt last, come most often
 }
 
 

@@ -30,35 +30,10 @@ from examples.tiny_world.pairs_data import FACET_PAIRS, KINDS_FOR_REWARDS, Group
 from examples.tiny_world.reward_networks import Judge, build_taste, normalise, taste_matrix, taste_scores
 from examples.tiny_world.tokenizer import tokens
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "taste": {
-        "groups": 28000,
-        "size": 4,
-        "batch": 16,
-        "steps": 10000,
-        "warmup": 2500,
-        "readings": 48,
-        "reading": 0.3,
-        "lr": 4e-3,
-        "temperature": 0.25,
-        "seed": 31,
-        "measure": 800,
-    },
-    "judge": {
-        "groups": 18000,
-        "size": 4,
-        "batch": 16,
-        "steps": 10000,
-        "warmup": 3500,
-        "align": 1500,
-        "readings": 32,
-        "reading": 0.3,
-        "lr": 4e-3,
-        "temperature": 0.35,
-        "seed": 47,
-        "measure": 400,
-    },
-}
+SHARED: dict[str, Any] = {"size": 4, "batch": 16, "steps": 10000, "reading": 0.3, "lr": 4e-3, "align": 0}
+TASTE = {"groups": 28000, "warmup": 2500, "readings": 48, "temperature": 0.25, "seed": 31, "measure": 800}
+JUDGE = {"groups": 18000, "warmup": 3500, "readings": 32, "temperature": 0.35, "seed": 47, "measure": 400}
+DEFAULTS = {"taste": SHARED | TASTE, "judge": SHARED | JUDGE | {"align": 1500}}
 WRONG = 3
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -196,7 +171,7 @@ def worker(folder: Path, world: Path, name: str, settings: dict[str, Any]) -> No
         # A picture of 48 captions at first, then of half as many beside the preferences.
         warming = step < s["warmup"]
         draws = np.random.default_rng([s["seed"], step])
-        fused = step >= s.get("align", 0)
+        fused = step >= s["align"]
         reading = reading_loss(reader, tokenizer, draws, s["readings"] if warming else s["readings"] // 2, fused)
         if warming:
             return reading, {}

@@ -169,6 +169,6 @@ def test_the_local_feed_resumes_and_splits(config: Config) -> None:
         assert torch.equal(a.baseline, b.baseline) and torch.equal(
             a.condition.tensors["pooled"], b.condition.tensors["pooled"]
         )
-    halves = [next(iter(LocalFeed(config, 40, rank=r, world=2))) for r in range(2)]
+    halves = [next(iter(LocalFeed(config, 40, rank=r, world_size=2))) for r in range(2)]
     assert [i for h in halves for i in h.index.tolist()] == whole[5].index.tolist()
     torch.testing.assert_close(torch.cat([h.spread for h in halves]), whole[5].spread, rtol=1e-4, atol=1e-5)

@@ -145,7 +145,7 @@ def rank_main(rank: int, recipe: str, folder: str, meeting: str) -> None:
     config = configs.load(recipe)
     learner = Learner(config, parallel=ProcessGroup())
     journal = Journal(RunFolder(Path(folder)), config, learner, "")
-    loop(learner, LocalFeed(config, rank=rank, world=2), journal, Observer(), writes=rank == 0)
+    loop(learner, LocalFeed(config, rank=rank, world_size=2), journal, Observer(), writes=rank == 0)
     torch.distributed.destroy_process_group()
 
 

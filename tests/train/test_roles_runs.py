@@ -136,7 +136,7 @@ def _train(run: RunFolder, steps: int, rank: int) -> None:
     journal.restore()
     assert learner.step_count == (0 if steps == 2 else 2)
     grid = Gallery(learner, config, run, save_grid).after if rank == 0 else None
-    feed = LocalFeed(config, learner.step_count * config.train.batch, rank=rank, world=2)
+    feed = LocalFeed(config, learner.step_count * config.train.batch, rank=rank, world_size=2)
     loop(learner, feed, journal, Observer(), writes=rank == 0, grid=grid)
     learner.gather()
     dist.barrier()  # rank 0 counts checkpoints

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from didr_core.config import WORLD
-from didr_core.world.assess import assess, summary
+from didr_core.world.assess import assess
 from examples.tiny_world.pairs_data import draw_groups
 from examples.tiny_world.prompts import read_shards
+from examples.tiny_world.quality import summary
 from examples.tiny_world.sampling import Parts, sample, start_noise
 from examples.tiny_world.train_rewards import load_reward, pair_accuracy, score_groups
 

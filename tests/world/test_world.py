@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from didr_core.config import WORLD
-from didr_core.world.assess import assess, compare, summary, utility
+from didr_core.world.assess import assess, utility
 from didr_core.world.captions import (
     HELD_OUT_COMBINATIONS,
     CaptionFacts,
@@ -22,6 +22,7 @@ from didr_core.world.scenes import CELL_RADIUS, SINGLE_RADIUS, render
 from examples.tiny_world.networks import MAX_TOKENS
 from examples.tiny_world.pairs_data import spoil
 from examples.tiny_world.prompts import read_shards
+from examples.tiny_world.quality import compare, summary
 from examples.tiny_world.tokenizer import make_tokenizer, token_ids
 
 
