@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-from didr_core.config import Config
+from torch import nn
+
 from didr_core.data.prompts import open_prompts
 from didr_core.export.sample import trained_generator
 from didr_core.types import DIDRError
@@ -38,7 +38,7 @@ class _Log:
 
 
 class GroupWork(TrialWork):
-    """:class:`TrialWork` whose steps are taken by a Ray Train worker group."""
+    """:class:`TrialWork` whose steps are taken by a Ray Train worker group, and whose judging by a process with a trainer's resources."""
 
     def _load(self) -> None:
         prepare_environment()
@@ -48,18 +48,12 @@ class GroupWork(TrialWork):
 
     def _fit(self) -> None:
         try:
-            config = self.config
-            fit_until_done(config, self.run, open_prompts(config), _Log(), cluster_view())
+            fit_until_done(self.config, self.run, open_prompts(self.config), _Log(), cluster_view())
         except BaseException as error:
             self._error = error
 
-    @property
-    def step(self) -> int:
-        """Of the newest checkpoint."""
-        return self.run.last_step()
-
-    def advance(self, until: int) -> int:
-        """Wait for the group to reach ``until``.
+    def advance(self, until: int) -> None:
+        """Wait for the group to write its checkpoint of step ``until``.
 
         Raises:
             DIDRError: a mistake of the user's, or workers that died too often.
@@ -69,34 +63,34 @@ class GroupWork(TrialWork):
         if self._error is not None:
             raise self._error
         if self.step < until:
-            raise DIDRError(f"the worker group ended at step {self.step} of {self.steps} and gave no reason")
-        return self.step
+            raise DIDRError(
+                f"the worker group ended at step {self.step} of {self.config.train.steps} and gave no reason"
+            )
 
     def glance(self) -> dict[str, Any]:
-        """See :meth:`TrialWork.glance`; in a process with a trainer's resources."""
-        return dict(self._elsewhere(_glance, str(self.folder.path), self.number))
+        """See :meth:`TrialWork.glance`."""
+        return self._elsewhere(_glance)
 
     def finish(self) -> dict[str, Any]:
-        """Wait for the group to end (it draws the grid), then judge in a process with a trainer's resources."""
+        """Wait for the group to end (it draws the grid), then judge."""
         self._thread.join()
-        self.advance(self.steps)
-        return dict(self._elsewhere(_conclude, str(self.folder.path), self.number, self.began, self.setup_seconds))
+        self.advance(self.config.train.steps)
+        return self._elsewhere(_conclude, self.began, self.setup_seconds)
 
-    def _elsewhere(self, function: Any, *arguments: Any) -> Any:
-        return elsewhere(train_need(self.config.workers, cluster_view()), function, *arguments)
-
-
-def _trained(folder: SweepFolder, number: int) -> tuple[Config, Any]:
-    config = folder.config_of(number)
-    return config, trained_generator(config, folder.trial(number))[1]
+    def _elsewhere(self, function: Any, *arguments: Any) -> dict[str, Any]:
+        need = train_need(self.config.workers, cluster_view())
+        return dict(elsewhere(need, function, self.folder, self.number, *arguments))
 
 
-def _glance(path: str, number: int) -> dict[str, Any]:
-    folder = SweepFolder(Path(path))
-    return bench_of(folder).glance(_trained(folder, number)[1].to(bench_of(folder).evaluator.device)).flat()
+def _trained(folder: SweepFolder, number: int) -> nn.Module:
+    network = trained_generator(folder.config_of(number), folder.trial(number))[1]
+    return network.to(bench_of(folder).evaluator.device)
 
 
-def _conclude(path: str, number: int, started: float, setup_seconds: float) -> dict[str, Any]:
-    folder = SweepFolder(Path(path))
-    times = {"started": started, "judging": time.time(), "setup_seconds": setup_seconds}
-    return conclude(folder, number, _trained(folder, number)[1], times)
+def _glance(folder: SweepFolder, number: int) -> dict[str, Any]:
+    return bench_of(folder).glance(_trained(folder, number))
+
+
+def _conclude(folder: SweepFolder, number: int, started: float, setup_seconds: float) -> dict[str, Any]:
+    judging = time.time()
+    return conclude(folder, number, _trained(folder, number), started, setup_seconds, judging)
