@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,7 @@ from pipelines.cluster.remote import elsewhere
 from pipelines.cluster.resources import train_need
 from pipelines.cluster.session import cluster_view, prepare_environment
 from pipelines.sweeps.folder import SweepFolder
-from pipelines.sweeps.work import TrialWork, bench_of, conclude
+from pipelines.sweeps.work import bench_of, checkpoints, conclude, opened
 
 POLL_S = 0.3
 
@@ -37,49 +38,39 @@ class _Log:
         print(text, flush=True)
 
 
-class GroupWork(TrialWork):
-    """:class:`TrialWork` whose steps are taken by a Ray Train worker group, and whose judging by a process with a trainer's resources."""
+def legs(folder: SweepFolder, number: int) -> Iterator[dict[str, Any]]:
+    """:func:`pipelines.sweeps.work.legs`, trained by a Ray Train worker group and judged by a process with a trainer's resources.
 
-    def _load(self) -> None:
+    Raises:
+        DIDRError: a mistake of the user's, or workers that died too often.
+    """
+    began, looks = time.time(), folder.options().scheduler != "none"
+    with opened(folder, number) as (config, run):
         prepare_environment()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._fit, name=f"trial-{self.number}", daemon=True)
-        self._thread.start()
+        failures: list[BaseException] = []
 
-    def _fit(self) -> None:
-        try:
-            fit_until_done(self.config, self.run, open_prompts(self.config), _Log(), cluster_view())
-        except BaseException as error:
-            self._error = error
+        def fit() -> None:
+            try:
+                fit_until_done(config, run, open_prompts(config), _Log(), cluster_view())
+            except BaseException as error:
+                failures.append(error)
 
-    def advance(self, until: int) -> None:
-        """Wait for the group to write its checkpoint of step ``until``.
-
-        Raises:
-            DIDRError: a mistake of the user's, or workers that died too often.
-        """
-        while self._thread.is_alive() and self.step < until:
-            time.sleep(POLL_S)
-        if self._error is not None:
-            raise self._error
-        if self.step < until:
-            raise DIDRError(
-                f"the worker group ended at step {self.step} of {self.config.train.steps} and gave no reason"
-            )
-
-    def glance(self) -> dict[str, Any]:
-        """See :meth:`TrialWork.glance`."""
-        return self._elsewhere(_glance)
-
-    def finish(self) -> dict[str, Any]:
-        """Wait for the group to end (it draws the grid), then judge."""
-        self._thread.join()
-        self.advance(self.config.train.steps)
-        return self._elsewhere(_conclude, self.began, self.setup_seconds)
-
-    def _elsewhere(self, function: Any, *arguments: Any) -> dict[str, Any]:
-        need = train_need(self.config.workers, cluster_view())
-        return dict(elsewhere(need, function, self.folder, self.number, *arguments))
+        need = train_need(config.workers, cluster_view())
+        group = threading.Thread(target=fit, name=f"trial-{number}", daemon=True)
+        group.start()
+        setup_seconds = round(time.time() - began, 3)
+        for step in checkpoints(config, run.last_step()):
+            last = step == config.train.steps  # then the group draws a grid and ends
+            while group.is_alive() and (last or run.last_step() < step):
+                time.sleep(POLL_S)
+            if failures:
+                raise failures[0]
+            if (reached := run.last_step()) < step:
+                raise DIDRError(f"the worker group ended at step {reached} of {config.train.steps} and gave no reason")
+            if not last:
+                yield {"step": step, **(elsewhere(need, _glance, folder, number) if looks else {})}
+        result = elsewhere(need, _conclude, folder, number, began, setup_seconds)
+    yield result
 
 
 def _trained(folder: SweepFolder, number: int) -> nn.Module:

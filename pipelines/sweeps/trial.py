@@ -7,6 +7,7 @@ cache warm. A user's mistake or a diverged training is an answer too ("failed", 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from ray import tune
 
+from didr_core.train.run_folder import read_lines
 from didr_core.types import DIDRError
+from pipelines.sweeps import work
 from pipelines.sweeps.folder import SweepFolder
-from pipelines.sweeps.work import TrialWork
 
 
 class Trial(tune.Trainable):
@@ -25,7 +27,7 @@ class Trial(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Only take note; the work is done in :meth:`step`, where an error is the trial's."""
         self.folder, self.number = SweepFolder(Path(config["sweep"])), int(config["number"])
-        self.work: TrialWork | None = None
+        self.legs: Any = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in the same process."""
@@ -36,38 +38,32 @@ class Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """One leg: to the next checkpoint, or to the end and its judgement."""
         result = self.folder.result(self.number)  # it may have been over when an earlier driver died
-        try:
-            if result is None:
-                work = self.work or self._begin()
-                result = work.leg()
-                if result is None:
-                    looked = work.glance() if work.options.scheduler == "asha" else {}
-                    return {"number": self.number, "step": work.step, **looked}
-                self._close("finished")
-        except DIDRError as error:
-            step = self.work.step if self.work else 0
-            result = self.folder.end(self.number, status="failed", reason=str(error), step=step)
-            self._close("failed", str(error))
+        if result is None:
+            self.legs = self.legs or self._begin()
+            try:
+                result = next(self.legs)
+            except DIDRError as error:
+                rows = read_lines(self.folder.trial(self.number).metrics_path)
+                step = rows[-1]["step"] if rows else 0
+                result = self.folder.end(self.number, status="failed", reason=str(error), step=step)
+        over = "status" in result
+        if over:
+            self.cleanup()
         keep = ("step", "gain", "distance", "score", "status")
-        return {"number": self.number, **{k: result[k] for k in keep if result.get(k) is not None}, "done": True}
+        return {"number": self.number, **{k: result[k] for k in keep if result.get(k) is not None}, "done": over}
 
-    def _begin(self) -> TrialWork:
+    def _begin(self) -> Any:
         if self.folder.options().workers == 1:
-            self.work = TrialWork(self.folder, self.number)
-        else:
-            from pipelines.sweeps.group import GroupWork
+            return work.legs(self.folder, self.number)
+        from pipelines.sweeps import group
 
-            self.work = GroupWork(self.folder, self.number)
-        self.work.begin()
-        return self.work
+        return group.legs(self.folder, self.number)
 
     def cleanup(self) -> None:
-        """Stopped by a scheduler, or the sweep is ending."""
-        self._close("interrupted", "stopped by the sweep")
-
-    def _close(self, status: str, message: str | None = None) -> None:
-        if self.work is not None:
-            self.work.close(status, message)
-        self.work = None
+        """The trial is over, or stopped by a scheduler: its folder and its memory are free."""
+        if self.legs is not None:
+            with contextlib.suppress(KeyboardInterrupt):
+                self.legs.throw(KeyboardInterrupt("stopped by the sweep"))
+        self.legs = None
         gc.collect()
         torch.cuda.empty_cache()

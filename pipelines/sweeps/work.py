@@ -10,6 +10,7 @@ import contextlib
 import functools
 import shutil
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,12 +22,12 @@ from didr_core.evaluate import finish
 from didr_core.evaluate.contestants import fingerprint
 from didr_core.export.sample import trained_generator
 from didr_core.train.learner import Learner
-from didr_core.train.loop import Journal, Observer, loop
+from didr_core.train.loop import Journal, Observer, loop, outcome
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError, NonFiniteError
 from pipelines.report.figures import save_grid
 from pipelines.sweeps.bench import Bench
-from pipelines.sweeps.folder import SweepFolder
+from pipelines.sweeps.folder import SweepFolder, trial_name
 from pipelines.sweeps.space import corners
 
 LOCK_S = 90.0
@@ -66,93 +67,69 @@ def export(folder: SweepFolder, number: int) -> None:
     finish.export(config, run, backbone, network, folder.path / "export", overwrite=True)
 
 
-class TrialWork:
-    """One trial being done: :meth:`begin`, then :meth:`leg` until it has a result; :meth:`close` whatever happens."""
+@contextlib.contextmanager
+def opened(folder: SweepFolder, number: int) -> Iterator[tuple[Config, RunFolder]]:
+    """A trial's configuration and its run folder, for this process alone; run.json says how it ends.
 
-    def __init__(self, folder: SweepFolder, number: int) -> None:
-        self.folder, self.number, self.began = folder, number, time.time()
-        self.run, self.options = folder.trial(number), folder.options()
-        self._stack = contextlib.ExitStack()
-        self.learner: Learner | None = None
+    A process of an earlier driver may still be dying in the folder: it is waited for.
 
-    def begin(self) -> None:
-        """Take the run folder (waiting for a dying process in it), load networks, go to the newest checkpoint.
-
-        Raises:
-            DIDRError: see :class:`didr_core.train.loop.Journal`; or another process keeps the folder.
-        """
-        self.config = self.folder.config_of(self.number, self.options.workers)
-        open_folder(self.run, self.config, self.options.command)
-        self._lock()
-        torch.set_num_threads(self.config.train.threads)
-        self.run.update(status="running", message=None)
-        self._load()
-        self.setup_seconds = round(time.time() - self.began, 3)
-
-    def _lock(self) -> None:
-        deadline = time.monotonic() + LOCK_S
+    Raises:
+        DIDRError: another process keeps the folder.
+    """
+    options, run = folder.options(), folder.trial(number)
+    config = folder.config_of(number, options.workers)
+    open_folder(run, config, options.command)
+    torch.set_num_threads(config.train.threads)
+    deadline = time.monotonic() + LOCK_S
+    with contextlib.ExitStack() as stack:
         while True:
             try:
-                self._stack.enter_context(self.run.lock())
-                return
+                stack.enter_context(outcome(run))
+                break
             except DIDRError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(1.0)
+        yield config, run
 
-    def _load(self) -> None:
-        learner = Learner(self.config, device=self.config.torch_device)
-        self.journal = Journal(self.run, self.config, learner, open_prompts(self.config).fingerprint)
-        self.journal.restore()
-        self.run.forget_after(learner.step_count)
-        self.learner = learner
-        done = learner.step_count * self.config.train.batch
-        self.feed = iter(CachedFeed(self.config, self.folder.shared / "feed", done))
 
-    @property
-    def step(self) -> int:
-        """Done so far."""
-        return self.learner.step_count if self.learner else self.run.last_step()
+def open_folder(run: RunFolder, config: Config, command: str) -> None:
+    """The trial's run folder; what a kill left of an attempt to make it is thrown away."""
+    if not (run.path / "run.json").is_file():
+        shutil.rmtree(run.path, ignore_errors=True)
+        RunFolder.create(config, str(run.path), command)
 
-    def leg(self) -> dict[str, Any] | None:
-        """Train to the next checkpoint; the last leg judges and returns the trial's result.
 
-        Raises:
-            DIDRError: what ends the trial, among it a training that diverged.
-        """
-        train = self.config.train
-        if self.step < train.steps:
-            self.advance(min((self.step // train.checkpoint_every + 1) * train.checkpoint_every, train.steps))
-        return self.finish() if self.step >= train.steps else None
+def checkpoints(config: Config, done: int) -> Iterator[int]:
+    """Steps after ``done`` at which a trial stops to be looked at; the last one is its end."""
+    every, end = config.train.checkpoint_every, config.train.steps
+    yield from range((done // every + 1) * every, end, every)
+    yield end
 
-    def advance(self, until: int) -> None:
-        """Train to ``until``.
 
-        Raises:
-            NonFiniteError: the training diverged.
-        """
-        assert self.learner is not None
-        loop(self.learner, self.feed, self.journal, Observer(), until=until)
+def legs(folder: SweepFolder, number: int) -> Iterator[dict[str, Any]]:
+    """A trial, from its newest checkpoint on: where it stands at each further one (and its worth, for a scheduler), then its result.
 
-    def glance(self) -> dict[str, Any]:
-        """What it is worth now, roughly: for a scheduler that stops poor trials."""
-        assert self.learner is not None
-        return bench_of(self.folder).glance(self.learner.generator("ema"))
-
-    def finish(self) -> dict[str, Any]:
-        """Judge it, draw its grid, write result.json."""
-        assert self.learner is not None
-        began = time.time()
-        gallery = finish.Gallery(self.learner, self.config, self.run, save_grid)
-        gallery.show(self.run.path / "grid.png", f"trial {self.run.path.name}")
-        network = self.learner.generator("ema")
-        return conclude(self.folder, self.number, network, self.began, self.setup_seconds, began)
-
-    def close(self, status: str = "interrupted", message: str | None = None) -> None:
-        """Give the folder back."""
-        if (self.run.path / "run.json").is_file():
-            self.run.update(status=status, message=message, ended=time.time())
-        self._stack.close()
+    Raises:
+        DIDRError: what ends the trial, among it a training that diverged.
+    """
+    began, looks = time.time(), folder.options().scheduler != "none"
+    with opened(folder, number) as (config, run):
+        learner = Learner(config, device=config.torch_device)
+        journal = Journal(run, config, learner, open_prompts(config).fingerprint)
+        journal.restore()
+        run.forget_after(learner.step_count)
+        feed = iter(CachedFeed(config, folder.shared / "feed", learner.step_count * config.train.batch))
+        setup_seconds = round(time.time() - began, 3)
+        for step in checkpoints(config, learner.step_count):
+            loop(learner, feed, journal, Observer(), until=step)
+            if step < config.train.steps:
+                yield {"step": step, **(bench_of(folder).glance(learner.generator("ema")) if looks else {})}
+        judging = time.time()
+        gallery = finish.Gallery(learner, config, run, save_grid)
+        gallery.show(run.path / "grid.png", trial_name(number))
+        result = conclude(folder, number, learner.generator("ema"), began, setup_seconds, judging)
+    yield result
 
 
 def conclude(
@@ -186,10 +163,3 @@ def conclude(
         judge_seconds=round(time.time() - judging, 3),
         seconds=round(time.time() - started, 3),
     )
-
-
-def open_folder(run: RunFolder, config: Config, command: str) -> None:
-    """The trial's run folder; what a kill left of an attempt to make it is thrown away."""
-    if not (run.path / "run.json").is_file():
-        shutil.rmtree(run.path, ignore_errors=True)
-        RunFolder.create(config, str(run.path), command)

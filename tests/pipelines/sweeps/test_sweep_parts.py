@@ -25,7 +25,7 @@ from didr_core.data import cache as feed_cache
 from didr_core.data.cache import CachedFeed
 from didr_core.data.feed import LocalFeed
 from didr_core.data.prompts import PromptIndex
-from didr_core.train.loop import train
+from didr_core.train.loop import loop, train
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError, NonFiniteError
 from pipelines import sweep
@@ -58,11 +58,7 @@ def new(toy: Path, tree: dict[str, Any], output: Path, **changes: Any) -> SweepF
 
 
 def do(folder: SweepFolder, number: int) -> dict[str, Any]:
-    job = work.TrialWork(folder, number)
-    job.begin()
-    while (result := job.leg()) is None:
-        pass
-    job.close("finished")
+    *_, result = work.legs(folder, number)
     return result
 
 
@@ -115,14 +111,16 @@ def test_cached_batches_are_the_feeds_own_and_are_made_once(
 
 
 def test_a_trial_killed_between_checkpoints_ends_as_an_undisturbed_training_bit_for_bit(
-    swept: SweepFolder, toy: Path, tmp_path: Path
+    swept: SweepFolder, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = new(toy, {"drp.beta": {"grid": [0.2, 0.9]}, "drp.steps": 1}, tmp_path)
     number = next(n for n, p in folder.points().items() if p["drp.beta"] == 0.2)
-    killed = work.TrialWork(folder, number)
-    killed.begin()
-    killed.advance(3)
-    killed.close()
+    with monkeypatch.context() as patched:  # a step beyond the checkpoint
+        patched.setattr(work, "loop", lambda *args, until: loop(*args, until=until + 1))
+        killed = work.legs(folder, number)
+        assert next(killed) == {"step": 2}
+        killed.close()
+    assert [row["step"] for row in read_lines(folder.trial(number).metrics_path)] == [1, 2, 3]
     assert folder.trial(number).checkpoints() == [2]
     assert do(folder, number)["step"] == STEPS
     config = configs.load(str(toy), ["drp.beta=0.2", "workers.train=1", "evaluation.prompts=0"])
@@ -301,11 +299,30 @@ def test_wrong_sweeps_are_refused_at_once(toy: Path, swept: SweepFolder, monkeyp
 
 def test_a_diverged_trial_says_why(toy: Path, tmp_path: Path) -> None:
     folder = new(toy, {"generator.lr": {"grid": [1e30, 1e29]}}, tmp_path)
-    job = work.TrialWork(folder, 0)
-    job.begin()
     with pytest.raises(NonFiniteError, match="non-finite"):
-        job.advance(STEPS)
-    job.close("failed")
+        do(folder, 0)
+    assert folder.trial(0).info()["status"] == "failed" and "non-finite" in folder.trial(0).info()["message"]
+
+
+def test_a_trial_that_is_stopped_says_so_and_one_that_is_over_is_not_done_again(
+    toy: Path, swept: SweepFolder, tmp_path: Path
+) -> None:
+    from pipelines.sweeps.trial import Trial
+
+    folder = new(toy, {"drp.beta": {"grid": [0.2, 0.9]}, "drp.steps": 1}, tmp_path)
+    actor = Trial({"sweep": str(folder.path), "number": 0})
+    reached = actor.step()
+    assert (reached["step"], reached["done"]) == (2, False)
+    with pytest.raises(DIDRError, match="another process"), folder.trial(0).lock():
+        pass
+    actor.reset_config({"sweep": str(swept.path), "number": 1})
+    info = folder.trial(0).info()
+    assert (info["status"], info["message"]) == ("interrupted", "stopped by the sweep")
+    with folder.trial(0).lock():  # it is free again
+        pass
+    known = swept.result(1) or {}
+    answer = actor.step()
+    assert answer["done"] and (answer["status"], answer["score"]) == ("finished", known["score"])
 
 
 def test_points_are_those_that_are_missing(swept: SweepFolder) -> None:
