@@ -15,13 +15,12 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from didr_core.config import Config
 from didr_core.data import scales
 from didr_core.plan.preflight import preflight
 from didr_core.types import DIDRError
-from pipelines.cluster.resources import ClusterView, NoRoom
+from pipelines.cluster.resources import ClusterView, Need, NoRoom
 from pipelines.cluster.session import (
     WAIT_FOR_NODES_S,
     await_room,
@@ -32,9 +31,12 @@ from pipelines.cluster.session import (
 from pipelines.report.console import clock, console, rich_table
 from pipelines.sweeps import bench, results, space
 from pipelines.sweeps.budget import estimate, plan_table, slots, sweep_demands, trial_need, trials_at_once
-from pipelines.sweeps.folder import SweepFolder, SweepOptions
+from pipelines.sweeps.folder import SweepFolder, SweepOptions, trial_name
 from pipelines.sweeps.space import DEFAULT_TRIALS
 from pipelines.tracking import tracker as tracking
+
+if TYPE_CHECKING:  # Ray reads its environment when it is imported: the session sets it first
+    from pipelines.sweeps.monitor import SweepMonitor
 
 TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # we write our own files
@@ -124,58 +126,46 @@ def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) 
     for key, value in TUNE_ENV.items():
         os.environ.setdefault(key, value)
     prepare_environment(verbose)
-    config, options = folder.config(), folder.plan()
-    out = console()
+    config, options = folder.config(), folder.options()
     if folder.info()["status"] == "finished":
-        _say(folder, out, began)  # nothing to go on with
+        _say(folder, began)  # nothing to go on with
         return
     folder.update(status="running")
     folder.forget_lost()
-    view = view_of_this_machine(config, address)
-    if view:
-        view = _with_slots(view, config, options)
-        options = _decide(folder, config, view, out)
+    at_once = options.concurrent or 1
+    view = view_of_this_machine(config, address, slots(config, options.workers, at_once))
+    if view:  # a Ray of our own: what does not fit is said before it starts
+        at_once = _decide(folder, view)
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(tracking.preflight, config.tracking, folder.path.parent)
-        with ray_session(
-            address, slots(config, options.workers, options.concurrent or 1) if view else None, verbose
-        ) as cluster:
-            if view is None:
-                await_room(
-                    lambda v: sweep_demands(config, v, options.workers, options.concurrent or 1),
-                    cluster,
-                    WAIT_FOR_NODES_S,
-                )
-                _decide(folder, config, cluster, out)
+        with ray_session(address, slots(config, options.workers, at_once), verbose) as cluster:
+            if not view:
+                await_room(lambda v: sweep_demands(config, v, options.workers, at_once), cluster, WAIT_FOR_NODES_S)
+                _decide(folder, cluster)
             _on_ray(folder, cluster, opening, began)
-    _say(folder, out, began)
+    _say(folder, began)
 
 
-def _with_slots(view: ClusterView, config: Config, options: SweepOptions) -> ClusterView:
-    """A Ray of our own has as many CPU slots as the trials asked for need."""
-    node = view.nodes[0]
-    cpus = slots(config, options.workers, options.concurrent or 1)
-    return replace(view, nodes=(replace(node, resources={**node.resources, "CPU": cpus}),))
-
-
-def _decide(folder: SweepFolder, config: Config, view: ClusterView, out: Any) -> SweepOptions:
-    """How many trials at once; print the plan."""
-    options = folder.plan()
+def _decide(folder: SweepFolder, view: ClusterView) -> int:
+    """How many trials run at once; prints the plan."""
+    config, options = folder.config(), folder.options()
     asked = folder.info().get("asked", options.concurrent)
     at_once, found = trials_at_once(config, view, options.workers, options.trials, asked or None)
     options = replace(options, concurrent=at_once)
     folder.update(plan=asdict(options), asked=asked)
-    out.print(plan_table(config, space.read(options.space, options.tree, options.about), options, found, folder.path))
-    done = len(folder.results())
-    if done:
+    out = console()
+    out.print(plan_table(config, folder.space(), options, found, folder.path))
+    if done := len(folder.results()):
         out.print(f"going on: {done} of {options.trials} trials are over")
-    return options
+    return at_once
 
 
 def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], began: float) -> None:
+    from pipelines.cluster.remote import elsewhere
+    from pipelines.sweeps import work
     from pipelines.sweeps.monitor import SweepMonitor
 
-    config, options = folder.config(), folder.plan()
+    config, options = folder.config(), folder.options()
     if scales.missing(config):
         from pipelines.cluster.group import measured_scales
 
@@ -183,45 +173,34 @@ def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], beg
         folder.set_config(config)
     need = trial_need(config, cluster, 1)
     with SweepMonitor(folder, opening.result()) as monitor:
-        if missing := _missing(folder):
+        if folder.missing():
             monitor.note("shared work: prompts, the start's and the reference's scores")
-            step_seconds = _elsewhere(monitor, need, "prepare", str(folder.path))
+            # drawing a large reference may take its time
+            step_seconds = elsewhere(need, work.prepare, folder, meanwhile=monitor.news)
             monitor.note(f"time: {estimate(config, options, step_seconds)}")
-            _tune(folder, monitor, missing, trial_need(config, cluster, options.workers).amounts())
+            _tune(folder, monitor, trial_need(config, cluster, options.workers).amounts())
         for number in folder.points():
             monitor.settle(number)
-        if missing := _missing(folder):
+        if missing := folder.missing():
             raise DIDRError(
                 f"{len(missing)} trial(s) did not end; `didr sweep --resume {folder.name}` tries them again: {missing}"
             )
         _conclude(folder, monitor, need, began)
 
 
-def _missing(folder: SweepFolder) -> list[int]:
-    return [number for number in range(folder.plan().trials) if folder.result(number) is None]
-
-
-def _elsewhere(monitor: Any, need: Any, function: str, *arguments: Any) -> Any:
-    """A function of :mod:`pipelines.sweeps.work` in a process with a trial's resources; drawing a large reference may take its time."""
-    from pipelines.cluster.remote import elsewhere
-    from pipelines.sweeps import work
-
-    return elsewhere(need, getattr(work, function), *arguments, meanwhile=monitor.news)
-
-
-def _tune(folder: SweepFolder, monitor: Any, missing: list[int], resources: dict[str, float]) -> None:
+def _tune(folder: SweepFolder, monitor: SweepMonitor, resources: dict[str, float]) -> None:
     """Tune over the trials that are missing; nothing of what an earlier driver's Tune has kept is read."""
     from ray import tune
 
-    from pipelines.sweeps.search import Points, scheduler_of
+    from pipelines.sweeps.search import Asha, Points
     from pipelines.sweeps.trial import Trial
 
-    options, config = folder.plan(), folder.config()
+    options, missing = folder.options(), folder.missing()
     tune.Tuner(
-        Trial,
+        tune.with_resources(Trial, tune.PlacementGroupFactory([resources])),
         tune_config=tune.TuneConfig(
-            search_alg=Points(str(folder.path), missing, resources),
-            scheduler=scheduler_of(folder),
+            search_alg=Points(folder, missing),
+            scheduler=Asha(folder) if options.scheduler == "asha" else None,
             num_samples=len(missing),
             max_concurrent_trials=options.concurrent,
             reuse_actors=options.workers == 1,
@@ -231,22 +210,24 @@ def _tune(folder: SweepFolder, monitor: Any, missing: list[int], resources: dict
             name=time.strftime("%Y%m%d-%H%M%S"),
             storage_path=str(folder.path / "tune"),
             callbacks=[monitor],
-            failure_config=tune.FailureConfig(max_failures=config.workers.max_failures),
+            failure_config=tune.FailureConfig(max_failures=folder.config().workers.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # they are the run folders' own
             verbose=0,
         ),
     ).fit()
 
 
-def _conclude(folder: SweepFolder, monitor: Any, need: Any, began: float) -> None:
-    """Table, front, figures, export of the recommended trial."""
+def _conclude(folder: SweepFolder, monitor: SweepMonitor, need: Need, began: float) -> None:
+    """Table, front, figures, export of the recommended trial, and what MLflow keeps of them."""
+    from pipelines.cluster.remote import elsewhere
     from pipelines.report.page import write_report
-    from pipelines.sweeps import figures
+    from pipelines.sweeps import figures, work
+    from pipelines.sweeps.monitor import keep_files
 
     found = folder.results()
     chosen, why = results.recommend(found)
     results.write_table(folder, found, chosen)
     if chosen is not None:
-        tree = results.front_tree(folder, found, chosen, why)
         judge = "held-out judge" if folder.config().judge else "training reward on held-out prompts"
         figures.save_front(
             found,
@@ -256,23 +237,24 @@ def _conclude(folder: SweepFolder, monitor: Any, need: Any, began: float) -> Non
             distance="distance to the reference's pictures\n(sd of its picture features)",
         )
         figures.save_heat(found, folder.path / "heat.png")
-        _elsewhere(monitor, need, "export", str(folder.path), chosen)
+        elsewhere(need, work.export, folder, chosen)
         write_report(folder.trial(chosen).path)
-        monitor.final(
-            {f"recommended/{k}": float(tree["recommended"][k]) for k in results.PARTS},
-            {"didr.recommended": str(chosen)},
-        )
+        best = next(r for r in found if r["number"] == chosen)
+        monitor.parent.final({f"recommended/{k}": float(best[k]) for k in results.PARTS})
+        monitor.parent.tags({"didr.recommended": str(chosen)})
     folder.update(wall=[*folder.info().get("wall", []), round(time.monotonic() - began, 3)])
-    results.write_front(folder, results.front_tree(folder, found, chosen, why))
-    monitor.keep("front.png", "heat.png", "trials.parquet", "front.json", "config.yaml")
+    folder.write("front.json", results.front_tree(folder, found, chosen, why))
+    keep_files(monitor.parent, folder.path, "front.png", "heat.png", "trials.parquet", "front.json", "config.yaml")
     folder.update(status="finished", ended=time.time(), recommended=chosen)
 
 
-def _say(folder: SweepFolder, out: Any, began: float) -> None:
-    found = folder.results()
+def _say(folder: SweepFolder, began: float) -> None:
+    out, found = console(), folder.results()
     chosen, why = results.recommend(found)
-    header, rows = results.table(folder, found, chosen)
-    out.print(rich_table(header, rows, bold="" if chosen is None else str(chosen + 1)))
+    bold = "" if chosen is None else f"{chosen:04d}"
+    whole, narrow = (rich_table(*results.table(folder, found, chosen, n), bold=bold) for n in (False, True))
+    wanted = out.measure(whole, options=out.options.update(width=10 * out.width)).maximum
+    out.print(whole if wanted <= out.width else narrow)
     for line in results.summary(folder, chosen, why):
         out.print(line, soft_wrap=True)
     out.print(f"\ntook {clock(time.monotonic() - began)}")
@@ -280,7 +262,7 @@ def _say(folder: SweepFolder, out: Any, began: float) -> None:
         if (folder.path / name).exists():
             out.print(f"{Path(name).stem:<9}{folder.path / name}", soft_wrap=True)
     if chosen is None:
-        reasons = [f"trial {r['number'] + 1}: {r.get('reason', r['status'])}" for r in found]
+        reasons = [f"{trial_name(r['number'])}: {r.get('reason', r['status'])}" for r in found]
         raise DIDRError("no trial ran to its end. " + "; ".join(reasons[:3]))
 
 

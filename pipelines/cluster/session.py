@@ -93,13 +93,14 @@ def slots(config: Config) -> int:
     return max(config.workers.local_cpus, os.cpu_count() or 1)
 
 
-def view_of_this_machine(config: Config, address: str | None) -> ClusterView | None:
-    """What a Ray of our own will have, known before it starts; None where a cluster must be asked."""
+def view_of_this_machine(config: Config, address: str | None, cpus: int | None = None) -> ClusterView | None:
+    """What a Ray of our own will have (``cpus``: its CPU slots), known before it starts; None where a cluster must be asked."""
     if where_to_run(address).kind != "here":
         return None
     import torch
 
-    return ClusterView((Node("this machine", {"CPU": slots(config), "GPU": torch.cuda.device_count()}),), local=True)
+    has = {"CPU": cpus or slots(config), "GPU": torch.cuda.device_count()}
+    return ClusterView((Node("this machine", has),), local=True)
 
 
 def prepare_environment(verbose: bool = False) -> None:

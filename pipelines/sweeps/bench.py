@@ -14,8 +14,6 @@ The start's and the reference's pictures are scored once a sweep (:class:`Bench`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,30 +43,9 @@ WORDS = (
 )
 
 
-@dataclass(frozen=True)
-class Worth:
-    """A trial's place: each a mean with its 95 % interval (None where not resampled)."""
-
-    gain: Mapping[str, float | None]
-    distance: Mapping[str, float | None]
-    start: float  # the start's distance; 0 where the start is the reference
-
-    @property
-    def score(self) -> float:
-        """The scalarisation that :data:`WORDS` says."""
-        return float(self.gain["mean"] or 0.0) - (float(self.distance["mean"] or 0.0) - self.start)
-
-    def flat(self) -> dict[str, float | None]:
-        """For result.json, tables and trackers."""
-        spread = {"gain": self.gain, "distance": self.distance}
-        named = {f"{k}_{end}": v[end] for k, v in spread.items() for end in ("low", "high")}
-        return {
-            "gain": self.gain["mean"],
-            "distance": self.distance["mean"],
-            "score": round(self.score, 6),
-            "start_distance": self.start,
-            **named,
-        }
+Worth = dict[str, float | None]
+"""A trial's place: ``gain`` and ``distance``, the ends of their 95 % intervals (``gain_low`` ...; None where not resampled), ``score`` and
+``start_distance``."""
 
 
 def check(config: Config) -> None:
@@ -101,14 +78,10 @@ class Bench:
         self.key = repr([tree[k] for k in ("backbone", "reward", "judge", "data", "evaluation", "guidance")])
         self.start = self._once("start", shared)
         self.reference = self._once("reference", shared)
-        self._draws = {
-            "full": self._resampling(len(prompts)),
-            "quick": Bootstrap(min(QUICK_PROMPTS, len(prompts)), 1, 0),
-        }
         found, drawn = self.start["features"], self.reference["features"]
         spread = float(np.sqrt(drawn.reshape(-1, drawn.shape[-1]).astype(np.float64).var(0).sum()))
         self.unit = max(spread, 1e-9)
-        self.own = round(float(_distances(Bootstrap(drawn.shape[2], 1, 0), found, drawn)[0]) / self.unit, 6)
+        self.own = round(float(_distances(Bootstrap(len(prompts), 1, 0), found, drawn)[0]) / self.unit, 6)
 
     def _once(self, name: str, shared: Path) -> Measured:
         """Scores of the start or the reference, made by whoever asks first.
@@ -118,16 +91,16 @@ class Bench:
         evaluator, config = self.evaluator, self.config
         steps = config.evaluation.teacher_steps if name == "reference" else 0
 
+        @functools.cache
         def sampler() -> Sampler:
             network = evaluator.backbone.load_network("reference" if steps else "generator").to(evaluator.device)
             if steps:
                 return sampling.reference(evaluator.backbone, network, steps, config.guidance.reference)
             return sampling.one_step(evaluator.backbone, network)
 
-        return evaluator.measured(Contestant(name, _when_needed(sampler)), self.key, shared / "scores")
-
-    def _resampling(self, prompts: int) -> Bootstrap:
-        return Bootstrap(prompts, 1, RESAMPLES if self.reference["features"].shape[-1] <= LARGE else 0)
+        # the network is loaded only if it has to draw: mostly a file has its scores
+        contestant = Contestant(name, lambda condition, z: sampler()(condition, z))
+        return evaluator.measured(contestant, self.key, shared / "scores")
 
     def judge(self, network: nn.Module, work: Path, key: str) -> tuple[Worth, Measured]:
         """A trained generator on all held-out prompts. What it measures is kept in ``work``.
@@ -137,7 +110,8 @@ class Bench:
         """
         contestant = one_step_contestant("aligned", self.evaluator.backbone, network)
         measured = self.evaluator.measured(contestant, key, work / "scores")
-        return self._worth(measured, self.start, self.reference, self._draws["full"]), measured
+        resamples = RESAMPLES if measured["features"].shape[-1] <= LARGE else 0
+        return self._worth(measured, self.start, self.reference, resamples), measured
 
     def glance(self, network: nn.Module) -> Worth:
         """The same on the first :data:`QUICK_PROMPTS` prompts and one noise, without intervals: to stop poor trials early."""
@@ -146,15 +120,21 @@ class Bench:
         start, reference = (
             {k: v[:, :1, : len(few.prompts)] for k, v in m.items() if v.ndim >= 3} for m in (self.start, self.reference)
         )
-        return self._worth(measured, start, reference, self._draws["quick"])
+        return self._worth(measured, start, reference, 0)
 
-    def _worth(self, aligned: Measured, start: Measured, reference: Measured, draws: Bootstrap) -> Worth:
+    def _worth(self, aligned: Measured, start: Measured, reference: Measured, resamples: int) -> Worth:
+        draws = Bootstrap(aligned["features"].shape[2], 1, resamples)
         spread = max(float(np.std(self.start[self.measure])), 1e-9)
         gain = draws.means(aligned[self.measure] - start[self.measure]) / spread
         distance = _distances(draws, aligned["features"], reference["features"]) / self.unit
         # Drawing captions with replacement adds distance to every resample: what counts is how they spread, not where.
         distance[1:] += distance[0] - (distance[1:].mean() if len(distance) > 1 else 0.0)
-        return Worth(interval(gain).tree(), interval(distance).tree(), self.own)
+        worth: Worth = {"start_distance": self.own}
+        for name, values in (("gain", gain), ("distance", distance)):
+            found = interval(values).tree()
+            worth |= {name: found["mean"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+        worth["score"] = round((worth["gain"] or 0.0) - ((worth["distance"] or 0.0) - self.own), 6)
+        return worth
 
     def scores(self, aligned: Measured, command: str) -> Scores:
         """scores.json of a trial: start, aligned and, where there is one, the teacher, paired."""
@@ -167,12 +147,6 @@ class Bench:
         return Scores.build(
             models, arrays, evaluator.prompts, evaluator.seeds, facts=facts, world=self.config.evaluation.world
         )
-
-
-def _when_needed(make: Callable[[], Sampler]) -> Sampler:
-    """A sampler whose network is loaded only if it has to draw: mostly a file has its scores."""
-    ready = functools.cache(make)
-    return lambda condition, z: ready()(condition, z)
 
 
 def _distances(draws: Bootstrap, features: NDArray[Any], reference: NDArray[Any]) -> Array:

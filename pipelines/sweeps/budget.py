@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -28,7 +27,7 @@ from pipelines.cluster.resources import (
 from pipelines.report.console import clock
 from pipelines.sweeps.bench import WORDS
 from pipelines.sweeps.folder import SweepOptions
-from pipelines.sweeps.space import Space
+from pipelines.sweeps.space import Space, given
 
 DRIVER_CPUS = 0.1  # of a trial that has workers of its own: it waits and reads files
 MOST_AT_ONCE = 64
@@ -42,19 +41,13 @@ def trial_need(config: Config, view: ClusterView, workers: int) -> Need:
 
 def sweep_demands(config: Config, view: ClusterView, workers: int, at_once: int) -> Demands:
     """All that runs at the same time: trials x (their process, or driver + workers + actors)."""
-    own = Group(
-        "trial", at_once, trial_need(config, view, workers), "--concurrent", "workers.train_cpus or .train_gpus"
-    )
-    if workers == 1:
-        return Demands((own,))
-    settings = config.workers.model_copy(update={"train": workers})
-    inner = demands_of(config.model_copy(update={"workers": settings}), view).groups
-    return Demands(
-        (
-            own,
-            *(Group(f"{g.name} of a trial", g.count * at_once, g.need, "--concurrent", g.need_setting) for g in inner),
-        )
-    )
+    need = trial_need(config, view, workers)
+    groups = [Group("trial", at_once, need, "--concurrent", "workers.train_cpus or .train_gpus")]
+    if workers > 1:
+        settings = config.workers.model_copy(update={"train": workers})
+        for g in demands_of(config.model_copy(update={"workers": settings}), view).groups:
+            groups.append(Group(f"{g.name} of a trial", g.count * at_once, g.need, "--concurrent", g.need_setting))
+    return Demands(tuple(groups))
 
 
 def trials_at_once(
@@ -108,64 +101,38 @@ def estimate(config: Config, options: SweepOptions, seconds_a_step: float | None
 
 def plan_table(config: Config, space: Space, options: SweepOptions, found: Room, path: Path) -> Table:
     """The plan for people."""
-    table = Table(
-        title=f"sweep {options.name}",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        show_header=False,
-        pad_edge=False,
-    )
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
+    said, evaluation = given(options.overrides), config.evaluation
     needs = ", ".join(f"{v:g} {k}" for k, v in trial_need(config, found.cluster, options.workers).amounts().items())
     group = "" if options.workers == 1 else f", driving {options.workers} training workers and their actors"
-    for name, text in (
-        ("space", f"{space.name}: {space.about}"),
-        *((f"  {key}", f"{d.kind} {list(d.values)}") for key, d in space.domains.items()),
-        *(
-            (f"  {key}", f"{value} (fixed)")
-            for key, value in space.fixed.items()
-            if key not in _given(options.overrides)
-        ),
-        ("trials", f"{options.trials} by {options.search}, {_scheduler(options)}"),
-        ("each", f"{config.train.steps} steps of {config.train.batch} samples; reserves {needs}{group}"),
-        ("at once", f"{options.concurrent} on {_cluster(found.cluster)}"),
-        (
-            "judged on",
-            f"{config.evaluation.prompts} held-out prompts x {max(2, config.evaluation.seeds)} noises by {_judge(config)}",
-        ),
-        ("objective", f"the front of held-out gain against distance to {_reference(config)}; {WORDS}"),
-        ("time", estimate(config, options, earlier_seconds(config))),
-        ("folder", str(path)),
-    ):
-        table.add_row(name, text)
+    to_end = "all to their end" if options.scheduler == "none" else "poor ones stopped early by ASHA on the score"
+    if config.judge is not None:
+        judge = f"{config.judge.name}, which is never trained on"
+    else:
+        judge = "the training reward: no judge is configured, so trials that hack their reward look good; name one with --set judge=..."
+    if evaluation.teacher_steps:
+        reference = f"the {evaluation.teacher_steps}-step guided reference"
+    else:
+        reference = "the start (evaluation.teacher_steps=0: no reference is drawn)"
+    table = Table(title=f"sweep {options.name}", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.show_header = False
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    table.add_row("space", f"{space.name}: {space.about}")
+    for key, domain in space.domains.items():
+        table.add_row(f"  {key}", f"{domain.kind} {list(domain.values)}")
+    for key, value in space.fixed.items():
+        if key not in said:
+            table.add_row(f"  {key}", f"{value} (fixed)")
+    table.add_row("trials", f"{options.trials} by {options.search}, {to_end}")
+    table.add_row("each", f"{config.train.steps} steps of {config.train.batch} samples; reserves {needs}{group}")
+    table.add_row("at once", f"{options.concurrent} on {_cluster(found.cluster)}")
+    table.add_row("judged on", f"{evaluation.prompts} held-out prompts x {max(2, evaluation.seeds)} noises by {judge}")
+    table.add_row("objective", f"the front of held-out gain against distance to {reference}; {WORDS}")
+    table.add_row("time", estimate(config, options, earlier_seconds(config)))
+    table.add_row("folder", str(path))
     return table
-
-
-def _given(overrides: Sequence[str]) -> set[str]:
-    return {item.partition("=")[0].strip() for item in overrides}
-
-
-def _scheduler(options: SweepOptions) -> str:
-    return "all to their end" if options.scheduler == "none" else "poor ones stopped early by ASHA on the score"
 
 
 def _cluster(view: ClusterView) -> str:
     where = "this machine" if view.local else f"{len(view.nodes)} node(s)"
     return f"{where} ({', '.join(f'{v:g} {k}' for k, v in view.totals().items() if k in (CPU, 'GPU') and v)})"
-
-
-def _judge(config: Config) -> str:
-    if config.judge is not None:
-        return f"{config.judge.name}, which is never trained on"
-    return "the training reward: no judge is configured, so trials that hack their reward look good; name one with --set judge=..."
-
-
-def _reference(config: Config) -> str:
-    steps = config.evaluation.teacher_steps
-    return (
-        f"the {steps}-step guided reference"
-        if steps
-        else "the start (evaluation.teacher_steps=0: no reference is drawn)"
-    )

@@ -16,20 +16,19 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from didr_core import config as configs
 from didr_core.config import Config
+from didr_core.config.files import replace_text
 from didr_core.config.provenance import provenance
 from didr_core.train.run_folder import RunFolder, disk, local_folder, read_lines
 from didr_core.types import DIDRError
-from pipelines.sweeps.space import Point
+from pipelines.sweeps.space import Point, Space, read
 
 FINAL = ("finished", "failed", "stopped")
 """How a trial may end. "lost" (its process or node died too often) is tried again by a resume."""
@@ -56,6 +55,11 @@ class SweepOptions:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+def trial_name(number: int) -> str:
+    """A trial for people: by the number that its folder has."""
+    return f"trial {number:04d}"
+
+
 @dataclass(frozen=True)
 class SweepFolder:
     """An existing sweep folder; make one with :meth:`create`, find one with :meth:`find`."""
@@ -77,11 +81,9 @@ class SweepFolder:
         if path.exists() and any(path.iterdir()):
             raise DIDRError(f"--name {options.name}: {path} exists and is not empty. Choose another name.")
         folder = cls(path)
-        with disk("output", path):
-            (path / "trials").mkdir(parents=True, exist_ok=True)
-            folder.set_config(config)
-            for number, point in enumerate(points):
-                folder.give(number, point)
+        folder.set_config(config)
+        for number, point in enumerate(points):
+            folder.give(number, point)
         folder.update(plan=asdict(options) | {"facts": provenance()}, status="running", started=time.time())
         return folder
 
@@ -110,28 +112,30 @@ class SweepFolder:
         """What is made once and read by every trial."""
         return self.path / "shared"
 
-    def plan(self) -> SweepOptions:
+    def options(self) -> SweepOptions:
         """What it was asked to do."""
         return SweepOptions(**self.info()["plan"])
 
+    def space(self) -> Space:
+        """What is swept."""
+        options = self.options()
+        return read(options.space, options.tree, options.about)
+
     def info(self) -> dict[str, Any]:
         """What sweep.json says."""
-        path = self.path / "sweep.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return _json(self.path / "sweep.json") or {}
 
     def update(self, **values: Any) -> None:
         """Set keys of sweep.json. Only the driver does."""
-        self._replace("sweep.json", json.dumps(self.info() | values, indent=1, default=str) + "\n")
+        self.write("sweep.json", self.info() | values)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """One driver a sweep.
 
         Raises:
             DIDRError: another one is at work.
         """
-        with RunFolder(self.path).lock():
-            yield
+        return RunFolder(self.path).lock()
 
     def config(self) -> Config:
         """What trials share (and the first trial's own point)."""
@@ -139,7 +143,9 @@ class SweepFolder:
 
     def set_config(self, config: Config) -> None:
         """Write config.yaml."""
-        self._replace("config.yaml", yaml.safe_dump(configs.dump(config), sort_keys=False, allow_unicode=True))
+        with disk("output", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        RunFolder(self.path).write_config(config)
 
     def config_of(self, number: int, workers: int = 1) -> Config:
         """The whole configuration of one trial."""
@@ -174,25 +180,32 @@ class SweepFolder:
 
     def result(self, number: int) -> dict[str, Any] | None:
         """How the trial ended; None while it has not."""
-        path = self.trial(number).path / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return _json(self.trial(number).path / "result.json")
 
     def end(self, number: int, **values: Any) -> dict[str, Any]:
         """Write result.json: from now on the trial is over. ``status`` is one of :data:`FINAL`, or "lost"."""
         tree = {"number": number, "set": self.points().get(number, {}), **values}
-        self.trial(number).path.mkdir(parents=True, exist_ok=True)
-        self._replace(f"trials/{number:04d}/result.json", json.dumps(tree, indent=1) + "\n")
+        self.write(f"trials/{number:04d}/result.json", tree)
         return tree
+
+    def missing(self) -> list[int]:
+        """Numbers of the trials that are not over."""
+        return [number for number in range(self.options().trials) if self.result(number) is None]
 
     def forget_lost(self) -> None:
         """Trials whose process died too often may try again."""
-        for number in self.points():
-            if (self.result(number) or {}).get("status") == "lost":
-                (self.trial(number).path / "result.json").unlink()
+        for result in self.results():
+            if result["status"] == "lost":
+                (self.trial(result["number"]).path / "result.json").unlink()
 
     def results(self) -> list[dict[str, Any]]:
         """All results so far, by number."""
         return [r for number in sorted(self.points()) if (r := self.result(number))]
+
+    def write(self, name: str, tree: Mapping[str, Any]) -> None:
+        """A file of JSON, whole or not at all."""
+        with disk("output", self.path):
+            replace_text(self.path / name, json.dumps(tree, indent=1, ensure_ascii=False, default=str) + "\n")
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with disk("output", self.path), (self.path / name).open("a") as file:
@@ -200,9 +213,7 @@ class SweepFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def _replace(self, name: str, text: str) -> None:
-        path = self.path / name
-        part = path.with_name(f"{path.name}.part")
-        with disk("output", path):
-            part.write_text(text)
-            part.replace(path)
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from didr_core.config import Config
+from torch import nn
+
 from didr_core.data.prompts import open_prompts
 from didr_core.export.sample import trained_generator
 from didr_core.types import DIDRError
@@ -21,7 +22,7 @@ from pipelines.cluster.remote import elsewhere
 from pipelines.cluster.resources import train_need
 from pipelines.cluster.session import cluster_view, prepare_environment
 from pipelines.sweeps.folder import SweepFolder
-from pipelines.sweeps.work import TrialWork, bench_of, conclude
+from pipelines.sweeps.work import bench_of, checkpoints, conclude, opened
 
 POLL_S = 0.3
 
@@ -37,66 +38,50 @@ class _Log:
         print(text, flush=True)
 
 
-class GroupWork(TrialWork):
-    """:class:`TrialWork` whose steps are taken by a Ray Train worker group."""
+def legs(folder: SweepFolder, number: int) -> Iterator[dict[str, Any]]:
+    """:func:`pipelines.sweeps.work.legs`, trained by a Ray Train worker group and judged by a process with a trainer's resources.
 
-    def _load(self) -> None:
+    Raises:
+        DIDRError: a mistake of the user's, or workers that died too often.
+    """
+    began, looks = time.time(), folder.options().scheduler != "none"
+    with opened(folder, number) as (config, run):
         prepare_environment()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._fit, name=f"trial-{self.number}", daemon=True)
-        self._thread.start()
+        failures: list[BaseException] = []
 
-    def _fit(self) -> None:
-        try:
-            config = self.config
-            fit_until_done(config, self.run, open_prompts(config), _Log(), cluster_view())
-        except BaseException as error:
-            self._error = error
+        def fit() -> None:
+            try:
+                fit_until_done(config, run, open_prompts(config), _Log(), cluster_view())
+            except BaseException as error:
+                failures.append(error)
 
-    @property
-    def step(self) -> int:
-        """Of the newest checkpoint."""
-        return self.run.last_step()
-
-    def advance(self, until: int) -> int:
-        """Wait for the group to reach ``until``.
-
-        Raises:
-            DIDRError: a mistake of the user's, or workers that died too often.
-        """
-        while self._thread.is_alive() and self.step < until:
-            time.sleep(POLL_S)
-        if self._error is not None:
-            raise self._error
-        if self.step < until:
-            raise DIDRError(f"the worker group ended at step {self.step} of {self.steps} and gave no reason")
-        return self.step
-
-    def glance(self) -> dict[str, Any]:
-        """See :meth:`TrialWork.glance`; in a process with a trainer's resources."""
-        return dict(self._elsewhere(_glance, str(self.folder.path), self.number))
-
-    def finish(self) -> dict[str, Any]:
-        """Wait for the group to end (it draws the grid), then judge in a process with a trainer's resources."""
-        self._thread.join()
-        self.advance(self.steps)
-        return dict(self._elsewhere(_conclude, str(self.folder.path), self.number, self.began, self.setup_seconds))
-
-    def _elsewhere(self, function: Any, *arguments: Any) -> Any:
-        return elsewhere(train_need(self.config.workers, cluster_view()), function, *arguments)
+        need = train_need(config.workers, cluster_view())
+        group = threading.Thread(target=fit, name=f"trial-{number}", daemon=True)
+        group.start()
+        setup_seconds = round(time.time() - began, 3)
+        for step in checkpoints(config, run.last_step()):
+            last = step == config.train.steps  # then the group draws a grid and ends
+            while group.is_alive() and (last or run.last_step() < step):
+                time.sleep(POLL_S)
+            if failures:
+                raise failures[0]
+            if (reached := run.last_step()) < step:
+                raise DIDRError(f"the worker group ended at step {reached} of {config.train.steps} and gave no reason")
+            if not last:
+                yield {"step": step, **(elsewhere(need, _glance, folder, number) if looks else {})}
+        result = elsewhere(need, _conclude, folder, number, began, setup_seconds)
+    yield result
 
 
-def _trained(folder: SweepFolder, number: int) -> tuple[Config, Any]:
-    config = folder.config_of(number)
-    return config, trained_generator(config, folder.trial(number))[1]
+def _trained(folder: SweepFolder, number: int) -> nn.Module:
+    network = trained_generator(folder.config_of(number), folder.trial(number))[1]
+    return network.to(bench_of(folder).evaluator.device)
 
 
-def _glance(path: str, number: int) -> dict[str, Any]:
-    folder = SweepFolder(Path(path))
-    return bench_of(folder).glance(_trained(folder, number)[1].to(bench_of(folder).evaluator.device)).flat()
+def _glance(folder: SweepFolder, number: int) -> dict[str, Any]:
+    return bench_of(folder).glance(_trained(folder, number))
 
 
-def _conclude(path: str, number: int, started: float, setup_seconds: float) -> dict[str, Any]:
-    folder = SweepFolder(Path(path))
-    times = {"started": started, "judging": time.time(), "setup_seconds": setup_seconds}
-    return conclude(folder, number, _trained(folder, number)[1], times)
+def _conclude(folder: SweepFolder, number: int, started: float, setup_seconds: float) -> dict[str, Any]:
+    judging = time.time()
+    return conclude(folder, number, _trained(folder, number), started, setup_seconds, judging)

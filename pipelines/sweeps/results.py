@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,31 +15,32 @@ from didr_core.evaluate.fronts import front
 from didr_core.evaluate.scores import describe
 from didr_core.train.alarms import HACKING
 from pipelines.sweeps.bench import WORDS
-from pipelines.sweeps.folder import SweepFolder
-from pipelines.sweeps.space import settings, shown
+from pipelines.sweeps.folder import SweepFolder, trial_name
+from pipelines.sweeps.space import given, settings, shown
 
 LONGER = 3  # times the steps, in the command that aligns with the recommended values
 PARTS = ("gain", "distance", "score")
-FIGURES = ("front.png", "heat.png")
+ENDS = ("gain_low", "gain_high", "distance_low", "distance_high")
+SHORT = ("number", "set", *PARTS, *ENDS, "start_distance", "measures", "alarms")
+"""What front.json says of a trial."""
+Results = Sequence[Mapping[str, Any]]
 
 
-def judged(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def judged(results: Results) -> list[Mapping[str, Any]]:
     """Trials that ran to their end and have a place on both axes."""
     return [
         r for r in results if r["status"] == "finished" and r.get("gain") is not None and r.get("distance") is not None
     ]
 
 
-def front_of(results: Sequence[Mapping[str, Any]]) -> list[int]:
+def front_of(results: Results) -> list[int]:
     """Numbers of the trials that no other one beats in both gain and distance, by falling gain."""
     known = judged(results)
-    if not known:
-        return []
-    places = np.array([[r["gain"], -r["distance"]] for r in known], dtype=np.float64)
+    places = np.array([[r["gain"], -r["distance"]] for r in known], dtype=np.float64).reshape(-1, 2)
     return [int(known[i]["number"]) for i in front(places)]
 
 
-def recommend(results: Sequence[Mapping[str, Any]]) -> tuple[int | None, str]:
+def recommend(results: Results) -> tuple[int | None, str]:
     """The trial of the front with the highest score, and why. Trials that end with the hacking alarm come last."""
     known = {int(r["number"]): r for r in judged(results)}
     members = front_of(results)
@@ -54,7 +55,7 @@ def recommend(results: Sequence[Mapping[str, Any]]) -> tuple[int | None, str]:
         f"distance {best['distance']:.3g} (start {best['start_distance']:.2g})"
     )
     if passed:
-        why += f" ({', '.join(f'trial {n + 1}' for n in passed)} scored higher and ended with the alarm {HACKING})"
+        why += f" ({', '.join(map(trial_name, passed))} scored higher and ended with the alarm {HACKING})"
     if not calm:
         why += f"; every trial on the front ended with the alarm {HACKING}: look at its grid before using it"
     if best["score"] <= 0:
@@ -64,39 +65,39 @@ def recommend(results: Sequence[Mapping[str, Any]]) -> tuple[int | None, str]:
 
 def command(folder: SweepFolder, number: int) -> str:
     """`didr align` with a trial's values, for longer."""
-    plan, config = folder.plan(), folder.config_of(number)
-    fixed = {k: v for k, v in plan.tree.items() if k not in folder.points()[number]}
-    given = dict(item.partition("=")[::2] for item in plan.overrides)
-    steps = f"train.steps={LONGER * config.train.steps}"
-    whole = [*settings(fixed | folder.points()[number]), *(f"{k}={v}" for k, v in given.items())]
-    kept = [item for item in whole if not item.startswith("train.steps=") and item.partition("=")[0] not in given]
-    kept += [f"{k}={v}" for k, v in given.items() if k != "train.steps"]
-    words = [word for item in [*kept, steps] for word in ("--set", item.replace('"', ""))]
-    return shlex.join(["didr", "align", "--recipe", plan.recipe, *words])
+    options, said = folder.options(), given(folder.options().overrides)
+    steps = {"train.steps": LONGER * folder.config_of(number).train.steps}
+    own = {k: v for k, v in {**folder.space().fixed, **folder.points()[number]}.items() if k not in said}
+    items = [*settings(own | steps), *(f"{k}={v}" for k, v in said.items() if k not in steps)]
+    words = [word for item in items for word in ("--set", item.replace('"', ""))]
+    return shlex.join(["didr", "align", "--recipe", options.recipe, *words])
 
 
 def table(
-    folder: SweepFolder, results: Sequence[Mapping[str, Any]], chosen: int | None
+    folder: SweepFolder, results: Results, chosen: int | None, narrow: bool = False
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of text, best score first; trials that did not run to their end last."""
-    keys = list(folder.points().get(0, {}))
-    members = front_of(results)
-    measures = [
-        m
-        for m in ("judge", "reward", "utility", "strict", "diversity")
-        if any((r.get("measures") or {}).get(m) is not None for r in results)
-    ]
-    header = ["trial", *keys, "gain, sd", "distance", "score", *(describe(m).title for m in measures), ""]
-    rows = []
+    """Header and rows of text, best score first; trials that did not run to their end last.
+
+    ``narrow``: for a terminal of 80 columns; settings share one column, and measures are left to trials.parquet.
+    """
+    keys = list(dict.fromkeys(k for r in results for k in r["set"]))
+    wanted = () if narrow else ("judge", "reward", "utility", "strict", "diversity")
+    measures = [m for m in wanted if any(_measure(r, m) is not None for r in results)]
+    swept = ["settings"] if narrow else keys
+    header = ["trial", *swept, "gain, sd", "distance", "score", *(describe(m).title for m in measures), ""]
+    members, rows = front_of(results), []
     for r in sorted(results, key=lambda r: (r["status"] != "finished", -(r.get("score") or 0.0))):
-        marks = ["recommended"] if r["number"] == chosen else []
-        marks += ["front"] if r["number"] in members else []
+        marks = ["recommended"] if r["number"] == chosen else ["front"] if r["number"] in members else []
         marks += [r["status"]] if r["status"] != "finished" else []
-        cells = [_cell(r["set"].get(k)) for k in keys]
+        cells = [shown(r["set"])] if narrow else [_cell(r["set"].get(k)) for k in keys]
         cells += [_spread(r, "gain", "+.3f"), _spread(r, "distance", ".3g"), _cell(r.get("score"), "+.3f")]
-        cells += [_cell((r.get("measures") or {}).get(m), ".4g") for m in measures]
-        rows.append([str(r["number"] + 1), *cells, ", ".join(marks + list(r.get("alarms") or ()))])
+        cells += [_cell(_measure(r, m)) for m in measures]
+        rows.append([f"{r['number']:04d}", *cells, ", ".join(marks + list(r.get("alarms") or ()))])
     return header, rows
+
+
+def _measure(result: Mapping[str, Any], name: str) -> Any:
+    return (result.get("measures") or {}).get(name)
 
 
 def _cell(value: Any, form: str = ".4g") -> str:
@@ -111,22 +112,18 @@ def _spread(result: Mapping[str, Any], key: str, form: str) -> str:
     return _cell(result.get(key), form) + half
 
 
-def write_table(folder: SweepFolder, results: Sequence[Mapping[str, Any]], chosen: int | None) -> None:
+def write_table(folder: SweepFolder, results: Results, chosen: int | None) -> None:
     """`trials.parquet`: a row a trial."""
     members = front_of(results)
     rows = []
     for r in results:
-        flat = {k: v for k, v in r.items() if k not in ("set", "measures", "alarms")}
-        flat |= {f"set.{k}": v for k, v in r["set"].items()} | {
-            f"measure.{k}": v for k, v in (r.get("measures") or {}).items()
-        }
-        flat |= {
-            "alarms": ",".join(r.get("alarms") or ()),
-            "on_front": r["number"] in members,
-            "recommended": r["number"] == chosen,
-        }
-        rows.append(flat | {"run": f"trials/{r['number']:04d}"})
-    names = list(dict.fromkeys(k for row in rows for k in row))
+        number, alarms = r["number"], ",".join(r.get("alarms") or ())
+        flat = {k: v for k, v in r.items() if k not in ("set", "measures")}
+        flat |= {f"set.{k}": v for k, v in r["set"].items()}
+        flat |= {f"measure.{k}": v for k, v in (r.get("measures") or {}).items()}
+        flat |= {"alarms": alarms, "on_front": number in members, "recommended": number == chosen}
+        rows.append(flat | {"run": f"trials/{number:04d}"})
+    names = dict.fromkeys(k for row in rows for k in row)
     columns = {name: _column([row.get(name) for row in rows]) for name in names}
     pq.write_table(pa.table(columns), folder.path / "trials.parquet")
 
@@ -136,24 +133,20 @@ def _column(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
-        numbers = all(isinstance(v, int | float) or v is None for v in values)
-        return pa.array([None if v is None else float(v) if numbers else str(v) for v in values])
+        return pa.array([None if v is None else str(v) for v in values])
 
 
-def front_tree(
-    folder: SweepFolder, results: Sequence[Mapping[str, Any]], chosen: int | None, why: str
-) -> dict[str, Any]:
+def front_tree(folder: SweepFolder, results: Results, chosen: int | None, why: str) -> dict[str, Any]:
     """What front.json holds."""
-    plan, config = folder.plan(), folder.config()
-    members = front_of(results)
-    counts = {status: sum(r["status"] == status for r in results) for status in sorted({r["status"] for r in results})}
+    options, config = folder.options(), folder.config()
+    short = {r["number"]: {k: r[k] for k in SHORT if k in r} | {"run": f"trials/{r['number']:04d}"} for r in results}
     teacher = config.evaluation.teacher_steps
     judge = "held-out judge" if config.judge else "training reward (no judge is configured)"
     reference = f"the {teacher}-step guided reference's" if teacher else "the starting generator's"
     return {
         "sweep": folder.name,
-        "space": {"name": plan.space, "about": plan.about, "values": dict(plan.tree)},
-        "trials": {"planned": plan.trials, **counts},
+        "space": {"name": options.space, "about": options.about, "values": dict(options.tree)},
+        "trials": {"planned": options.trials, **Counter(sorted(r["status"] for r in results))},
         "objectives": {
             "gain": f"mean gain of the {judge} over the starting generator, in standard deviations of the start's scores; higher is better",
             "distance": f"Wasserstein-2 distance of picture features (Gaussian fits) to {reference} pictures of the same captions, in "
@@ -162,52 +155,26 @@ def front_tree(
         "scalarisation": WORDS,
         "judged_on": {"prompts": config.evaluation.prompts, "noises": max(2, config.evaluation.seeds)},
         "intervals": "95 %, paired bootstrap over captions",
-        "front": [_short(r) for n in members for r in results if r["number"] == n],
-        "recommended": None
-        if chosen is None
-        else _short(next(r for r in results if r["number"] == chosen)) | {"why": why},
+        "front": [short[n] for n in front_of(results)],
+        "recommended": None if chosen is None else short[chosen] | {"why": why},
         "align_longer": None if chosen is None else command(folder, chosen),
         "seconds": timing(folder, results),
-        "facts": dict(plan.facts),
+        "facts": dict(options.facts),
     }
 
 
-def timing(folder: SweepFolder, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def timing(folder: SweepFolder, results: Results) -> dict[str, Any]:
     """Wall time against pure training time. ``overhead``: wall time beyond the training time that the trials at once share."""
-    info, plan = folder.info(), folder.plan()
-    wall = float(sum(info.get("wall", [])))
+    at_once = folder.options().concurrent
+    wall = float(sum(folder.info().get("wall", [])))
     training = float(sum(r.get("train_seconds") or 0.0 for r in results))
-    shared = training / plan.concurrent
     return {
         "wall": round(wall, 1),
         "training": round(training, 1),
-        "trials_at_once": plan.concurrent,
-        "overhead": round(wall / shared - 1, 4) if shared else None,
+        "trials_at_once": at_once,
+        "overhead": round(wall * at_once / training - 1, 4) if training else None,
         "wall_over_training": round(wall / training, 4) if training else None,
     }
-
-
-def _short(result: Mapping[str, Any]) -> dict[str, Any]:
-    keys = (
-        "number",
-        "set",
-        *PARTS,
-        "gain_low",
-        "gain_high",
-        "distance_low",
-        "distance_high",
-        "start_distance",
-        "measures",
-        "alarms",
-    )
-    return {k: result[k] for k in keys if k in result} | {"run": f"trials/{result['number']:04d}"}
-
-
-def write_front(folder: SweepFolder, tree: Mapping[str, Any]) -> None:
-    """`front.json`, whole or not at all."""
-    part = folder.path / "front.json.part"
-    part.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
-    part.replace(folder.path / "front.json")
 
 
 def summary(folder: SweepFolder, chosen: int | None, why: str) -> list[str]:
@@ -215,4 +182,7 @@ def summary(folder: SweepFolder, chosen: int | None, why: str) -> list[str]:
     if chosen is None:
         return [f"no recommendation: {why}"]
     point = shown(folder.points()[chosen])
-    return [f"recommended: trial {chosen + 1} ({point}): {why}", f"align longer with it:  {command(folder, chosen)}"]
+    return [
+        f"recommended: {trial_name(chosen)} ({point}): {why}",
+        f"align longer with it:  {command(folder, chosen)}",
+    ]

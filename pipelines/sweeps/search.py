@@ -7,7 +7,7 @@ is in points.jsonl before its trial starts: a resumed sweep gives the same numbe
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 
 from didr_core.types import DIDRError
 from pipelines.sweeps.folder import SweepFolder
-from pipelines.sweeps.space import Domain, Point, Space, read
+from pipelines.sweeps.space import Domain, Point
 
 SEARCHES = ("random", "grid", "optuna")
 SCHEDULERS = ("none", "asha")
@@ -27,20 +27,18 @@ FIRST_RUNG = 1 / 4  # of the steps after the assistant's head start
 class Points(Searcher):
     """Gives the trials ``numbers`` of a sweep, one after the other; with Optuna, points are made when they are asked for."""
 
-    def __init__(self, sweep: str, numbers: list[int], resources: dict[str, float]) -> None:
+    def __init__(self, folder: SweepFolder, numbers: Sequence[int]) -> None:
         super().__init__()
-        self.sweep, self.numbers, self.resources, self.given = sweep, numbers, resources, 0
+        self.folder, self.left = folder, list(numbers)
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial's settings; FINISHED when all were given."""
-        if self.given >= len(self.numbers):
+        if not self.left:
             return Searcher.FINISHED
-        number = self.numbers[self.given]
-        folder = SweepFolder(Path(self.sweep))
-        if number not in folder.points():
-            folder.give(number, ask(folder, number))
-        self.given += 1
-        return {"sweep": self.sweep, "number": number, "resources": self.resources}
+        number = self.left.pop(0)
+        if number not in self.folder.points():
+            self.folder.give(number, ask(self.folder, number))
+        return {"sweep": str(self.folder.path), "number": number}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing to learn here: result.json says it."""
@@ -65,40 +63,30 @@ def ask(folder: SweepFolder, number: int) -> Point:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    plan = folder.plan()
-    space = read(plan.space, plan.tree)
-    kinds = {key: _distribution(optuna, domain) for key, domain in space.domains.items()}
-    sampler = optuna.samplers.TPESampler(seed=plan.seed + number, n_startup_trials=max(4, plan.trials // 3))
+    options, domains = folder.options(), folder.space().domains
+    kinds = {key: _distribution(optuna, domain) for key, domain in domains.items()}
+    sampler = optuna.samplers.TPESampler(seed=options.seed + number, n_startup_trials=max(4, options.trials // 3))
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     for result in folder.results():
         done = result["status"] == "finished"
+        point = result["set"]
         study.add_trial(
             optuna.trial.create_trial(
                 state=optuna.trial.TrialState.COMPLETE if done else optuna.trial.TrialState.FAIL,
-                params=_encoded(space, result["set"]),
+                params={k: d.values.index(point[k]) if d.listed else point[k] for k, d in domains.items()},
                 distributions=kinds,
                 values=[result["gain"], result["distance"]] if done else None,
             )
         )
-    params = study.ask(fixed_distributions=kinds).params
-    return {key: _decoded(domain, params[key]) for key, domain in space.domains.items()}
+    asked = study.ask(fixed_distributions=kinds).params
+    return {k: d.values[asked[k]] if d.listed else float(f"{asked[k]:.4g}") for k, d in domains.items()}
 
 
 def _distribution(optuna: Any, domain: Domain) -> Any:
-    if domain.kind in ("choice", "grid"):
-        return optuna.distributions.CategoricalDistribution(list(range(len(domain.values))))
-    low, high = domain.values
-    return optuna.distributions.FloatDistribution(low, high, log=domain.kind == "loguniform")
-
-
-def _encoded(space: Space, point: Point) -> dict[str, Any]:
     """Values of a list travel as their places: Optuna takes only plain ones."""
-    listed = ("choice", "grid")
-    return {k: list(d.values).index(point[k]) if d.kind in listed else point[k] for k, d in space.domains.items()}
-
-
-def _decoded(domain: Domain, value: Any) -> Any:
-    return domain.values[value] if domain.kind in ("choice", "grid") else float(f"{value:.4g}")
+    if domain.listed:
+        return optuna.distributions.CategoricalDistribution(list(range(len(domain.values))))
+    return optuna.distributions.FloatDistribution(*domain.values, log=domain.kind == "loguniform")
 
 
 class Asha(AsyncHyperBandScheduler):
@@ -107,7 +95,21 @@ class Asha(AsyncHyperBandScheduler):
     What it sees of a trial is in the trial's folder before it decides, and is seen again by the scheduler of a resumed sweep.
     """
 
-    folder: SweepFolder
+    def __init__(self, folder: SweepFolder) -> None:
+        train = folder.config().train
+        grace = train.assistant_warmup + max(1, int((train.steps - train.assistant_warmup) * FIRST_RUNG))
+        super().__init__(
+            time_attr="step",
+            metric="score",
+            mode="max",
+            max_t=train.steps + 1,  # the last step is no rung: whoever comes so far is judged
+            grace_period=min(grace, train.steps),
+            reduction_factor=REDUCTION,
+        )
+        self.folder = folder
+        for result in folder.results():
+            number = result["number"]
+            self.on_trial_add(None, SimpleNamespace(trial_id=f"earlier-{number}", config={"number": number}))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """It takes the places on the rungs that it had under an earlier driver."""
@@ -125,25 +127,3 @@ class Asha(AsyncHyperBandScheduler):
             reason = f"ASHA: its score {result['score']:.3g} at step {result['step']} is in the lower half of its rung"
             self.folder.end(int(result["number"]), status="stopped", reason=reason, **keep)
         return str(decision)
-
-
-def scheduler_of(folder: SweepFolder) -> Any:
-    """The plan's scheduler; None runs every trial to its end, which a front needs: what is poor by one measure may be best by the other."""
-    plan = folder.plan()
-    if plan.scheduler == "none":
-        return None
-    train = folder.config().train
-    grace = train.assistant_warmup + max(1, int((train.steps - train.assistant_warmup) * FIRST_RUNG))
-    made = Asha(
-        time_attr="step",
-        metric="score",
-        mode="max",
-        max_t=train.steps + 1,  # the last step is no rung: whoever comes so far is judged
-        grace_period=min(grace, train.steps),
-        reduction_factor=REDUCTION,
-    )
-    made.folder = folder
-    for result in folder.results():
-        number = result["number"]
-        made.on_trial_add(None, SimpleNamespace(trial_id=f"earlier-{number}", config={"number": number}))
-    return made

@@ -8,12 +8,12 @@ check(space, points, "tiny", ["train.steps=100"])   # DIDRError names the key, b
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import itertools
 import json
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import runpy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -26,13 +26,14 @@ from didr_core.types import DIDRError
 Point = dict[str, Any]
 """Swept key to value: what one trial has of its own."""
 
-KINDS = ("loguniform", "uniform", "choice", "grid")
+RANGES, LISTS = ("loguniform", "uniform"), ("choice", "grid")
 PACKAGE = "tune_spaces"
 GRID_POINTS = 4  # of a range, where a grid is asked for
 CORNERS = 256
 DEFAULT_TRIALS = 12
 NOT_SWEPT = ("evaluation", "data.heldout", "judge", "backbone", "workers", "tracking", "output", "name", "device")
 """Trials that differ in these are judged differently, or share no start: they cannot be compared."""
+PLAIN = "a plain value for all trials, or {'loguniform': [0.05, 1.0]}, {'uniform': [0, 1]}, {'choice': [1, 2]}, {'grid': [1, 2]}"
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,14 @@ class Domain:
     kind: str
     values: tuple[Any, ...]
 
+    @property
+    def listed(self) -> bool:
+        """A list, not a range."""
+        return self.kind in LISTS
+
     def at(self, share: float) -> Any:
         """The value at ``share`` in [0, 1] of the domain."""
-        if self.kind in ("choice", "grid"):
+        if self.listed:
             return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
         low, high = self.values
         if self.kind == "uniform":
@@ -53,13 +59,7 @@ class Domain:
 
     def grid(self) -> list[Any]:
         """All values; of a range :data:`GRID_POINTS` evenly spaced ones, both ends among them."""
-        if self.kind in ("choice", "grid"):
-            return list(self.values)
-        return [self.at(i / (GRID_POINTS - 1)) for i in range(GRID_POINTS)]
-
-    def ends(self) -> list[Any]:
-        """What to check where not every value can be: the ends of a range, or all values."""
-        return list(self.values)
+        return list(self.values) if self.listed else [self.at(i / (GRID_POINTS - 1)) for i in range(GRID_POINTS)]
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,18 @@ class Space:
         """Nothing but lists marked "grid"."""
         return all(d.kind == "grid" for d in self.domains.values())
 
+    def product(self, values: Sequence[Sequence[Any]]) -> list[Point]:
+        """Every combination of these values of each key."""
+        return [dict(zip(self.domains, row, strict=True)) for row in itertools.product(*values)]
+
 
 def names() -> list[str]:
     """Spaces that come with this repository."""
-    folder = Path(import_module(PACKAGE).__file__ or "").parent
-    return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+    return sorted(p.stem for p in _folder().glob("*.py") if not p.stem.startswith("_"))
+
+
+def _folder() -> Path:
+    return Path(import_module(PACKAGE).__file__ or "").parent
 
 
 def find(name: str) -> Space:
@@ -93,37 +100,39 @@ def find(name: str) -> Space:
     Raises:
         DIDRError: unknown name, no such file, no `space()`, or something else than the plain data that README.md describes.
     """
-    if name.endswith(".py"):
-        path = Path(name).expanduser()
-        spec = importlib.util.spec_from_file_location(f"didr_space_{path.stem}", path) if path.is_file() else None
-        if spec is None or spec.loader is None:
-            raise DIDRError(f"--space {name!r}: no such file. Expected a Python file with a function space().")
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise DIDRError(f"--space {name!r}: cannot be read ({type(error).__name__}: {error})") from error
-    elif name in names():
-        module = import_module(f"{PACKAGE}.{name}")
-    else:
+    own = name.endswith(".py")
+    path = Path(name).expanduser() if own else _folder() / f"{name}.py"
+    if own and not path.is_file():
+        raise DIDRError(f"--space {name!r}: no such file. Expected a Python file with a function space().")
+    if not own and name not in names():
         near = difflib.get_close_matches(name, names(), 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DIDRError(f"--space {name!r}: unknown; known: {', '.join(names())}, or a path ending in .py.{hint}")
-    function = getattr(module, "space", None)
+    try:
+        module = runpy.run_path(str(path))
+    except Exception as error:
+        raise DIDRError(f"--space {name!r}: cannot be read ({type(error).__name__}: {error})") from error
+    function = module.get("space")
     if not callable(function):
         raise DIDRError(f"--space {name!r}: has no function space(). Expected `def space() -> dict`.")
-    lines = (module.__doc__ or function.__doc__ or "").strip().splitlines()
-    return read(Path(name).stem, function(), lines[0] if lines else "")
+    lines = (module["__doc__"] or function.__doc__ or "").strip().splitlines()
+    return read(path.stem, function(), lines[0] if lines else "")
 
 
 def read(name: str, tree: Any, about: str = "") -> Space:
     """Plain data to a :class:`Space`.
 
     Raises:
-        DIDRError: not a mapping of dotted keys, an unknown kind, an empty list, an impossible range, a key that must not be swept.
+        DIDRError: not a mapping of dotted keys to plain data, an unknown kind, an empty list, an impossible range, a key that must not
+            be swept.
     """
     if not isinstance(tree, Mapping) or not all(isinstance(k, str) for k in tree):
         raise DIDRError(f"space {name!r}: expected a dict of dotted keys, got {type(tree).__name__}")
+    for key, value in tree.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:  # an object of ray.tune, a function
+            raise DIDRError(f"space {name!r}: {key}: {value!r} is no plain data ({error}); expected {PLAIN}") from None
     swept = {k: _domain(name, k, v) for k, v in tree.items() if _is_domain(v)}
     if not swept:
         raise DIDRError(f"space {name!r}: sweeps nothing. Give a key a domain, e.g. {{'loguniform': [0.05, 1.0]}}.")
@@ -141,20 +150,19 @@ def _is_domain(value: Any) -> bool:
 
 def _domain(name: str, key: str, value: Mapping[str, Any]) -> Domain:
     kind, values = next(iter(value.items()))
-    if kind not in KINDS:
-        near = difflib.get_close_matches(str(kind), KINDS, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DIDRError(f"space {name!r}: {key}: unknown kind {kind!r}; known: {', '.join(KINDS)}.{hint}")
-    if kind in ("choice", "grid"):
+    got = f"space {name!r}: {key}: {kind} of {list(values)!r}"
+    if kind in LISTS:
         if not values or len(set(map(repr, values))) < len(values):
-            raise DIDRError(
-                f"space {name!r}: {key}: {kind} of {list(values)!r}; expected different values, one at least"
-            )
-        return Domain(kind, tuple(values))
-    numbers = len(values) == 2 and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    if not numbers or values[0] >= values[1] or (kind == "loguniform" and values[0] <= 0):
-        least = "0 < low < high" if kind == "loguniform" else "low < high"
-        raise DIDRError(f"space {name!r}: {key}: {kind} of {list(values)!r}; expected [low, high] with {least}")
+            raise DIDRError(f"{got}; expected different values, one at least")
+    elif kind in RANGES:
+        numbers = len(values) == 2 and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+        if not numbers or values[0] >= values[1] or (kind == "loguniform" and values[0] <= 0):
+            least = "0 < low < high" if kind == "loguniform" else "low < high"
+            raise DIDRError(f"{got}; expected [low, high] with {least}")
+    else:
+        near = difflib.get_close_matches(str(kind), (*RANGES, *LISTS), 1, 0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise DIDRError(f"space {name!r}: {key}: unknown kind {kind!r}; expected {PLAIN}.{hint}")
     return Domain(kind, tuple(values))
 
 
@@ -166,30 +174,31 @@ def draw(space: Space, search: str, trials: int | None, seed: int) -> list[Point
     """
     rng = random.Random(seed)
     if search == "grid":
-        rows = _product(d.grid() for d in space.domains.values())
-        rng.shuffle(rows)
-        return [dict(zip(space.domains, row, strict=True)) for row in rows[:trials]]
+        points = space.product([d.grid() for d in space.domains.values()])
+        rng.shuffle(points)
+        return points[:trials]
     count = trials or DEFAULT_TRIALS
-    columns = {}
-    for key, domain in space.domains.items():
+    columns = []
+    for domain in space.domains.values():
         strata = rng.sample(range(count), count)
-        columns[key] = [domain.at((place + rng.random()) / count) for place in strata]
-    return [{key: column[i] for key, column in columns.items()} for i in range(count)]
-
-
-def _product(lists: Iterable[Sequence[Any]]) -> list[tuple[Any, ...]]:
-    return list(itertools.product(*lists))
+        columns.append([domain.at((place + rng.random()) / count) for place in strata])
+    return [dict(zip(space.domains, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def corners(space: Space) -> list[Point]:
-    """Points that stand for a space whose points are not known beforehand."""
-    rows = _product(d.ends() for d in space.domains.values())[:CORNERS]
-    return [dict(zip(space.domains, row, strict=True)) for row in rows]
+    """Points that stand for a space whose points are not known beforehand: ends of ranges, values of lists."""
+    return space.product([d.values for d in space.domains.values()])[:CORNERS]
 
 
 def settings(point: Mapping[str, Any]) -> list[str]:
     """A point in words that `--set` understands: for commands and messages; the code passes points on as they are."""
     return [f"{key}={json.dumps(value)}" for key, value in point.items()]
+
+
+def given(overrides: Sequence[str]) -> dict[str, str]:
+    """What `--set` says: key to text."""
+    parts = (item.partition("=") for item in overrides)
+    return {key.strip(): text for key, _, text in parts}
 
 
 def shown(point: Mapping[str, Any]) -> str:
@@ -206,12 +215,11 @@ def check(space: Space, points: Sequence[Point], recipe: str, overrides: Sequenc
     Raises:
         DIDRError: names the key and the point; also where ``--set`` fixes what the space sweeps.
     """
-    taken = [item.partition("=")[0].strip() for item in overrides]
-    for item, key in zip(overrides, taken, strict=True):
-        if key in space.domains:
-            raise DIDRError(
-                f"--set {item!r}: the space {space.name!r} sweeps {key}. Leave it out, or use a space of your own without it."
-            )
+    taken = given(overrides)
+    for key in space.domains.keys() & taken.keys():
+        raise DIDRError(
+            f"--set '{key}={taken[key]}': the space {space.name!r} sweeps {key}. Leave it out, or use a space of your own without it."
+        )
     configs.load(recipe, overrides)  # mistakes of the recipe or of --set, in their own words
     fixed = {key: value for key, value in space.fixed.items() if key not in taken}
     checked = []

@@ -7,29 +7,27 @@ cache warm. A user's mistake or a diverged training is an answer too ("failed", 
 
 from __future__ import annotations
 
-import time
+import contextlib
+import gc
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray import tune
 
+from didr_core.train.run_folder import read_lines
 from didr_core.types import DIDRError
+from pipelines.sweeps import work
 from pipelines.sweeps.folder import SweepFolder
-from pipelines.sweeps.work import TrialWork
 
 
 class Trial(tune.Trainable):
-    """``config``: {"sweep": folder, "number": n, "resources": one bundle}."""
-
-    @classmethod
-    def default_resource_request(cls, config: dict[str, Any]) -> Any:
-        """What the trial's own process reserves."""
-        return tune.PlacementGroupFactory([dict(config["resources"])])
+    """``config``: {"sweep": folder, "number": n}. Checkpoints are the run folder's own: Tune keeps none."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Only take note; the work is done in :meth:`step`, where an error is the trial's."""
         self.folder, self.number = SweepFolder(Path(config["sweep"])), int(config["number"])
-        self.work: Any = None
+        self.legs: Any = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in the same process."""
@@ -39,52 +37,33 @@ class Trial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """One leg: to the next checkpoint, or to the end and its judgement."""
-        if known := self.folder.result(self.number):  # it was over when an earlier driver died
-            return self._answer(known)
-        try:
-            if self.work is None:
-                self.work = _work(self.folder, self.number)
-                self.work.begin()
-            work = self.work
-            every = work.config.train.checkpoint_every
-            if work.step < work.steps:
-                work.advance(min((work.step // every + 1) * every, work.steps))
-            if work.step < work.steps:
-                looked = work.glance() if work.plan.scheduler == "asha" else {}
-                return {"number": self.number, "step": work.step, **looked}
-            result = work.finish()
-            self._close("finished")
-        except DIDRError as error:
-            result = self.folder.end(
-                self.number, status="failed", reason=str(error), step=self.work.step if self.work else 0
-            )
-            self._close("failed", str(error))
-        return self._answer(result)
-
-    def _answer(self, result: dict[str, Any]) -> dict[str, Any]:
+        result = self.folder.result(self.number)  # it may have been over when an earlier driver died
+        if result is None:
+            self.legs = self.legs or self._begin()
+            try:
+                result = next(self.legs)
+            except DIDRError as error:
+                rows = read_lines(self.folder.trial(self.number).metrics_path)
+                step = rows[-1]["step"] if rows else 0
+                result = self.folder.end(self.number, status="failed", reason=str(error), step=step)
+        over = "status" in result
+        if over:
+            self.cleanup()
         keep = ("step", "gain", "distance", "score", "status")
-        return {"number": self.number, **{k: result[k] for k in keep if result.get(k) is not None}, "done": True}
+        return {"number": self.number, **{k: result[k] for k in keep if result.get(k) is not None}, "done": over}
+
+    def _begin(self) -> Any:
+        if self.folder.options().workers == 1:
+            return work.legs(self.folder, self.number)
+        from pipelines.sweeps import group
+
+        return group.legs(self.folder, self.number)
 
     def cleanup(self) -> None:
-        """Stopped by a scheduler, or the sweep is ending."""
-        self._close("interrupted", "stopped by the sweep")
-
-    def _close(self, status: str, message: str | None = None) -> None:
-        work, self.work = self.work, None
-        if work is not None:
-            work.close(status, message)
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Checkpoints are the run folder's own."""
-        return {"number": self.number, "time": time.time()}
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """See :meth:`save_checkpoint`."""
-
-
-def _work(folder: SweepFolder, number: int) -> Any:
-    if folder.plan().workers == 1:
-        return TrialWork(folder, number)
-    from pipelines.sweeps.group import GroupWork
-
-    return GroupWork(folder, number)
+        """The trial is over, or stopped by a scheduler: its folder and its memory are free."""
+        if self.legs is not None:
+            with contextlib.suppress(KeyboardInterrupt):
+                self.legs.throw(KeyboardInterrupt("stopped by the sweep"))
+        self.legs = None
+        gc.collect()
+        torch.cuda.empty_cache()

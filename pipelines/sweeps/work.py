@@ -7,11 +7,10 @@ has a result.json is over: asking again costs milliseconds. One process keeps th
 from __future__ import annotations
 
 import contextlib
-import gc
+import functools
 import shutil
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,38 +22,31 @@ from didr_core.evaluate import finish
 from didr_core.evaluate.contestants import fingerprint
 from didr_core.export.sample import trained_generator
 from didr_core.train.learner import Learner
-from didr_core.train.loop import Journal, Observer, loop
+from didr_core.train.loop import Journal, Observer, loop, outcome
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError, NonFiniteError
 from pipelines.report.figures import save_grid
 from pipelines.sweeps.bench import Bench
-from pipelines.sweeps.folder import SweepFolder, SweepOptions
-from pipelines.sweeps.space import corners, read
+from pipelines.sweeps.folder import SweepFolder, trial_name
+from pipelines.sweeps.space import corners
 
 LOCK_S = 90.0
 """How long to wait for a process of an earlier driver that is still dying in the trial's folder."""
 TIMED_STEPS = 2
 
-_benches: dict[str, Bench] = {}
 
-
-def bench_of(folder: SweepFolder, config: Config | None = None) -> Bench:
+@functools.lru_cache(1)
+def bench_of(folder: SweepFolder) -> Bench:
     """This process's judges for a sweep, loaded once."""
-    key = str(folder.path)
-    if key not in _benches:
-        config = config or folder.config()
-        torch.set_num_threads(config.train.threads)
-        _benches.clear()
-        _benches[key] = Bench(config, folder.shared, config.torch_device)
-    return _benches[key]
+    config = folder.config()
+    torch.set_num_threads(config.train.threads)
+    return Bench(config, folder.shared, config.torch_device)
 
 
-def prepare(path: str) -> float:
+def prepare(folder: SweepFolder) -> float:
     """Shared work: the start's and the reference's pictures and scores. Then seconds a step, of the trial in the middle of the space."""
-    folder = SweepFolder(Path(path))
     bench_of(folder)
-    plan = folder.plan()
-    points = list(folder.points().values()) or corners(read(plan.space, plan.tree))  # Optuna's are not made yet
+    points = list(folder.points().values()) or corners(folder.space())  # Optuna's are not made yet
     config = folder.config_at(points[len(points) // 2])
     quick = config.train.model_copy(update={"assistant_warmup": 0})
     learner = Learner(config.model_copy(update={"train": quick}), device=config.torch_device)
@@ -68,123 +60,37 @@ def prepare(path: str) -> float:
     return min(seconds)
 
 
-def export(path: str, number: int) -> None:
+def export(folder: SweepFolder, number: int) -> None:
     """The trained generator of a trial as the sweep's `export/`."""
-    folder = SweepFolder(Path(path))
     run, config = folder.trial(number), folder.config_of(number)
     backbone, network, _ = trained_generator(config, run)
     finish.export(config, run, backbone, network, folder.path / "export", overwrite=True)
 
 
-class TrialWork:
-    """One trial being done. :meth:`advance` to a step, as often as wanted, then :meth:`finish`; :meth:`close` whatever happens."""
+@contextlib.contextmanager
+def opened(folder: SweepFolder, number: int) -> Iterator[tuple[Config, RunFolder]]:
+    """A trial's configuration and its run folder, for this process alone; run.json says how it ends.
 
-    def __init__(self, folder: SweepFolder, number: int) -> None:
-        self.folder, self.number, self.began = folder, number, time.time()
-        self.run = folder.trial(number)
-        self.plan: SweepOptions = folder.plan()
-        self._stack = contextlib.ExitStack()
-        self.learner: Learner | None = None
+    A process of an earlier driver may still be dying in the folder: it is waited for.
 
-    def begin(self) -> None:
-        """Take the run folder (waiting for a dying process in it), load networks, go to the newest checkpoint.
-
-        Raises:
-            DIDRError: see :class:`didr_core.train.loop.Journal`; or another process keeps the folder.
-        """
-        self.config = self.folder.config_of(self.number, self.plan.workers)
-        open_folder(self.run, self.config, self.plan.command)
-        self._stack.enter_context(patient_lock(self.run))
-        torch.set_num_threads(self.config.train.threads)
-        self.run.update(status="running", message=None)
-        self._load()
-        self.setup_seconds = round(time.time() - self.began, 3)
-
-    def _load(self) -> None:
-        learner = Learner(self.config, device=self.config.torch_device)
-        self.journal = Journal(self.run, self.config, learner, open_prompts(self.config).fingerprint)
-        self.journal.restore()
-        self.run.forget_after(learner.step_count)
-        self.learner = learner
-        self.feed = iter(
-            CachedFeed(self.config, self.folder.shared / "feed", learner.step_count * self.config.train.batch)
-        )
-
-    @property
-    def steps(self) -> int:
-        """Of the whole trial."""
-        return self.config.train.steps
-
-    @property
-    def step(self) -> int:
-        """Done so far."""
-        return self.learner.step_count if self.learner else self.run.last_step()
-
-    def advance(self, until: int) -> int:
-        """Train to ``until``; returns the step reached.
-
-        Raises:
-            NonFiniteError: the training diverged.
-        """
-        assert self.learner is not None
-        loop(self.learner, self.feed, self.journal, Observer(), until=until)
-        return self.step
-
-    def glance(self) -> dict[str, Any]:
-        """What it is worth now, roughly: for a scheduler that stops poor trials."""
-        assert self.learner is not None
-        return bench_of(self.folder).glance(self.learner.generator("ema")).flat()
-
-    def finish(self) -> dict[str, Any]:
-        """Judge it, draw its grid, write result.json."""
-        assert self.learner is not None
-        began = time.time()
-        with torch.no_grad():
-            finish.Gallery(self.learner, self.config, self.run, save_grid).show(
-                self.run.path / "grid.png", f"trial {self.number}"
-            )
-        times = {"started": self.began, "judging": began, "setup_seconds": self.setup_seconds}
-        return conclude(self.folder, self.number, self.learner.generator("ema"), times)
-
-    def close(self, status: str = "interrupted", message: str | None = None) -> None:
-        """Give the folder and the memory back."""
-        if (self.run.path / "run.json").is_file():
-            self.run.update(status=status, message=message, ended=time.time())
-        self._stack.close()
-        self.learner = None
-        for name in ("journal", "feed"):
-            self.__dict__.pop(name, None)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def conclude(folder: SweepFolder, number: int, network: torch.nn.Module, times: Mapping[str, float]) -> dict[str, Any]:
-    """Measure a trained generator, write scores.json and, last of all, result.json.
-
-    ``times``: when its process ``started`` on the trial and began ``judging``, and the ``setup_seconds`` in between that were not training.
+    Raises:
+        DIDRError: another process keeps the folder.
     """
-    run = folder.trial(number)
-    bench = bench_of(folder)
-    worth, measured = bench.judge(network.to(bench.evaluator.device), run.path, fingerprint(network))
-    scores = bench.scores(measured, folder.plan().command)
-    scores.write(run.path)
-    measures = {k: v["mean"] for k, v in scores.tree["models"]["aligned"]["measures"].items()}
-    rows = read_lines(run.metrics_path)
-    last = rows[-1]["step"] if rows else 0
-    ringing = sorted({r["alarm"] for r in read_lines(run.alarms_path) if r["step"] == last})
-    return folder.end(
-        number,
-        status="finished",
-        step=last,
-        **worth.flat(),
-        measures=measures,
-        alarms=ringing,
-        train_seconds=round(sum(row.get("time/step") or 0.0 for row in rows), 3),
-        setup_seconds=times["setup_seconds"],
-        judge_seconds=round(time.time() - times["judging"], 3),
-        seconds=round(time.time() - times["started"], 3),
-    )
+    options, run = folder.options(), folder.trial(number)
+    config = folder.config_of(number, options.workers)
+    open_folder(run, config, options.command)
+    torch.set_num_threads(config.train.threads)
+    deadline = time.monotonic() + LOCK_S
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(outcome(run))
+                break
+            except DIDRError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
+        yield config, run
 
 
 def open_folder(run: RunFolder, config: Config, command: str) -> None:
@@ -194,17 +100,66 @@ def open_folder(run: RunFolder, config: Config, command: str) -> None:
         RunFolder.create(config, str(run.path), command)
 
 
-@contextlib.contextmanager
-def patient_lock(run: RunFolder) -> Any:
-    """:meth:`RunFolder.lock`, waiting up to :data:`LOCK_S` seconds for who holds it."""
-    deadline = time.monotonic() + LOCK_S
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(run.lock())
-                break
-            except DIDRError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(1.0)
-        yield
+def checkpoints(config: Config, done: int) -> Iterator[int]:
+    """Steps after ``done`` at which a trial stops to be looked at; the last one is its end."""
+    every, end = config.train.checkpoint_every, config.train.steps
+    yield from range((done // every + 1) * every, end, every)
+    yield end
+
+
+def legs(folder: SweepFolder, number: int) -> Iterator[dict[str, Any]]:
+    """A trial, from its newest checkpoint on: where it stands at each further one (and its worth, for a scheduler), then its result.
+
+    Raises:
+        DIDRError: what ends the trial, among it a training that diverged.
+    """
+    began, looks = time.time(), folder.options().scheduler != "none"
+    with opened(folder, number) as (config, run):
+        learner = Learner(config, device=config.torch_device)
+        journal = Journal(run, config, learner, open_prompts(config).fingerprint)
+        journal.restore()
+        run.forget_after(learner.step_count)
+        feed = iter(CachedFeed(config, folder.shared / "feed", learner.step_count * config.train.batch))
+        setup_seconds = round(time.time() - began, 3)
+        for step in checkpoints(config, learner.step_count):
+            loop(learner, feed, journal, Observer(), until=step)
+            if step < config.train.steps:
+                yield {"step": step, **(bench_of(folder).glance(learner.generator("ema")) if looks else {})}
+        judging = time.time()
+        gallery = finish.Gallery(learner, config, run, save_grid)
+        gallery.show(run.path / "grid.png", trial_name(number))
+        result = conclude(folder, number, learner.generator("ema"), began, setup_seconds, judging)
+    yield result
+
+
+def conclude(
+    folder: SweepFolder,
+    number: int,
+    network: torch.nn.Module,
+    started: float,
+    setup_seconds: float,
+    judging: float,
+) -> dict[str, Any]:
+    """Measure a trained generator, write scores.json and, last of all, result.json.
+
+    Args:
+        started, judging: when its process started on the trial and began to judge. setup_seconds: in between, but no training.
+    """
+    run, bench = folder.trial(number), bench_of(folder)
+    worth, measured = bench.judge(network.to(bench.evaluator.device), run.path, fingerprint(network))
+    scores = bench.scores(measured, folder.options().command)
+    scores.write(run.path)
+    rows = read_lines(run.metrics_path)
+    last = rows[-1]["step"] if rows else 0
+    return folder.end(
+        number,
+        status="finished",
+        step=last,
+        **worth,
+        measures={k: v["mean"] for k, v in scores.tree["models"]["aligned"]["measures"].items()},
+        alarms=sorted({r["alarm"] for r in read_lines(run.alarms_path) if r["step"] == last}),
+        train_seconds=round(sum(row.get("time/step") or 0.0 for row in rows), 3),
+        setup_seconds=setup_seconds,
+        judge_seconds=round(time.time() - judging, 3),
+        seconds=round(time.time() - started, 3),
+    )

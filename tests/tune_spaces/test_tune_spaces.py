@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import tune
 
 from didr_core.types import DIDRError
 from pipelines.sweeps.space import GRID_POINTS, check, corners, draw, find, names, read, settings, shown
@@ -69,6 +70,13 @@ def test_a_users_own_file(tmp_path: Path) -> None:
         ({"evaluation.prompts": {"choice": [8, 16]}}, "'evaluation.prompts' must not be swept"),
         ({"backbone.generator": {"choice": ["a", "b"]}}, "must not be swept"),
         ([("drp.beta", 1)], "expected a dict of dotted keys, got list"),
+        ({"drp.beta": tune.loguniform(0.05, 1.0)}, "is no plain data"),
+        ({"drp.beta": tune.loguniform(0.05, 1.0), "drp.steps": {"choice": [1, 2]}}, "drp.beta: <ray.tune"),
+        ({"drp.beta": tune.choice([0.1, 1.0])}, "{'choice': [1, 2]}"),
+        ({"drp.beta": {"choice": [0.1, lambda: 1.0]}}, "{'loguniform': [0.05, 1.0]}"),
+        ({"drp.beta": lambda: 0.1, "drp.steps": {"choice": [1, 2]}}, "drp.beta: <function"),
+        ({"drp.beta": tune.grid_search([0.1, 1.0])}, "drp.beta: unknown kind 'grid_search'"),
+        ({"drp.beta": tune.grid_search([0.1, 1.0])}, "Did you mean 'grid'?"),
     ],
 )  # fmt: skip
 def test_a_space_that_is_wrong_says_which_key(tree: Any, said: str) -> None:

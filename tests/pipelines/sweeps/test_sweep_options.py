@@ -35,7 +35,7 @@ def test_an_older_sweep_json_is_still_read(tmp_path: Path) -> None:
     plan |= {"search": "grid", "scheduler": "none", "trials": 2, "concurrent": 1, "workers": 1, "seed": 0}
     plan |= {"patience": 30.0, "command": "didr sweep", "facts": {"didr": "0.1.0"}}
     (tmp_path / "sweep.json").write_text(json.dumps({"plan": plan, "status": "running", "started": 1.0, "asked": 0}))
-    options = SweepFolder.find(str(tmp_path)).plan()
+    options = SweepFolder.find(str(tmp_path)).options()
     assert (options.name, options.trials, options.overrides) == ("s", 2, ["train.steps=6"])
 
 

@@ -1,4 +1,4 @@
-"""The parts of a sweep without Ray: shared batches, a trial in legs and after a kill, front and recommendation, figures, arithmetic."""
+"""The parts of a sweep without Ray: shared batches, a trial in legs and after a kill, its worth, arithmetic, searches."""
 
 from __future__ import annotations
 
@@ -6,75 +6,34 @@ import json
 import pickle
 import shutil
 import time
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from random_models import clip_folder
-from toy import toy_recipe
+from toy_sweep import STEPS, do, new
 
 from didr_core import config as configs
 from didr_core.data import cache as feed_cache
 from didr_core.data.cache import CachedFeed
 from didr_core.data.feed import LocalFeed
 from didr_core.data.prompts import PromptIndex
-from didr_core.train.loop import train
+from didr_core.train.loop import loop, train
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError, NonFiniteError
+from pipelines import sweep
 from pipelines.cluster.resources import ClusterView, Node, NoRoom
-from pipelines.sweeps import bench, budget, figures, results, search, space, work
+from pipelines.sweeps import bench, budget, search, work
 from pipelines.sweeps.folder import SweepFolder, SweepOptions
+from pipelines.sweeps.monitor import SweepMonitor
 
 pytestmark = pytest.mark.slow
-
-STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy recipe whose judge is another model than its reward."""
-    folder = tmp_path_factory.mktemp("toy")
-    judge = {"name": "pickscore", "path": str(clip_folder(folder / "judge", seed=7))}
-    train_ = {"steps": STEPS, "batch": 4, "checkpoint_every": 2}
-    return toy_recipe(folder, train=train_, judge=judge, evaluation={"grid": 2, "prompts": 6, "teacher_steps": 2})
-
-
-def new(toy: Path, tree: dict[str, Any], output: Path, **changes: Any) -> SweepFolder:
-    found = space.read("mine", tree, "for a test")
-    points = space.draw(found, "grid", None, 0)
-    config = space.check(found, points, str(toy), [f"output={output}"])
-    facts = {"search": "grid", "scheduler": "none", "trials": len(points), "concurrent": 1, "workers": 1, "seed": 0}
-    whole = {"recipe": str(toy), "overrides": [], "patience": 1.0, **facts, **changes}
-    return SweepFolder.create(SweepOptions(name="s", space="mine", tree=found.tree(), **whole), config, points)
-
-
-def do(folder: SweepFolder, number: int) -> dict[str, Any]:
-    job = work.TrialWork(folder, number)
-    job.begin()
-    job.advance(STEPS)
-    result = job.finish()
-    job.close("finished")
-    return result
 
 
 def state(run: RunFolder) -> dict[str, Any]:
     return torch.load(run.checkpoint(STEPS) / "state.pt", weights_only=True)["learner"]
-
-
-@pytest.fixture(scope="module")
-def swept(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepFolder:
-    """Two trials of two, done in this process."""
-    tree = {"drp.beta": {"grid": [0.2, 0.9]}, "drp.steps": 1}
-    folder = new(toy, tree, tmp_path_factory.mktemp("out"))
-    assert work.prepare(str(folder.path)) > 0
-    for number in folder.points():
-        do(folder, number)
-    return folder
 
 
 def test_cached_batches_are_the_feeds_own_and_are_made_once(
@@ -111,14 +70,16 @@ def test_cached_batches_are_the_feeds_own_and_are_made_once(
 
 
 def test_a_trial_killed_between_checkpoints_ends_as_an_undisturbed_training_bit_for_bit(
-    swept: SweepFolder, toy: Path, tmp_path: Path
+    swept: SweepFolder, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = new(toy, {"drp.beta": {"grid": [0.2, 0.9]}, "drp.steps": 1}, tmp_path)
     number = next(n for n, p in folder.points().items() if p["drp.beta"] == 0.2)
-    killed = work.TrialWork(folder, number)
-    killed.begin()
-    killed.advance(3)
-    killed.close()
+    with monkeypatch.context() as patched:  # a step beyond the checkpoint
+        patched.setattr(work, "loop", lambda *args, until: loop(*args, until=until + 1))
+        killed = work.legs(folder, number)
+        assert next(killed) == {"step": 2}
+        killed.close()
+    assert [row["step"] for row in read_lines(folder.trial(number).metrics_path)] == [1, 2, 3]
     assert folder.trial(number).checkpoints() == [2]
     assert do(folder, number)["step"] == STEPS
     config = configs.load(str(toy), ["drp.beta=0.2", "workers.train=1", "evaluation.prompts=0"])
@@ -156,15 +117,9 @@ def test_gain_is_the_paired_difference_in_the_starts_deviations(swept: SweepFold
     start = judge.start["judge"]
     worth, measured = judge.judge(judge.evaluator.backbone.load_network("generator"), swept.path / "again", "key")
     assert np.array_equal(measured["judge"], start)  # the same network, captions and noise
-    assert (
-        worth.gain["mean"] == 0
-        and worth.distance["mean"] == pytest.approx(judge.own, abs=1e-4)
-        and abs(worth.score) < 1e-4
-    )
+    assert worth["gain"] == 0 and worth["distance"] == pytest.approx(judge.own, abs=1e-4) and abs(worth["score"]) < 1e-4
     moved = {**measured, "judge": measured["judge"] + 2 * start.std()}
-    assert judge._worth(moved, judge.start, judge.reference, judge._draws["full"]).gain["mean"] == pytest.approx(
-        2, abs=1e-3
-    )
+    assert judge._worth(moved, judge.start, judge.reference, 200)["gain"] == pytest.approx(2, abs=1e-3)
 
 
 def test_distance_is_in_standard_deviations_of_the_references_features(swept: SweepFolder) -> None:
@@ -174,75 +129,9 @@ def test_distance_is_in_standard_deviations_of_the_references_features(swept: Sw
     shift = np.zeros(features.shape[-1], features.dtype)
     shift[0] = 0.5 * spread  # the same law, moved by half its spread
     moved = {**judge.start, "features": features + shift}
-    worth = judge._worth(moved, judge.start, judge.reference, judge._draws["full"])
-    assert worth.distance["mean"] == pytest.approx(0.5, abs=1e-3)
-    assert worth.score == pytest.approx(judge.own - 0.5, abs=1e-3)
-
-
-def trial(number: int, gain: float, distance: float, **more: Any) -> dict[str, Any]:
-    score = round(gain - (distance - 1), 6)
-    return {
-        "number": number,
-        "status": "finished",
-        "set": {},
-        "gain": gain,
-        "distance": distance,
-        "start_distance": 1.0,
-        "score": score,
-        "alarms": [],
-        **more,
-    }
-
-
-def test_front_and_recommendation_by_hand() -> None:
-    failed = {"number": 9, "status": "failed", "reason": "NaN", "set": {}}
-    rows = [trial(0, 0.1, 0.9), trial(1, 0.5, 1.2), trial(2, 0.4, 1.3), trial(3, 2.0, 6.0), failed]
-    assert results.front_of(rows) == [3, 1, 0]  # 2 is beaten by 1
-    chosen, why = results.recommend(rows)
-    assert chosen == 1 and "+0.300" in why  # not the one with the most reward
-    rows[1]["alarms"] = ["reward-hacking"]
-    chosen, why = results.recommend(rows)
-    assert chosen == 0 and "trial 2 scored higher and ended with the alarm" in why.replace("(", "")
-    assert results.recommend([failed]) == (None, "no trial ran to its end")
-    assert "not above 0" in results.recommend([trial(0, 0.1, 1.5)])[1]
-
-
-def test_what_a_sweep_leaves(swept: SweepFolder, tmp_path: Path) -> None:
-    found = [*swept.results(), {"number": 7, "set": {"drp.beta": 9.0}, "status": "failed", "reason": "NaN", "step": 1}]
-    chosen, why = results.recommend(found)
-    results.write_table(swept, found, chosen)
-    rows = pq.read_table(swept.path / "trials.parquet").to_pylist()
-    assert [r["number"] for r in rows] == [0, 1, 7] and sum(r["recommended"] for r in rows) == 1
-    assert rows[2]["reason"] == "NaN" and rows[2]["gain"] is None and rows[0]["measure.judge"] is not None
-    tree = results.front_tree(swept, found, chosen, why)
-    results.write_front(swept, tree)
-    tree = json.loads((swept.path / "front.json").read_text())
-    assert tree["trials"] == {"planned": 2, "failed": 1, "finished": 2}
-    assert tree["recommended"]["number"] == chosen and "held-out judge" in tree["objectives"]["gain"]
-    assert "2-step guided reference" in tree["objectives"]["distance"]
-    words = tree["align_longer"].split()
-    pairs = [w for flag, w in pairwise(words) if flag == "--set"]
-    again = configs.load(words[words.index("--recipe") + 1], pairs)  # the command is one that works
-    assert (again.drp.beta, again.train.steps) == (swept.points()[chosen]["drp.beta"], 3 * STEPS)
-    header, lines = results.table(swept, found, chosen)
-    assert header[:2] == ["trial", "drp.beta"] and "recommended" in lines[0][-1] and "failed" in lines[-1][-1]
-
-
-@pytest.mark.parametrize("keys", [("drp.beta", "drp.steps"), ("drp.beta", "drp.estimator"), ("guidance.reference",)])
-def test_figures_of_any_space(keys: tuple[str, ...], tmp_path: Path) -> None:
-    values = {
-        "drp.beta": [0.05, 0.1, 0.3, 0.9, 0.2, 0.5, 0.7],
-        "drp.steps": [1, 2, 4, 8] * 2,
-        "guidance.reference": range(1, 8),
-    }
-    values["drp.estimator"] = ["ode", "truncated"] * 4
-    rows = [trial(i, 0.1 * i, 1 + 0.02 * i * i, set={k: values[k][i] for k in keys}) for i in range(7)]
-    drawn = figures.save_front(rows, 2, tmp_path / "front.png", gain="gain (sd)", distance="distance")
-    assert drawn.stat().st_size > 10_000
-    heat = figures.save_heat(rows, tmp_path / "heat.png")
-    assert (heat is not None) == (len(keys) == 2)
-    with pytest.raises(ValueError, match="no judged trial"):
-        figures.save_front([], None, tmp_path / "x.png", gain="", distance="")
+    worth = judge._worth(moved, judge.start, judge.reference, 200)
+    assert worth["distance"] == pytest.approx(0.5, abs=1e-3)
+    assert worth["score"] == pytest.approx(judge.own - 0.5, abs=1e-3)
 
 
 def test_arithmetic_of_trials_at_once(toy: Path) -> None:
@@ -269,25 +158,44 @@ def test_wrong_sweeps_are_refused_at_once(toy: Path, swept: SweepFolder, monkeyp
     with pytest.raises(DIDRError, match="optuna is not installed"):
         search.need_optuna()
     with pytest.raises(DIDRError, match="that sweep exists"):
-        SweepFolder.create(swept.plan(), swept.config(), [])
+        SweepFolder.create(swept.options(), swept.config(), [])
     with pytest.raises(DIDRError, match="Sweeps in .*: s"):
         SweepFolder.find("absent", str(swept.path.parent))
 
 
 def test_a_diverged_trial_says_why(toy: Path, tmp_path: Path) -> None:
     folder = new(toy, {"generator.lr": {"grid": [1e30, 1e29]}}, tmp_path)
-    job = work.TrialWork(folder, 0)
-    job.begin()
     with pytest.raises(NonFiniteError, match="non-finite"):
-        job.advance(STEPS)
-    job.close("failed")
+        do(folder, 0)
+    assert folder.trial(0).info()["status"] == "failed" and "non-finite" in folder.trial(0).info()["message"]
+
+
+def test_a_trial_that_is_stopped_says_so_and_one_that_is_over_is_not_done_again(
+    toy: Path, swept: SweepFolder, tmp_path: Path
+) -> None:
+    from pipelines.sweeps.trial import Trial
+
+    folder = new(toy, {"drp.beta": {"grid": [0.2, 0.9]}, "drp.steps": 1}, tmp_path)
+    actor = Trial({"sweep": str(folder.path), "number": 0})
+    reached = actor.step()
+    assert (reached["step"], reached["done"]) == (2, False)
+    with pytest.raises(DIDRError, match="another process"), folder.trial(0).lock():
+        pass
+    actor.reset_config({"sweep": str(swept.path), "number": 1})
+    info = folder.trial(0).info()
+    assert (info["status"], info["message"]) == ("interrupted", "stopped by the sweep")
+    with folder.trial(0).lock():  # it is free again
+        pass
+    known = swept.result(1) or {}
+    answer = actor.step()
+    assert answer["done"] and (answer["status"], answer["score"]) == ("finished", known["score"])
 
 
 def test_points_are_those_that_are_missing(swept: SweepFolder) -> None:
-    points = search.Points(str(swept.path), [0, 1], {"CPU": 1.0})
+    points = search.Points(swept, [0, 1])
     assert points.suggest("a")["number"] == 0
     assert points.suggest("b")["number"] == 1 and points.suggest("c") == search.Searcher.FINISHED
-    again = search.Points(str(swept.path), [1], {"CPU": 1.0})  # a driver that comes later
+    again = search.Points(swept, [1])  # a driver that comes later
     assert again.suggest("d")["number"] == 1 and again.suggest("e") == search.Searcher.FINISHED
 
 
@@ -300,10 +208,10 @@ def test_a_resumed_asha_decides_as_the_one_before_would_have(toy: Path, tmp_path
     def played(at: Path, killed_after: int | None) -> dict[int, dict[str, Any]]:
         folder = new(toy, {"drp.beta": {"grid": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}}, at, scheduler="asha")
         folder.set_config(configs.recorded(folder.path / "config.yaml", steps))
-        asha, trials = search.scheduler_of(folder), {}
+        asha, trials = search.Asha(folder), {}
         for count, (number, step) in enumerate(events):
             if count == killed_after:
-                asha, trials = search.scheduler_of(folder), {}
+                asha, trials = search.Asha(folder), {}
             if folder.result(number):
                 continue
             folder.trial(number).path.mkdir(parents=True, exist_ok=True)
@@ -329,7 +237,7 @@ def test_optuna_learns_from_what_has_ended_and_asks_the_same_after_a_resume(toy:
     tree = {"drp.beta": {"loguniform": [0.05, 1.0]}, "drp.steps": {"choice": [1, 2, 4, 8]}, "drp.estimator": "ode"}
     folder = new(toy, tree, tmp_path, search="optuna", trials=40)
     (folder.path / "points.jsonl").unlink()
-    points = search.Points(str(folder.path), list(range(40)), {"CPU": 1.0})
+    points = search.Points(folder, range(40))
     for number in range(40):
         assert search.ask(folder, number) == search.ask(folder, number)
         assert points.suggest(str(number))["number"] == number
@@ -345,23 +253,34 @@ def test_optuna_learns_from_what_has_ended_and_asks_the_same_after_a_resume(toy:
     assert np.mean(near[-10:]) < 0.5 * np.mean(near[:10])
 
 
-def test_shared_work_does_not_wait_for_points_that_optuna_makes_later(toy: Path, tmp_path: Path) -> None:
-    folder = new(toy, {"drp.beta": {"loguniform": [0.05, 1.0]}, "drp.steps": 1}, tmp_path, search="optuna", trials=4)
-    (folder.path / "points.jsonl").unlink()
-    assert work.prepare(str(folder.path)) > 0
-    assert folder.points() == {}
+@pytest.mark.parametrize(
+    ("tree", "trials"),
+    [
+        ({"drp.beta": {"loguniform": [0.05, 1.0]}, "drp.steps": {"choice": [1]}}, 2),
+        ({"drp.beta": {"grid": [0.2, 0.9]}, "drp.steps": {"grid": [1]}}, 1),
+    ],
+)
+def test_shared_work_does_not_wait_for_points_that_optuna_makes_later(
+    toy: Path, tmp_path: Path, tree: dict[str, Any], trials: int
+) -> None:
+    options = SweepOptions(recipe=str(toy), space=str(tmp_path / "mine.py"), search="optuna", trials=trials, name="s")
+    (tmp_path / "mine.py").write_text(f"def space():\n    return {tree}\n")
+    folder = sweep._new(options, str(tmp_path / "out"))
+    assert folder.points() == {} and folder.options().trials == trials
+    assert work.prepare(folder) > 0
+    assert folder.points() == {} and folder.missing() == list(range(trials))
+    assert search.Points(folder, folder.missing()).suggest("a")["number"] == 0
+    assert set(folder.points()[0]) == set(tree)
 
 
 def test_a_trial_that_an_earlier_driver_followed_gets_its_whole_curve(swept: SweepFolder, tmp_path: Path) -> None:
     """That driver was killed with the last steps in its hands; and one that followed nothing at all."""
-    from pipelines.sweeps.monitor import SweepMonitor
     from pipelines.tracking import tracker as tracking
 
     folder = SweepFolder(Path(shutil.copytree(swept.path, tmp_path / "s")))
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with SweepMonitor(folder, uri) as monitor:  # steps 1 and 2 of trial 0 arrive, then it dies
-        with monitor.guard:
-            tracker = monitor.tracker(0)
+        tracker = monitor._open(0)
         for row in read_lines(folder.trial(0).metrics_path)[:2]:
             tracker.metrics(row["step"], {"time/step": row["time/step"]})
         tracker.flush()  # type: ignore[attr-defined]
@@ -385,7 +304,7 @@ def test_a_sweep_without_news_gives_up_and_says_how_to_go_on(
     now = [0.0]
     monkeypatch.setattr(monitors, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     watched = monitors.SweepMonitor(swept, "none")
-    assert swept.plan().patience == 1.0
+    assert swept.options().patience == 1.0
     for minute in (0.9, 1.8):
         now[0] = 60 * minute
         watched.on_step_begin(0, [])
