@@ -42,7 +42,7 @@ check-python:
 	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || test -x $(BIN)/python || { echo "error: $(PYTHON) cannot make environments (no ensurepip). On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
 
 test: lint types ## lint, format, types and every test
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
 
 lint: install ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -42,7 +42,7 @@ FORBIDDEN = {  # beside the order
     "tune_spaces": {"didr_core", "pipelines"},  # spaces are plain data
 }
 # The product's lines only go down: 18,918 before the rooms; 16,000 is the aim (the planner still restates the learner).
-MAX_LINES, MAX_MODULES, MAX_PRODUCT, MAX_EXAMPLES = 400, 14, 16_600, 2_000
+MAX_LINES, MAX_MODULES, MAX_PRODUCT, MAX_EXAMPLES = 400, 14, 16_000, 2_000
 
 
 def sources(package: str) -> list[Path]:
