@@ -160,7 +160,8 @@ def _training(config: Config, run: Mapping[str, Any]) -> str:
     ]
     if not config.reward:
         rows = [row for row in rows if row[0] not in ("beta", "estimator of the diffused reward score")]
-    command = f"\n\nCommand: `{run['command']}`" if run.get("command") else ""
+    commands = [f"`{c}`" for c in (run.get("command"), *run.get("resumed", [])) if c]
+    command = f"\n\nCommand: {', then '.join(commands)}" if commands else ""
     return markdown(["setting", "value"], rows) + "\n\nThe whole configuration is in `config.yaml`." + command
 
 
