@@ -127,8 +127,12 @@ def _wins(scores: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _verdict(scores: Mapping[str, Any] | None, wins: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What came out, by the last judge that there is, and what got worse on the way."""
     judge = next((row["name"] for row in wins if row["against"] in OTHERS), "")
-    rows = [row | {"against": OTHERS[row["against"]]} for row in wins if row["name"] == judge and row["against"] in OTHERS]
-    start = next((p["measures"] for p in (scores or {}).get("pairs", []) if (p["a"], p["b"]) == ("aligned", "start")), {})
+    rows = [
+        row | {"against": OTHERS[row["against"]]} for row in wins if row["name"] == judge and row["against"] in OTHERS
+    ]
+    start = next(
+        (p["measures"] for p in (scores or {}).get("pairs", []) if (p["a"], p["b"]) == ("aligned", "start")), {}
+    )
     fell = [name for name, entry in start.items() if describe(name).shown and (entry["difference"]["high"] or 0) < 0]
     worse = comparison_table(scores, "aligned", fell)[1] if scores and fell else []
     return {
@@ -152,7 +156,11 @@ def _tiles(
         for row in wins:
             if (row["name"], row["against"]) == (name, against):
                 label = f"wins against the {against}, {row['measure']}"
-                yield {"value": f"{row['mean']:.0f} %", "interval": f"{row['low']:.0f} to {row['high']:.0f}", "label": label}
+                yield {
+                    "value": f"{row['mean']:.0f} %",
+                    "interval": f"{row['low']:.0f} to {row['high']:.0f}",
+                    "label": label,
+                }
     for row in comparison_table(scores, "aligned", ["strict"])[1] if scores else ():
         if row[0] == "start":
             yield {"value": row[2], "interval": row[3], "label": "points of strict accuracy, against the start"}
