@@ -214,7 +214,7 @@ class Evaluation(Strict):
 
 
 class Tracking(Strict):
-    """MLflow. `uri: none` tracks nothing; empty = sqlite beside the runs."""
+    """MLflow. `uri: none` tracks nothing; empty = MLFLOW_TRACKING_URI of the environment, else sqlite beside the runs."""
 
     uri: str = ""
     experiment: str = "didr"

@@ -89,7 +89,9 @@ def finish(
     picture = run.path / "grid.png"
     if draw:
         say("drawing the grid", 0, 0)
-        Gallery(learner, config, run, draw).show(picture, f"{config.name}: before and after {config.sizes.generator_updates} generator updates")
+        Gallery(learner, config, run, draw).show(
+            picture, f"{config.name}: before and after {config.sizes.generator_updates} generator updates"
+        )
     if config.evaluation.prompts:
         score(learner, config, run, say)
     say("exporting", 0, 0)
