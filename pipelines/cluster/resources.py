@@ -271,7 +271,7 @@ def _amounts(amounts: Mapping[str, float]) -> str:
 def _total(amounts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     total: Counter[str] = Counter()
     for each in amounts:
-        total.update(each)  # type: ignore[arg-type]  # a Counter adds floats, too
+        total.update(each)  # floats, too
     return dict(total)
 
 

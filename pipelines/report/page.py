@@ -124,20 +124,17 @@ def _wins(scores: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 yield dict(name=name, measure=row[1], against=against, difference=row[2], interval=row[3], **shares)
 
 
-def _verdict(scores: Mapping[str, Any] | None, wins: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _verdict(scores: Mapping[str, Any] | None, wins: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What came out, by the last judge that there is, and what got worse on the way."""
     judge = next((row["name"] for row in wins if row["against"] in OTHERS), "")
-    rows = [
-        row | {"against": OTHERS[row["against"]]} for row in wins if row["name"] == judge and row["against"] in OTHERS
-    ]
-    start = next(
-        (p["measures"] for p in (scores or {}).get("pairs", []) if (p["a"], p["b"]) == ("aligned", "start")), {}
-    )
-    fell = [name for name, entry in start.items() if describe(name).shown and (entry["difference"]["high"] or 0) < 0]
+    told = [row for row in wins if row["name"] == judge and row["against"] in OTHERS]
+    pairs = scores["pairs"] if scores else []
+    start: dict[str, Any] = next((p["measures"] for p in pairs if (p["a"], p["b"]) == ("aligned", "start")), {})
+    fell = [name for name, entry in start.items() if describe(name).shown and (entry["difference"]["high"] or 0.0) < 0]
     worse = comparison_table(scores, "aligned", fell)[1] if scores and fell else []
     return {
         "judge": describe(judge).title if judge else "",
-        "rows": rows,
+        "rows": [{**row, "against": OTHERS[row["against"]]} for row in told],
         "worse": [f"{row[1]} {row[2]} ({row[3]})" for row in worse if row[0] == "start"],
     }
 
@@ -146,7 +143,7 @@ def _tiles(
     history: Sequence[Mapping[str, Any]],
     info: Mapping[str, Any],
     scores: Mapping[str, Any] | None,
-    wins: Sequence[Mapping[str, Any]],
+    wins: Sequence[dict[str, Any]],
 ) -> Iterator[dict[str, str]]:
     gain = [row["reward/gain"] for row in history if row.get("reward/gain") is not None]
     if gain:
@@ -161,9 +158,10 @@ def _tiles(
                     "interval": f"{row['low']:.0f} to {row['high']:.0f}",
                     "label": label,
                 }
-    for row in comparison_table(scores, "aligned", ["strict"])[1] if scores else ():
-        if row[0] == "start":
-            yield {"value": row[2], "interval": row[3], "label": "points of strict accuracy, against the start"}
+    strict = comparison_table(scores, "aligned", ["strict"])[1] if scores else []
+    for against, _, difference, interval, *_ in strict:
+        if against == "start":
+            yield {"value": difference, "interval": interval, "label": "points of strict accuracy, against the start"}
     if history:
         times = [row["time/step"] for row in history if row.get("time/step")]
         steps, _, kinds = steps_told(history).partition(" ")
