@@ -229,13 +229,7 @@ def preflight(tracking: Tracking, runs: Path) -> str:
         except DIDRError:
             raise
         except Exception as error:
-            schema = "schema" in str(error) or "revision" in str(error)
-            upgrade = f"Back it up and run `mlflow db upgrade {redacted(uri)}`, with the newest MLflow that wrote to it"
-            mend = upgrade if schema else "Start the server"
-            raise DIDRError(
-                f"tracking.uri={redacted(uri)!r}: cannot be used ({_reason(error)}). {mend}, correct the address, "
-                "or track nothing with --set tracking.uri=none."
-            ) from error
+            raise _unusable(uri, f"cannot be used ({_reason(error)})") from error
     return uri
 
 
@@ -342,8 +336,7 @@ def _attach(client: Any, run_id: str) -> MlflowTracker:
             f"tracking: MLflow run {run_id!r} was deleted. Restore it with `mlflow runs restore --run-id {run_id}`, {another}"
         )
     client.update_run(run_id, status="RUNNING")
-    logged = run.data.metrics
-    key = next((key for key in ("time/step", "loss/generator", *logged) if key in logged), None)
+    key = next((key for key in ("time/step", "loss/generator", *run.data.metrics) if key in run.data.metrics), None)
     history = client.get_metric_history(run_id, key) if key else []
     return MlflowTracker(client, run_id, max((point.step for point in history), default=0), run.data.params)
 
@@ -389,10 +382,16 @@ def _knock(uri: str) -> None:
     try:
         socket.create_connection((parts.hostname or "", port), timeout=5).close()
     except OSError as error:
-        raise DIDRError(
-            f"tracking.uri={redacted(uri)!r}: nobody answers at {parts.hostname}:{port} ({error.strerror or error}). Start the server, "
-            "correct the address, or track nothing with --set tracking.uri=none."
-        ) from error
+        raise _unusable(uri, f"nobody answers at {parts.hostname}:{port} ({error.strerror or error})") from error
+
+
+def _unusable(uri: str, why: str) -> DIDRError:
+    mend = "Start the server"
+    if "schema" in why or "revision" in why:
+        mend = f"Back it up and run `mlflow db upgrade {redacted(uri)}`, with the newest MLflow that wrote to it"
+    return DIDRError(
+        f"tracking.uri={redacted(uri)!r}: {why}. {mend}, correct the address, or track nothing with --set tracking.uri=none."
+    )
 
 
 def _reason(error: Exception) -> str:
