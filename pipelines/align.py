@@ -31,7 +31,7 @@ from pipelines.cluster.resources import check, demands_of
 from pipelines.cluster.session import WAIT_FOR_NODES_S, await_room, ray_session, slots, view_of_this_machine
 from pipelines.report.console import Progress, print_summary
 from pipelines.report.figures import save_grid
-from pipelines.report.page import write_report
+from pipelines.report.page import read_history, steps_told, write_report
 from pipelines.tracking import tracker as tracking
 
 
@@ -67,6 +67,8 @@ def align(
         check(demands_of(config, view), view)
     run = old or RunFolder.create(config, output, command)
     run.write_config(config)
+    if old and overrides:
+        run.update(resumed=[*run.info().get("resumed", []), command])
     with outcome(run), _observer(config, run) as observer:
         if local:
             train_and_finish(config, run, index, observer, save_grid)
@@ -80,6 +82,7 @@ def align(
         json.loads(scores.read_text()) if scores.is_file() else None,
         run.path,
         alarms=observer.rang,
+        steps=steps_told(read_history(run.path)),
         seconds=time.monotonic() - began,
     )
     return run

@@ -1,6 +1,7 @@
 """The run's configuration: what it may say (`schema`), how it is read (`load`), and how components are found by name (`registry`)."""
 
 from didr_core.config.load import RECIPES, dump, flatten, load, recorded, validate
+from didr_core.config.passwords import redacted
 from didr_core.config.registry import WORLD, Component, Strict, build, bundled, component, locate
 from didr_core.config.schema import (
     DRP,
@@ -54,5 +55,6 @@ __all__ = [
     "load",
     "locate",
     "recorded",
+    "redacted",
     "validate",
 ]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from didr_core.config.passwords import redacted
+
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
@@ -25,6 +27,6 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write ``text`` as the whole of ``path``, in UTF-8."""
+    """Write ``text`` as the whole of ``path``, in UTF-8, passwords of addresses left out: such files are shown and shared."""
     with replaced(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(redacted(text), encoding="utf-8")

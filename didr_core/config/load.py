@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from didr_core.config.passwords import redacted
 from didr_core.config.registry import Component
 from didr_core.config.schema import Config
 from didr_core.types import DIDRError
@@ -63,12 +64,14 @@ def validate(tree: Mapping[str, Any], where: str = "config") -> Config:
     try:
         return Config(**tree)
     except ValidationError as error:
-        raise DIDRError("\n".join(_explain(e, where) for e in error.errors())) from error
+        raise DIDRError(redacted("\n".join(_explain(e, where) for e in error.errors()))) from error
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """The resolved tree, as plain YAML/JSON values; `validate(dump(c)) == c`."""
-    return config.model_dump(mode="json")
+    """The resolved tree, as plain YAML/JSON values; `validate(dump(c)) == c`, but for a password in `tracking.uri`: it is hidden."""
+    tree = config.model_dump(mode="json")
+    tree["tracking"]["uri"] = redacted(config.tracking.uri)
+    return tree
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

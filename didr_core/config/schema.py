@@ -214,7 +214,7 @@ class Evaluation(Strict):
 
 
 class Tracking(Strict):
-    """MLflow. `uri: none` tracks nothing; empty = sqlite beside the runs."""
+    """MLflow. `uri: none` tracks nothing; empty = MLFLOW_TRACKING_URI of the environment, else sqlite beside the runs."""
 
     uri: str = ""
     experiment: str = "didr"
@@ -307,12 +307,14 @@ class Config(Strict):
         micro = self.train.micro_batch or share
         method = registry.find("algorithms", self.algorithm.name)
         assistant_updates = self.train.assistant_updates if method.needs_assistant else 0
+        warmup = min(self.train.assistant_warmup, self.train.steps) if assistant_updates else 0
         return Sizes(
             share=share,
             micro_batch=micro,
             accumulation=share // micro,
             total_prompts=self.train.batch * self.train.steps,
             assistant_updates=assistant_updates,
+            generator_updates=self.train.steps - warmup,
             updates_per_step=assistant_updates + 1,
         )
 
@@ -336,5 +338,6 @@ class Sizes(Strict):
     micro_batch: int
     accumulation: int
     total_prompts: int
-    assistant_updates: int  # 0 where the algorithm needs no TA
+    assistant_updates: int  # a step; 0 where the algorithm needs no TA
+    generator_updates: int  # in the run: its steps without the TA's warm-up
     updates_per_step: int

@@ -89,7 +89,9 @@ def finish(
     picture = run.path / "grid.png"
     if draw:
         say("drawing the grid", 0, 0)
-        Gallery(learner, config, run, draw).show(picture, f"{config.name}: before and after {config.train.steps} steps")
+        Gallery(learner, config, run, draw).show(
+            picture, f"{config.name}: before and after {config.sizes.generator_updates} generator updates"
+        )
     if config.evaluation.prompts:
         score(learner, config, run, say)
     say("exporting", 0, 0)
@@ -144,7 +146,7 @@ def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
     )
     scores = evaluator.compare(
         contestants(config, learner.backbone, generators, learner.generator("reference")),
-        facts=origin(config.data.heldout or config.data.prompts, [run.info().get("command") or "didr align"]),
+        facts=origin(config.data.heldout or config.data.prompts, run.commands() or ["didr align"]),
         progress=lambda name, done, total: say(f"scoring {name}", done, total),
     )
     scores.write(run.path)

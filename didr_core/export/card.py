@@ -66,7 +66,7 @@ def licences(config: Config) -> Iterator[tuple[str, str]]:
         component = getattr(config, part)
         for key, value in sorted((component.model_dump() if component else {}).items()):
             if key != "name" and isinstance(value, str) and _is_weights(value):
-                yield f"{part} {key} `{_public(value)}`", _terms(value)
+                yield f"{part} {key} `{public_path(value)}`", _terms(value)
 
 
 def _is_weights(value: str) -> bool:
@@ -100,14 +100,14 @@ def _front_matter(card: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _public(value: str) -> str:
+def public_path(value: str) -> str:
     """A path without the machine's own folders: cards are published."""
     return value if not Path(value).expanduser().is_absolute() else Path(value).name
 
 
 def _source(component: Any) -> str:
     path = component.model_dump().get("path")
-    return f"{component.name} {_public(path)}" if isinstance(path, str) else str(component.name)
+    return f"{component.name} {public_path(path)}" if isinstance(path, str) else str(component.name)
 
 
 def usage(backbone: str) -> str:
@@ -160,7 +160,8 @@ def _training(config: Config, run: Mapping[str, Any]) -> str:
     ]
     if not config.reward:
         rows = [row for row in rows if row[0] not in ("beta", "estimator of the diffused reward score")]
-    command = f"\n\nCommand: `{run['command']}`" if run.get("command") else ""
+    commands = [f"`{c}`" for c in (run.get("command"), *run.get("resumed", [])) if c]
+    command = f"\n\nCommand: {', then '.join(commands)}" if commands else ""
     return markdown(["setting", "value"], rows) + "\n\nThe whole configuration is in `config.yaml`." + command
 
 

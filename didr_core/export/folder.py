@@ -18,7 +18,8 @@ import yaml
 from torch import nn
 
 from didr_core.config import Config, build, dump, locate
-from didr_core.export.card import CARD, model_card
+from didr_core.config.files import replace_text
+from didr_core.export.card import CARD, model_card, public_path
 from didr_core.networks import lora
 from didr_core.types import Backbone, DIDRError
 
@@ -65,13 +66,14 @@ def export_run(
         backbone.export(lora.plain(generator), str(part))
         lora.save_adapter(generator, part)
         _name_single_files(part, config.name)
-        (part / "config.yaml").write_text(yaml.safe_dump(dump(config), sort_keys=False))
+        _forget_origins(part)
+        replace_text(part / "config.yaml", yaml.safe_dump(public_config(config), sort_keys=False))
         if scores:
             (part / "scores.json").write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
         if pictures and Path(pictures).is_file():
             shutil.copyfile(pictures, part / "grid.png")
         files = sorted(p.name for p in part.iterdir())
-        (part / CARD).write_text(model_card(config, scores=told, run=run, files=files))
+        replace_text(part / CARD, model_card(config, scores=told, run=run, files=files))
         if folder.exists():
             os.replace(folder, old)
         os.replace(part, folder)
@@ -86,6 +88,29 @@ def export_run(
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """The configuration without what is this machine's own: no tracking, of absolute paths the last part (a backbone's file is needed)."""
+    tree = {key: _public_tree(value) for key, value in dump(config).items() if key != "tracking"}
+    tree["backbone"]["name"] = config.backbone.name
+    return tree
+
+
+def _public_tree(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _public_tree(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_public_tree(inner) for inner in value]
+    return public_path(value) if isinstance(value, str) else value
+
+
+def _forget_origins(folder: Path) -> None:
+    """Where the parts were loaded from, which diffusers notes in their configurations, is nobody's business."""
+    for path in (*folder.glob("*.json"), *folder.glob("*/*.json")):
+        tree = json.loads(path.read_text()) if '"_name_or_path"' in path.read_text() else {}
+        if tree.pop("_name_or_path", None):
+            path.write_text(json.dumps(tree, indent=2) + "\n")
 
 
 def exported(config: Config, folder: str | Path) -> nn.Module:

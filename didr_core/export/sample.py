@@ -33,7 +33,8 @@ class OneStep:
                 raise DIDRError(
                     f"export {str(folder)!r}: {file} is missing. Expected a folder that `didr align` or `didr export` wrote."
                 )
-        config = configs.recorded(folder / "config.yaml")
+        drawing = {"algorithm": "diff_instruct", "reward": None, "judge": None}  # what trained it need not be here
+        config = configs.recorded(folder / "config.yaml", values=drawing)
         self.device = torch.device(device)
         self.backbone: Backbone = build("backbones", config.backbone.exported(folder))
         self.network: nn.Module = self.backbone.load_network("generator").to(self.device)

@@ -178,11 +178,14 @@ def train(
 def outcome(run: RunFolder) -> Iterator[None]:
     """Keeps ``run.json``'s status true: running inside the block, then finished, failed or interrupted. One process at a time.
 
+    ``seconds`` adds up how long all such blocks of the run took; those that were killed are not in it.
+
     Raises:
         DIDRError: another process is at work in this run folder.
     """
     with run.lock():
-        run.update(status="running", message=None)
+        since, before = time.time(), float(run.info().get("seconds", 0.0))
+        run.update(status="running", message=None, since=since)
         try:
             yield
         except BaseException as error:
@@ -190,6 +193,11 @@ def outcome(run: RunFolder) -> Iterator[None]:
             with contextlib.suppress(
                 DIDRError
             ):  # a full disk may be why we are here; the reason is on its way to the user
-                run.update(status=status, ended=time.time(), message=str(error) or type(error).__name__)
+                _ended(run, since, before, status=status, message=str(error) or type(error).__name__)
             raise
-        run.update(status="finished", ended=time.time())
+        _ended(run, since, before, status="finished")
+
+
+def _ended(run: RunFolder, since: float, before: float, **values: Any) -> None:
+    now = time.time()
+    run.update(ended=now, seconds=round(before + now - since, 1), **values)

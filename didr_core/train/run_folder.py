@@ -140,6 +140,11 @@ class RunFolder:
         """Set keys of ``run.json``."""
         self._replace("run.json", json.dumps(self.info() | values, indent=1, default=str) + "\n")
 
+    def commands(self) -> list[str]:
+        """What was typed to make this run: the first command, then those that went on with other settings."""
+        info = self.info()
+        return [c for c in (info.get("command"), *info.get("resumed", [])) if c]
+
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after ``step`` steps."""
         return self.path / "checkpoints" / f"step-{step:06d}"

@@ -245,10 +245,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "didr") -> None:
 
 def _explain(error: Any, verbose: bool) -> int:
     """A user's mistake is one clear block, a wrong option one line; anything else is a defect and keeps its traceback."""
+    from didr_core.config.passwords import redacted
     from didr_core.types import DIDRError
 
     if isinstance(error, DIDRError) and not verbose:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(redacted(f"error: {error}"), err=True)
         return 1
     if hasattr(error, "format_message"):
         error.show()

@@ -14,6 +14,7 @@ The role names below are the ones `cluster.yaml` gives its nodes. A process asks
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,7 +79,7 @@ class Demands:
 
     def totals(self) -> dict[str, float]:
         """Resource name to the sum over all processes."""
-        return _sum((k, v * group.count) for group in self.groups for k, v in group.need.amounts().items())
+        return _total(group.need.amounts() for group in self.groups for _ in range(group.count))
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class ClusterView:
 
     def totals(self) -> dict[str, float]:
         """Resource name to the sum over all nodes."""
-        return _sum(item for node in self.nodes for item in node.capacity().items())
+        return _total(node.capacity() for node in self.nodes)
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,7 @@ class Room:
 
 def role_resources(cluster: ClusterView, role: str) -> dict[str, float]:
     """The custom resources a process of `role` reserves: `{role: 1}` where some node offers the role, else nothing."""
-    offered = any(node.resources.get(role, 0) > 0 for node in cluster.nodes)
-    return {role: 1.0} if offered else {}
+    return {role: 1.0} if any(node.resources.get(role, 0) > 0 for node in cluster.nodes) else {}
 
 
 def train_need(workers: Workers, cluster: ClusterView) -> Need:
@@ -149,14 +149,16 @@ def train_need(workers: Workers, cluster: ClusterView) -> Need:
 
 def encoder_need(workers: Workers, cluster: ClusterView) -> Need:
     """What one prompt-encoder actor reserves."""
-    custom = role_resources(cluster, REWARD_RESOURCE) | workers.actor_resources
-    return Need(workers.encoder_cpus, workers.encoder_gpus, custom=custom)
+    return Need(workers.encoder_cpus, workers.encoder_gpus, custom=_actor_resources(workers, cluster))
 
 
 def reward_need(workers: Workers, cluster: ClusterView) -> Need:
     """What one reward-model actor reserves."""
-    custom = role_resources(cluster, REWARD_RESOURCE) | workers.actor_resources
-    return Need(workers.reward_cpus, workers.reward_gpus, custom=custom)
+    return Need(workers.reward_cpus, workers.reward_gpus, custom=_actor_resources(workers, cluster))
+
+
+def _actor_resources(workers: Workers, cluster: ClusterView) -> dict[str, float]:
+    return role_resources(cluster, REWARD_RESOURCE) | workers.actor_resources
 
 
 def align_demands(
@@ -168,28 +170,18 @@ def align_demands(
         with_rewards: False for an algorithm without a reward, which has no reward actors.
         with_scorers: True for a reward without a gradient, which actors of its own score during training.
     """
+
+    def group(name: str, need: Need, count: int, setting: str, of: str) -> Group:
+        return Group(name, count, need, f"workers.{setting}", f"workers.{of}_cpus or .{of}_gpus")
+
     reward = reward_need(workers, cluster)
-    rewards = ("workers.rewards", "workers.reward_cpus or .reward_gpus")
     groups = [
-        Group(
-            "training worker",
-            workers.train,
-            train_need(workers, cluster),
-            "workers.train",
-            "workers.train_cpus or .train_gpus",
-        ),
-        Group(
-            "encoder actor",
-            workers.encoders,
-            encoder_need(workers, cluster),
-            "workers.encoders",
-            "workers.encoder_cpus or .encoder_gpus",
-        ),
-        *([Group("reward actor", workers.rewards, reward, *rewards)] if with_rewards else []),
-        *([Group("scoring actor", workers.rewards, reward, *rewards)] if with_scorers else []),
-        Group("listing of the shards", 1, Need(cpus=1)),
+        group("training worker", train_need(workers, cluster), workers.train, "train", "train"),
+        group("encoder actor", encoder_need(workers, cluster), workers.encoders, "encoders", "encoder"),
     ]
-    return Demands(tuple(groups))
+    for name, wanted in (("reward actor", with_rewards), ("scoring actor", with_scorers)):
+        groups += [group(name, reward, workers.rewards, "rewards", "reward")] if wanted else []
+    return Demands((*groups, Group("listing of the shards", 1, Need(cpus=1))))
 
 
 def demands_of(config: Config, cluster: ClusterView) -> Demands:
@@ -213,9 +205,11 @@ def check(demands: Demands, cluster: ClusterView) -> Room:
     friendly, unlucky = (_place(demands, cluster, biggest_first) for biggest_first in (True, False))
     placement = unlucky if friendly is None else friendly
     if placement is None:
+        needs = [f"  {g.count} x {g.name}, each {_amounts(g.need.amounts())}" for g in demands.groups if g.count]
+        nodes = [f"  {node.name}: {_amounts(node.capacity())}" for node in cluster.nodes]
         raise NoRoom(
             "the cluster is large enough in sum, but no way of placing the processes on single nodes was found.\n"
-            + _listing(demands, cluster)
+            + "\n".join(["needed:", *needs, "there is:", *nodes])
             + f"\nLower {_settings(demands.groups)}, or use fewer and larger nodes."
         )
     return Room(demands, cluster, placement, tight=friendly is None or unlucky is None)
@@ -266,12 +260,6 @@ def _settings(groups: Iterable[Group]) -> str:
     return " or ".join(dict.fromkeys(keys)) or "the number of processes"
 
 
-def _listing(demands: Demands, cluster: ClusterView) -> str:
-    needs = [f"  {g.count} x {g.name}, each {_amounts(g.need.amounts())}" for g in demands.groups if g.count]
-    nodes = [f"  {node.name}: {_amounts(node.capacity())}" for node in cluster.nodes]
-    return "\n".join(["needed:", *needs, "there is:", *nodes])
-
-
 def _one(name: str, amount: float) -> str:
     return f"{amount / _GIB:.1f} GiB" if name == MEMORY else f"{amount:g}"
 
@@ -280,11 +268,11 @@ def _amounts(amounts: Mapping[str, float]) -> str:
     return ", ".join(f"{_one(name, amount)} {name}" for name, amount in amounts.items()) or "nothing"
 
 
-def _sum(amounts: Iterable[tuple[str, float]]) -> dict[str, float]:
-    out: dict[str, float] = {}
-    for name, amount in amounts:
-        out[name] = out.get(name, 0.0) + amount
-    return out
+def _total(amounts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for each in amounts:
+        total.update(each)  # floats, too
+    return dict(total)
 
 
 def _fits(need: Mapping[str, float], free: Mapping[str, float]) -> bool:
@@ -304,14 +292,14 @@ def _place(demands: Demands, cluster: ClusterView, biggest_first: bool) -> tuple
     """
     left = [node.capacity() for node in cluster.nodes]
     rows = [[0] * len(demands.groups) for _ in left]
-    needs = [group.need.amounts() for group in demands.groups]
-    choose = min if biggest_first else max
-    for g in sorted(range(len(needs)), key=lambda i: _size(needs[i]), reverse=biggest_first):
-        for _ in range(demands.groups[g].count):
-            able = [n for n, free in enumerate(left) if _fits(needs[g], free)]
+    order = sorted(enumerate(demands.groups), key=lambda item: _size(item[1].need.amounts()), reverse=biggest_first)
+    for g, group in order:
+        need = group.need.amounts()
+        for _ in range(group.count):
+            able = [n for n, free in enumerate(left) if _fits(need, free)]
             if not able:
                 return None
-            best = choose(able, key=lambda n: _size(left[n]))
-            left[best] |= {name: left[best].get(name, 0.0) - amount for name, amount in needs[g].items()}
+            best = (min if biggest_first else max)(able, key=lambda n: _size(left[n]))
+            left[best] |= {name: left[best].get(name, 0.0) - amount for name, amount in need.items()}
             rows[best][g] += 1
-    return tuple(tuple(row) for row in rows)
+    return tuple(map(tuple, rows))

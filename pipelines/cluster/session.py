@@ -16,7 +16,7 @@ Ray 2.60 protects a cluster of our own with a token in `~/.ray/auth_token` by it
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import socket
@@ -240,12 +240,5 @@ def _worker_env(verbose: bool) -> dict[str, str]:
 
 def _package_folders() -> list[Path]:
     """The folders of this checkout's packages; a package that is missing (a partial install) is left out."""
-    folders = []
-    for name in PACKAGES:
-        try:
-            file = importlib.import_module(name).__file__
-        except ModuleNotFoundError:
-            continue
-        if file:
-            folders.append(Path(file).parent)
-    return folders
+    found = map(importlib.util.find_spec, PACKAGES)
+    return [Path(spec.origin).parent for spec in found if spec and spec.origin]

@@ -147,10 +147,15 @@ def print_summary(
     run: Path,
     *,
     alarms: Sequence[str] = (),
+    steps: str = "",
     seconds: float | None = None,
     stream: TextIO | None = None,
 ) -> None:
-    """The models side by side, what the aligned one wins, alarms, and where the results lie."""
+    """The models side by side, what the aligned one wins, alarms, how long it took, and where the results lie.
+
+    Args:
+        steps: how many of which kind, see :func:`pipelines.report.page.steps_told`.
+    """
     out = console(stream)
     if scores:
         counts = scores["counts"]
@@ -165,7 +170,7 @@ def print_summary(
     for name in alarms:
         out.print(Text(f"alarm {name}: {explain(name)}", style="yellow"), soft_wrap=True)
     if seconds is not None:
-        out.print(f"\ntook {clock(seconds)}")
+        out.print(f"\n{steps + '; ' if steps else ''}took {clock(seconds)}")
     for label, name in (
         ("report", "report.html"),
         ("pictures", "grid.png"),

@@ -173,7 +173,7 @@ PANELS = (
 
 
 def save_curves(history: Sequence[Mapping[str, Any]], path: Path, alarms: Sequence[Mapping[str, Any]] = ()) -> Path:
-    """Curves over generator steps: raw values faint, a running mean on top; steps with alarms are marked on the lower edge.
+    """Curves over steps: raw values faint, a running mean on top; steps with alarms are marked on the lower edge.
 
     Args:
         history: rows of metrics.jsonl. alarms: rows of alarms.jsonl.
@@ -224,7 +224,7 @@ def _draw(axes: Any, panel: Panel, history: Sequence[Mapping[str, Any]]) -> None
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     axes.set_title(panel.title, loc="left", fontsize=14, fontweight="bold", color=INK)
-    axes.set_xlabel("generator step", fontsize=12, color=INK)
+    axes.set_xlabel("step", fontsize=12, color=INK)
     axes.set_ylabel(panel.y, fontsize=12, color=INK)
     axes.tick_params(labelsize=11, colors=INK)
     axes.grid(alpha=0.25)

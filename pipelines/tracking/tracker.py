@@ -18,15 +18,14 @@ import socket
 import time
 import uuid
 import warnings
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from didr_core.config import Config, Tracking, dump, flatten
+from didr_core.config import Config, Tracking, dump, flatten, redacted
+from didr_core.config.passwords import HIDDEN
 from didr_core.config.provenance import commit
 from didr_core.train.alarms import explain
 from didr_core.types import DIDRError
@@ -42,6 +41,7 @@ SETTINGS = {  # of MLflow: quiet, and giving up within seconds rather than minut
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -83,14 +83,18 @@ class Tracker:
 
 
 class MlflowTracker(Tracker):
-    """One MLflow run. Metrics wait and go in batches; those that a server does not take stay, and are tried again."""
+    """One MLflow run. Metrics wait and go in batches; those that a server does not take stay, and are tried again: MLflow's own
+    asynchronous logging drops a batch that fails."""
 
     def __init__(self, client: Any, run_id: str, last_step: int = 0, params: Mapping[str, str] | None = None) -> None:
+        from mlflow import entities
+
+        self._entities = entities
         self.run_id: str = run_id
         self._client = client
         self._last_step = last_step
         self._params = params or {}
-        self._waiting: deque[tuple[str, float, int, int]] = deque(maxlen=WAITING)  # key, value, milliseconds, step
+        self._waiting: list[tuple[str, float, int, int]] = []  # key, value, milliseconds, step
         self._untaken = 0  # those that waited too long among them
         self._pause = FLUSH_SECONDS
         self._next_flush = time.monotonic() + FLUSH_SECONDS
@@ -99,10 +103,8 @@ class MlflowTracker(Tracker):
 
     def params(self, tree: Mapping[str, Any]) -> None:
         """Log what the run does not have yet; a resumed run keeps the params it began with and is tagged when they differ."""
-        from mlflow.entities import Param
-
         flat = {key: shorten(value) for key, value in flatten(tree).items()}
-        fresh = [Param(key, value) for key, value in flat.items() if key not in self._params]
+        fresh = [self._entities.Param(key, value) for key, value in flat.items() if key not in self._params]
         changed = sorted(key for key, value in flat.items() if self._params.get(key, value) != value)
         if fresh:
             self._try(self._client.log_batch, self.run_id, params=fresh)
@@ -130,10 +132,9 @@ class MlflowTracker(Tracker):
 
     def tags(self, values: Mapping[str, str]) -> None:
         """See :class:`Tracker`."""
-        if values:
-            from mlflow.entities import RunTag
-
-            self._try(self._client.log_batch, self.run_id, tags=[RunTag(k, str(v)) for k, v in values.items()])
+        rows = [self._entities.RunTag(key, str(value)) for key, value in values.items()]
+        if rows:
+            self._try(self._client.log_batch, self.run_id, tags=rows)
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """See :class:`Tracker`."""
@@ -158,23 +159,21 @@ class MlflowTracker(Tracker):
 
     def flush(self) -> bool:
         """Whether the server took all that waits. While it does not, it is asked ever less often."""
-        from mlflow.entities import Metric
-
         taken = True
         while self._waiting and taken:
-            rows = [Metric(*row) for row in islice(self._waiting, BATCH)]
+            rows = [self._entities.Metric(*row) for row in self._waiting[:BATCH]]
             taken = self._try(self._client.log_batch, self.run_id, metrics=rows)
             if taken:
                 self._untaken -= len(rows)
-                for _ in rows:
-                    self._waiting.popleft()
+                del self._waiting[: len(rows)]
         self._pause = FLUSH_SECONDS if taken else min(self._pause * 2, LONGEST_PAUSE)
         self._next_flush = time.monotonic() + self._pause
         return taken
 
     def _wait(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        self._waiting.extend((key, float(value), now, step) for key, value in values.items())
+        self._waiting += [(key, float(value), now, step) for key, value in values.items()]
+        del self._waiting[:-WAITING]
         self._untaken += len(values)
 
     def _try(self, call: Callable[..., Any], *args: Any, **named: Any) -> bool:
@@ -193,23 +192,28 @@ class MlflowTracker(Tracker):
 
 
 def resolve(tracking: Tracking, runs: Path) -> str:
-    """The tracking URI: as configured, "none", or sqlite beside the runs when nothing is configured.
+    """The tracking URI: as configured (or "none"), else MLFLOW_TRACKING_URI of the environment, else sqlite beside the runs.
 
     Raises:
-        DIDRError: a scheme that MLflow does not speak.
+        DIDRError: a scheme that MLflow does not speak, or a password that config.yaml does not keep and the environment does not have.
     """
-    if tracking.uri == "none":
-        return "none"
-    if not tracking.uri:
-        return f"sqlite:///{Path(runs).expanduser().absolute() / 'mlflow.db'}"
-    scheme = urlsplit(tracking.uri).scheme.partition("+")[0]
-    if scheme not in SCHEMES:
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = tracking.uri or given or f"sqlite:///{Path(runs).expanduser().absolute() / 'mlflow.db'}"
+    if HIDDEN in uri and redacted(given) == uri:
+        uri = given
+    if HIDDEN in uri:
+        raise DIDRError(
+            f"tracking.uri={uri!r}: its password is not kept on disk. Put the whole address into the environment variable "
+            "MLFLOW_TRACKING_URI, or give it again with --set tracking.uri=..."
+        )
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if uri != "none" and scheme not in SCHEMES:
         hint = " MLflow 3 no longer writes file stores." if scheme in ("file", "") else ""
         raise DIDRError(
-            f"tracking.uri={tracking.uri!r}: expected none, an http(s) address of a tracking server, or a database such as "
+            f"tracking.uri={redacted(uri)!r}: expected none, an http(s) address of a tracking server, or a database such as "
             f"sqlite:///mlflow.db.{hint}"
         )
-    return tracking.uri
+    return uri
 
 
 def preflight(tracking: Tracking, runs: Path) -> str:
@@ -220,16 +224,12 @@ def preflight(tracking: Tracking, runs: Path) -> str:
     """
     uri = resolve(tracking, runs)
     if uri != "none":
-        client = connect(uri)
         try:
-            _experiment(client, tracking.experiment, uri, runs)
+            _experiment(connect(uri), tracking.experiment, uri, runs)
         except DIDRError:
             raise
         except Exception as error:
-            raise DIDRError(
-                f"tracking.uri={uri!r}: cannot be used ({_reason(error)}). Start the server, correct the address, "
-                "or track nothing with --set tracking.uri=none."
-            ) from error
+            raise _unusable(uri, f"cannot be used ({_reason(error)})") from error
     return uri
 
 
@@ -270,7 +270,6 @@ def open_tracker(
     Raises:
         DIDRError: the server does not know ``run_id``.
     """
-    run_folder = Path(run_folder)
     uri = uri or resolve(config.tracking, run_folder.parent)
     if uri == "none":
         return Tracker()
@@ -301,7 +300,8 @@ def connect(uri: str) -> Any:
     """A quiet MLflow client, with its database made or its server asked whether it is there.
 
     Raises:
-        DIDRError: the folder of the database cannot be made, or nobody answers at the address.
+        DIDRError: nobody answers at the address.
+        OSError: the folder of the database cannot be made.
     """
     for key, value in SETTINGS.items():
         os.environ.setdefault(key, value)
@@ -312,14 +312,7 @@ def connect(uri: str) -> Any:
     for name in ("mlflow", "alembic", "alembic.runtime.migration", "sqlalchemy"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if uri.startswith("sqlite:///"):
-        database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-        try:
-            database.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DIDRError(
-                f"tracking.uri={uri!r}: cannot make the folder {str(database.parent)!r} ({error.strerror})"
-            ) from error
-        _make_whole(database)
+        _make_whole(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
     return MlflowClient(tracking_uri=uri)
 
 
@@ -331,16 +324,19 @@ def shorten(value: Any, longest: int = LONGEST_VALUE) -> str:
 
 def _attach(client: Any, run_id: str) -> MlflowTracker:
     """Go on with a run, from the last step that it has."""
+    another = "or remove mlflow_run_id from run.json (a sweep's: mlflow from sweep.json) to start another."
     try:
         run = client.get_run(run_id)
     except Exception as error:
         raise DIDRError(
-            f"tracking: MLflow run {run_id!r} is not there ({_reason(error)}). "
-            "Remove mlflow_run_id from run.json to start another."
+            f"tracking: MLflow run {run_id!r} is not there ({_reason(error)}). Set tracking.uri to where it is, {another}"
         ) from error
+    if run.info.lifecycle_stage == "deleted":
+        raise DIDRError(
+            f"tracking: MLflow run {run_id!r} was deleted. Restore it with `mlflow runs restore --run-id {run_id}`, {another}"
+        )
     client.update_run(run_id, status="RUNNING")
-    logged = run.data.metrics
-    key = next((key for key in ("time/step", "loss/generator", *logged) if key in logged), None)
+    key = next((key for key in ("time/step", "loss/generator", *run.data.metrics) if key in run.data.metrics), None)
     history = client.get_metric_history(run_id, key) if key else []
     return MlflowTracker(client, run_id, max((point.step for point in history), default=0), run.data.params)
 
@@ -365,6 +361,7 @@ def _make_whole(database: Path) -> None:
     """MLflow's tables, made aside and moved into place: a process killed during its migrations leaves no half of a database behind."""
     if database.exists():
         return
+    database.parent.mkdir(parents=True, exist_ok=True)
     from mlflow import MlflowClient
 
     part = database.with_name(f".{database.name}.{uuid.uuid4().hex}.part")  # MLflow keeps a store open per name
@@ -385,12 +382,18 @@ def _knock(uri: str) -> None:
     try:
         socket.create_connection((parts.hostname or "", port), timeout=5).close()
     except OSError as error:
-        raise DIDRError(
-            f"tracking.uri={uri!r}: nobody answers at {parts.hostname}:{port} ({error.strerror or error}). Start the server, "
-            "correct the address, or track nothing with --set tracking.uri=none."
-        ) from error
+        raise _unusable(uri, f"nobody answers at {parts.hostname}:{port} ({error.strerror or error})") from error
+
+
+def _unusable(uri: str, why: str) -> DIDRError:
+    mend = "Start the server"
+    if "schema" in why or "revision" in why:
+        mend = f"Back it up and run `mlflow db upgrade {redacted(uri)}`, with the newest MLflow that wrote to it"
+    return DIDRError(
+        f"tracking.uri={redacted(uri)!r}: {why}. {mend}, correct the address, or track nothing with --set tracking.uri=none."
+    )
 
 
 def _reason(error: Exception) -> str:
     """An error's first line: MLflow's go on for pages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return redacted((str(error).strip() or type(error).__name__).splitlines()[0])[:200]

@@ -131,6 +131,29 @@ def test_a_run_scores_itself_against_its_control_and_the_teacher(toy: Path, whol
         preflight(configs.load(str(toy), [f"evaluation.control={tmp_path / 'nowhere'}"]))
 
 
+def test_a_run_that_went_on_with_other_settings_names_both_commands_and_adds_up_its_time(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["train.steps=2", "train.assistant_warmup=1", "evaluation.prompts=0"]
+    run = align(str(toy), settings, output=str(tmp_path / "run"), local=True, command="didr align --recipe toy")
+    first = run.info()["seconds"]
+    assert 0 < first < 600
+    assert "2 steps: 1 of assistant warm-up, 1 generator updates; took 0:" in capsys.readouterr().err
+    align(
+        resume=str(run.path),
+        overrides=["train.steps=3"],
+        local=True,
+        command="didr align --resume run --set train.steps=3",
+    )
+    align(
+        resume=str(run.path), local=True, command="didr align --resume run"
+    )  # changes nothing: not needed to repeat it
+    commands = ["didr align --recipe toy", "didr align --resume run --set train.steps=3"]
+    assert run.commands() == commands and run.info()["seconds"] > first
+    assert "<pre>" + "\n".join(commands) + "</pre>" in (run.path / "report.html").read_text()
+    assert ", then ".join(f"`{c}`" for c in commands) in (run.path / "export" / "README.md").read_text()
+
+
 def test_resume_with_other_prompts_is_refused(toy: Path, whole: RunFolder) -> None:
     config = configs.load(str(toy))
     learner = Learner(config)

@@ -102,7 +102,8 @@ def test_summary_shows_models_wins_alarms_and_where_things_lie(tmp_path: Path) -
     }
     (tmp_path / "report.html").write_text("")
     out = io.StringIO()
-    print_summary(scores, tmp_path, alarms=["drs-silent"], seconds=75, stream=out)
+    steps = "60 steps: 20 of assistant warm-up, 40 generator updates"
+    print_summary(scores, tmp_path, alarms=["drs-silent"], steps=steps, seconds=75, stream=out)
     text = out.getvalue()
     for part in (
         "12 held-out prompts x 2",
@@ -110,7 +111,7 @@ def test_summary_shows_models_wins_alarms_and_where_things_lie(tmp_path: Path) -
         "80.0 ± 10.0",
         "80.0 %",
         "drs-silent",
-        "1:15",
+        f"{steps}; took 1:15",
         "report.html",
     ):
         assert part in text, part

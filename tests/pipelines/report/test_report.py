@@ -16,7 +16,7 @@ from didr_core.evaluate.paired import Bootstrap
 from didr_core.evaluate.scores import Scores
 from pipelines.report import figures
 from pipelines.report.figures import running_mean, save_curves, save_grid
-from pipelines.report.page import read_history, write_report
+from pipelines.report.page import read_history, steps_told, write_report
 
 CAPTIONS = ["a red circle", "two blue rings on a white background that goes on and on and on", "x" * 90]
 
@@ -38,6 +38,8 @@ def run_folder(folder: Path) -> Path:
     rows = [
         {"step": s, "time": 1.0, "reward/gain": s / 10, "loss/assistant": 0.2, "time/step": 2.0} for s in range(1, 31)
     ]
+    for row in rows[10:]:  # the first ten are the assistant's warm-up
+        row["loss/generator"] = 1.0
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "alarms.jsonl").write_text(json.dumps({"step": 7, "alarm": "drs-silent"}) + "\n")
     save_grid({"start": pictures(0.2), "aligned": pictures(0.8)}, CAPTIONS, folder / "grid.png")
@@ -132,3 +134,54 @@ def test_table_numbers_are_the_bootstrap_of_the_values(tmp_path: Path) -> None:
     scores = Scores.read(run)
     expected = Bootstrap(40).means(scores.arrays["aligned"]["judge"])[0]
     assert f"{expected:.3f}" in write_report(run).read_text()
+
+
+def words(page: str) -> str:
+    """What a reader sees of a page, in one line."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.partition("</style>")[2]))
+
+
+def test_the_verdict_and_tiles_carry_their_intervals_and_say_what_fell(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "r")
+    tree = json.loads((run / "scores.json").read_text())
+    measures = tree["pairs"][0]["measures"]
+    measures["diversity"] = {"difference": {"mean": -0.5, "low": -0.8, "high": -0.2}}
+    measures["judge"]["wins"] = {"mean": 0.75, "low": 0.25, "high": 1.0}
+    (run / "scores.json").write_text(json.dumps(tree))
+    text = words(write_report(run).read_text())
+    assert "75 % (25 to 100) against the generator it started from, its mean +" in text and ": no clear winner" in text
+    assert "75 % 25 to 100 wins against the start, held-out judge" in text
+    assert "Worse than the start beyond the interval: diversity over seeds -0.500 (-0.800 to -0.200)." in text
+    assert "95 % intervals, 40 held-out prompts" in text
+    assert "Strict accuracy: share of pictures with every fact" in text and "True utility" not in text, "what is shown"
+
+
+def test_warm_up_is_told_from_updates_and_the_time_is_the_whole_runs(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "r")
+    assert steps_told(read_history(run)) == "30 steps: 10 of assistant warm-up, 20 generator updates"
+    assert steps_told([{"loss/generator": 1.0}] * 3) == "3 steps: 3 generator updates"
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"status": "finished", "seconds": 4000.0, "since": 1.0}))
+    text = words(write_report(run).read_text())
+    assert "30 steps: 10 of assistant warm-up, 20 generator updates, 2.00 s each" in text
+    assert "1:06:40 in all: 1:00 of steps" in text
+    warm = [row for row in read_history(run) if "loss/generator" not in row]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in warm))
+    assert "The generator was not trained: all steps were warm-up" in words(write_report(run).read_text())
+
+
+def test_repeat_it_prints_every_command_that_made_the_run(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "r")
+    info = json.loads((run / "run.json").read_text())
+    again = "didr align --resume r --set train.steps=12"
+    (run / "run.json").write_text(json.dumps(info | {"command": "didr align --recipe tiny", "resumed": [again]}))
+    assert f"<pre>didr align --recipe tiny\n{again}\ndidr evaluate r</pre>" in write_report(run).read_text()
+
+
+def test_page_is_made_for_dark_narrow_and_paper(tmp_path: Path) -> None:
+    page = write_report(run_folder(tmp_path / "r")).read_text()
+    for media in ("(prefers-color-scheme: dark)", "(max-width:640px)", "print"):
+        assert f"@media {media} {{" in page
+    assert page.count("<table>") == page.count('<div class="scroll"><table>') == 3, "each in a box that scrolls"
+    widths = [int(w) for w in re.findall(r"--wide:(\d+)px", page)]
+    assert len(widths) == 2 and min(widths) > 600, "captions and curves keep a size that can be read"

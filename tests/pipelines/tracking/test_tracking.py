@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
+import sqlite3
 import time
 import warnings
 from pathlib import Path
@@ -14,7 +16,10 @@ import pytest
 
 from didr_core import config as configs
 from didr_core.config import Config, Tracking
+from didr_core.export.folder import public_config
+from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
+from pipelines.report.page import write_report
 from pipelines.tracking import tracker as tracking
 from pipelines.tracking.tracker import MlflowTracker, Tracker, open_tracker, preflight, resolve, shorten
 
@@ -32,6 +37,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work") / "runs"
     preflight(Tracking(), folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_address_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +126,13 @@ class Flaky:
     """A server that is away for a while."""
 
     def __init__(self) -> None:
-        self.away = False
+        self.away, self.reason = False, "server away\nlong traceback"
         self.batches: list[list[Any]] = []
         self.ended = ""
 
     def log_batch(self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = ()) -> None:
         if self.away:
-            raise ConnectionError("server away\nlong traceback")
+            raise ConnectionError(self.reason)
         self.batches.append([(m.key, m.step) for m in metrics])
 
     def log_artifact(self, *_: Any) -> None:
@@ -236,3 +246,89 @@ def test_a_database_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
     assert tracking.connect(f"sqlite:///{database}").search_experiments()
     assert [p.name for p in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+SECRET = "http://anna:s3cr3t/p@w@localhost"
+
+
+def test_a_password_in_an_address_is_written_nowhere(
+    runs: Path, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configs.load("tiny", [f"tracking.uri={SECRET}"])
+    run = RunFolder.create(config, str(tmp_path / "run"), f"didr align --set tracking.uri={SECRET}")
+    run.update(message=f"nobody at {SECRET}")
+    write_report(run.path)
+    with open_tracker(config, run.path, uri=resolve(Tracking(), runs)) as tracker:
+        assert tracker.run_id
+    shown = [p.read_text() for p in run.path.iterdir() if p.suffix in (".yaml", ".json", ".html")]
+    shown += [str(client.get_run(tracker.run_id).data.params), str(public_config(config))]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://anna:s3cr3t@127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(DIDRError, match=r"tracking.uri='http://\*\*\*@127") as refused:
+            preflight(Tracking(uri=address), runs)
+        shown.append(str(refused.value))
+    server = Flaky()
+    server.away, server.reason = True, f"cannot reach {SECRET}/api"
+    with pytest.warns(UserWarning, match="not answering") as told:
+        MlflowTracker(server, "run").tags({"a": "b"})
+    shown.append(str(told[0].message))
+    with pytest.raises(DIDRError) as mistyped:
+        configs.load("tiny", [f"tracking.url={SECRET}"])
+    shown.append(str(mistyped.value))
+    assert len(shown) == 8 and not [text for text in shown if "s3cr3t" in text or "p@w" in text]
+    assert "tracking" not in public_config(config)
+
+    kept = run.config().tracking  # a resume: the password comes from outside, or is asked for
+    with pytest.raises(DIDRError, match="MLFLOW_TRACKING_URI"):
+        resolve(kept, runs)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", SECRET)
+    assert resolve(kept, runs) == SECRET
+
+
+def test_the_environment_names_the_server_where_the_config_does_not(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.internal:5000")
+    assert resolve(Tracking(), runs) == "http://mlflow.internal:5000"
+    assert resolve(Tracking(uri="none"), runs) == "none"
+    assert resolve(Tracking(uri="sqlite:///mine.db"), runs) == "sqlite:///mine.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "ftp://x")
+    with pytest.raises(DIDRError, match="'ftp://x': expected"):
+        resolve(Tracking(), runs)
+
+
+def test_a_deleted_run_is_named_with_its_mending(runs: Path, config: Config, client: MlflowClient) -> None:
+    tracker = open_tracker(config, runs / "deleted")
+    tracker.close()
+    assert tracker.run_id
+    client.delete_run(tracker.run_id)
+    with pytest.raises(
+        DIDRError, match=f"was deleted.*mlflow runs restore --run-id {tracker.run_id}.*run.json"
+    ) as told:
+        open_tracker(config, runs / "deleted", run_id=tracker.run_id)
+    assert "\n" not in str(told.value)
+    client.restore_run(tracker.run_id)
+    assert open_tracker(config, runs / "deleted", run_id=tracker.run_id).run_id == tracker.run_id
+
+
+@pytest.mark.parametrize("revision", ["451aebb31d03", "from_the_future"])
+def test_a_database_of_another_schema_is_named_with_its_mending(runs: Path, tmp_path: Path, revision: str) -> None:
+    database = tmp_path / f"{revision}.db"  # MLflow keeps a store open per name
+    database.write_bytes((runs / "mlflow.db").read_bytes())
+    with sqlite3.connect(database) as tables:
+        tables.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+    with pytest.raises(DIDRError, match=f"run `mlflow db upgrade sqlite:///{database}`") as told:
+        preflight(Tracking(uri=f"sqlite:///{database}"), tmp_path)
+    assert "\n" not in str(told.value)
+
+
+def test_a_fresh_database_says_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where MLflow was imported before, as talkative as it comes."""
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    with caplog.at_level(logging.INFO):
+        preflight(Tracking(), tmp_path)
+    assert capfd.readouterr() == ("", "") and caplog.text == ""
