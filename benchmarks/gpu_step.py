@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import random_sdxl
+from benchmarks import hollow_sdxl
 from didr_core import config as configs
 from didr_core.algorithms import losses
 from didr_core.backbones.sdxl import SDXL
@@ -67,9 +67,9 @@ def recipe(
     roles |= {"rank": 4} if size == "tiny" else {}
     tree = {
         "name": "gpu_step",
-        "backbone": {"name": "sdxl", "resolution": resolution, **random_sdxl.backbone(size, decoder, folder)},
+        "backbone": {"name": "sdxl", "resolution": resolution, **hollow_sdxl.backbone(size, decoder, folder)},
         "algorithm": "didr",
-        "reward": random_sdxl.reward(size, folder),
+        "reward": hollow_sdxl.reward(size, folder),
         "drp": {"estimator": "ode", "steps": k},
         "guidance": {"reference": 8.0},
         "generator": {"lr": 5e-7},
