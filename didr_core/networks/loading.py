@@ -17,11 +17,11 @@ from didr_core.types import DIDRError
 State = dict[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.bin.index*.json")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index*.json"), ("*.bin", "*.bin.index*.json")
+TOKENIZER_FILES = ("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt")
 
 
-def check_folder(key: str, folder: Path, file: str, field: str, expected: Sequence[str]) -> dict[str, object]:
+def check_folder(key: str, folder: Path, file: str, field: str, expected: Sequence[str]) -> dict[str, Any]:
     """The JSON ``file`` of ``folder``, whose ``field`` must be one of ``expected``.
 
     Raises:
@@ -37,17 +37,12 @@ def check_folder(key: str, folder: Path, file: str, field: str, expected: Sequen
             f"{key}={str(folder)!r}: {file} is missing (found: {_found(folder)}). "
             f"Expected {' or '.join(expected)} saved by save_pretrained."
         )
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise DIDRError(
-            f"{key}={str(folder)!r}: {file} is not valid JSON ({error}). Was the download cut short?"
-        ) from error
+    content = _json(key, path)
     if content.get(field) not in expected:
         raise DIDRError(
             f"{key}={str(folder)!r}: {file} says {field}={content.get(field)!r}; expected {' or '.join(expected)}."
         )
-    return content  # type: ignore[no-any-return]
+    return content
 
 
 def check_model(key: str, folder: Path, expected: Sequence[str], tensors: Sequence[str] = ()) -> dict[str, Any]:
@@ -66,17 +61,17 @@ def check_model(key: str, folder: Path, expected: Sequence[str], tensors: Sequen
             f"{key}={str(folder)!r}: its weights lack {_some(missing)}, so they are not a whole {' or '.join(expected)} model. "
             "Expected all of what save_pretrained writes."
         )
-    return dict(content)
+    return content
 
 
 def check_weights(key: str, folder: Path, usual: str) -> set[str]:
-    """Whole weights lie beside ``config.json``; ``usual`` says how such files are called. Returns the names of their tensors where
-    headers or an index tell them (torch files do not).
+    """The weights beside ``config.json`` that would be loaded are whole; ``usual`` says how such files are called. Returns the names of
+    their tensors where headers or an index tell them (torch files do not).
 
     Raises:
         DIDRError: none, damaged, or pointers.
     """
-    files = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
+    files, _ = _loaded(folder)
     if not files:
         raise DIDRError(
             f"{key}={str(folder)!r}: no weights beside config.json (found: {_found(folder)}). Expected {usual}; download it too."
@@ -87,7 +82,7 @@ def check_weights(key: str, folder: Path, usual: str) -> set[str]:
         if path.suffix == ".safetensors":
             names |= set(_header(key, path))
         elif ".index." in path.name:
-            places = json.loads(path.read_text()).get("weight_map", {})
+            places = _json(key, path).get("weight_map", {})
             names |= set(places)
             if absent := sorted({file for file in places.values() if not (folder / file).is_file()}):
                 raise DIDRError(
@@ -98,21 +93,47 @@ def check_weights(key: str, folder: Path, usual: str) -> set[str]:
 
 def variant(folder: Path) -> str | None:
     """ "fp16" where a diffusers folder holds that variant of its weights only, as many downloads do."""
-    names = {path.name for pattern in WEIGHT_FILES for path in folder.glob(pattern)}
-    return "fp16" if names and all(".fp16" in name for name in names) else None
+    return _loaded(folder)[1]
+
+
+def _loaded(folder: Path) -> tuple[list[Path], str | None]:
+    """What ``from_pretrained`` takes of a folder, and its variant: plain before fp16, safetensors before torch files."""
+    for name in (None, "fp16"):
+        for patterns in WEIGHT_FILES:
+            files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+            if found := [path for path in files if (".fp16" in path.name) == bool(name)]:
+                return found, name
+    return [], None
 
 
 def check_tokenizer(key: str, folder: Path) -> None:
-    """Raises DIDRError unless ``folder`` holds tokenizer files."""
+    """Raises DIDRError unless ``folder`` holds all files of a tokenizer."""
+    wanted = " or ".join(" with ".join(files) for files in TOKENIZER_FILES)
     if not folder.is_dir():
+        raise DIDRError(f"{key}={str(folder)!r}: no such folder. Expected one with {wanted}; set `tokenizer`.")
+    if not any(all((folder / name).is_file() for name in files) for files in TOKENIZER_FILES):
         raise DIDRError(
-            f"{key}={str(folder)!r}: no such folder. Expected one with {' or '.join(TOKENIZER_FILES)}; set `tokenizer`."
-        )
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise DIDRError(
-            f"{key}={str(folder)!r}: no tokenizer there (found: {_found(folder)}). Expected {' or '.join(TOKENIZER_FILES)}; "
+            f"{key}={str(folder)!r}: no tokenizer there (found: {_found(folder)}). Expected {wanted}; "
             "set `tokenizer` to the folder of the model that these weights were trained from."
         )
+
+
+def read_tokenizer(key: str, folder: Path) -> Any:
+    """The transformers tokenizer in ``folder``.
+
+    Raises:
+        DIDRError: see :func:`check_tokenizer`; or transformers cannot read what is there.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer(key, folder)
+    quiet()
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of several libraries, one of which raises the bare class
+        raise DIDRError(
+            f"{key}={str(folder)!r}: transformers cannot read this tokenizer ({_reason(error)}). Expected all that save_pretrained writes."
+        ) from error
 
 
 def find_file(key: str, path: Path, names: Sequence[str]) -> Path:
@@ -145,13 +166,14 @@ def read_state(key: str, path: Path) -> State:
     try:
         content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise DIDRError(
-            f"{key}={str(path)!r}: not a readable torch file ({reason}). Was the download cut short? Fetch it again."
+            f"{key}={str(path)!r}: not a readable torch file ({_reason(error)}). Was the download cut short? Fetch it again."
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+    ):
         kind = f"a dict of {_some(list(content))}" if isinstance(content, dict) else type(content).__name__
         raise DIDRError(f"{key}={str(path)!r}: holds {kind}; expected a state dict of named tensors.")
     return dict(content)
@@ -206,12 +228,12 @@ def marker_shapes(key: str, path: Path, state: State, names: Sequence[str], what
     """Shapes of the tensors ``names``, from which the sizes of ``what`` follow.
 
     Raises:
-        DIDRError: one is missing: another kind of file.
+        DIDRError: one is missing, or no matrix: another kind of file.
     """
-    missing = [name for name in names if name not in state]
+    missing = [name for name in names if name not in state or state[name].ndim < 2]
     if missing:
         raise DIDRError(
-            f"{key}={str(path)!r}: no tensor {_some(missing)} (it has {_some(sorted(state))}). Expected {what}."
+            f"{key}={str(path)!r}: no matrix {_some(missing)} (it has {_some(sorted(state))}). Expected {what}."
         )
     return [tuple(state[name].shape) for name in names]
 
@@ -243,11 +265,21 @@ def load_pretrained(key: str, make: type[Any], folder: Path, **options: Any) -> 
     """``make.from_pretrained(folder)`` in float32, frozen, eval mode, with nothing left at random.
 
     Raises:
-        DIDRError: tensors that the model needs are not in the folder (transformers would initialise them at random).
+        DIDRError: no model can be made of the folder; tensors are missing (which transformers leaves at random) or of other shapes.
     """
     quiet()
-    model, info = make.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    options |= {"dtype": torch.float32, "variant": variant(folder), "ignore_mismatched_sizes": True}
+    try:
+        model, info = make.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:  # whatever a configuration or a torch file leads it to
+        raise DIDRError(
+            f"{key}={str(folder)!r}: transformers cannot load it ({_reason(error)}). Expected a whole {make.__name__}."
+        ) from error
     missing = sorted(info["missing_keys"])
+    if other := [f"{name} {list(has)} instead of {list(wanted)}" for name, has, wanted in info["mismatched_keys"]]:
+        raise DIDRError(
+            f"{key}={str(folder)!r}: weights differ from config.json: {_some(other)}. Expected both of one model."
+        )
     if missing:
         raise DIDRError(f"{key}={str(folder)!r}: weights lack {_some(missing)}. Expected a whole {make.__name__}.")
     return model.eval().requires_grad_(False)
@@ -285,6 +317,20 @@ def _header(key: str, path: Path) -> list[str]:
         raise DIDRError(
             f"{key}={str(path)!r}: not a whole safetensors file ({error}). Was the download cut short? Fetch it again."
         ) from error
+
+
+def _json(key: str, path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:  # of JSON, of UTF-8; something other than an object
+        raise DIDRError(
+            f"{key}={str(path.parent)!r}: {path.name} is not valid JSON ({error}). Was the download cut short?"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    return str(error).strip().partition("\n")[0][:160] or type(error).__name__
 
 
 def _found(folder: Path) -> str:

@@ -61,7 +61,7 @@ def layout(state: State, file: Path) -> Shapes:
             )
     vision: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, v),
-        "pos_embed": (1, places[1], v),
+        "pos_embed": (1, round((places[1] - 1) ** 0.5) ** 2 + 1, v),
         "patch_embed.proj.weight": (v, 3, conv[-1], conv[-1]),
         "patch_embed.proj.bias": (v,),
         **_norm("norm", v),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from didr_core.config import Component, locate
-from didr_core.networks.loading import check_model, check_tokenizer, load_pretrained, quiet
+from didr_core.networks.loading import check_model, check_tokenizer, load_pretrained, read_tokenizer
 from didr_core.rewards.images import clip_pixels
 from didr_core.types import DIDRError, Tensors
 
@@ -131,12 +131,9 @@ def load_tokenizer(folder: Path, model: Any) -> Any:
     """The tokenizer in ``folder``, which must end prompts with the token that ``model`` (a CLIPModel) pools at.
 
     Raises:
-        DIDRError: another vocabulary: the text features would silently be those of a wrong position.
+        DIDRError: see :func:`read_tokenizer`; another vocabulary: the text features would silently be those of a wrong position.
     """
-    from transformers import AutoTokenizer
-
-    quiet()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer("reward.tokenizer", folder)
     text = model.config.text_config
     legacy = text.eos_token_id == 2  # transformers' sign for "the largest id", in configs written before 2023
     end = text.vocab_size - 1 if legacy else text.eos_token_id

@@ -2,15 +2,19 @@
 
 Published weights: ``HPS_v2_compressed.pt`` and ``HPS_v2.1_compressed.pt`` of ``xswu/HPSv2``, in open_clip's layout, which is read into
 transformers' ``CLIPModel`` here. Upstream's ``score`` returns the cosine; its benchmark and the tables of papers print it times 100, which
-is what this reward returns. Upstream resizes the longest edge and pads with black.
+is what this reward returns. Upstream resizes the longest edge, pads with black, and mends prompts before it reads them.
 """
 
 from __future__ import annotations
 
+import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import ftfy
 import torch
+from torch import Tensor
 
 from didr_core.config import Component, locate
 from didr_core.networks.loading import (
@@ -59,6 +63,10 @@ class HPSv2(ClipReward):
         model: Any = convert(state).to(device)
         self._towers = Towers(model, load_tokenizer(tokenizer, model), padded_pixels)
 
+    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """``{"text": [B, D]}``, unit length, of prompts as :func:`clean` leaves them."""
+        return super().prepare([clean(prompt) for prompt in prompts])
+
     def factor(self) -> float:
         """100."""
         return 100.0
@@ -76,6 +84,12 @@ class HPSv2(ClipReward):
         tokenizer = locate(self.config.tokenizer) if self.config.tokenizer else file.parent
         check_tokenizer("reward.tokenizer", tokenizer)
         return state, tokenizer
+
+
+def clean(prompt: str) -> str:
+    """``prompt`` as upstream's tokenizer reads it: Unicode mended (straight quotes, no ligatures, no full-width letters, no mojibake), HTML
+    entities resolved twice, white space folded, lower case."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
 
 
 def layout(state: State, file: Path) -> dict[str, tuple[int, ...]]:
@@ -103,7 +117,7 @@ def layout(state: State, file: Path) -> dict[str, tuple[int, ...]]:
         "ln_final.weight": (text,),
         "ln_final.bias": (text,),
         "visual.class_embedding": (vision,),
-        "visual.positional_embedding": (places[0], vision),
+        "visual.positional_embedding": (round((places[0] - 1) ** 0.5) ** 2 + 1, vision),
         "visual.proj": (vision, out),
         "visual.conv1.weight": (vision, 3, conv[-1], conv[-1]),
     }

@@ -22,8 +22,8 @@ from didr_core.networks.loading import (
     check_tokenizer,
     find_file,
     load_pretrained,
-    quiet,
     read_state,
+    read_tokenizer,
 )
 from didr_core.rewards import _blip
 from didr_core.rewards._head import linear_head, linear_layers
@@ -84,11 +84,10 @@ class ImageReward:
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Load towers, head and tokenizer, frozen, float32."""
-        from transformers import AutoTokenizer, BlipVisionModel
+        from transformers import BlipVisionModel
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         self.check()
-        quiet()
         if self.published:
             file = find_file("reward.path", self.path, [FILE])
             state = read_state("reward.path", file)
@@ -102,7 +101,7 @@ class ImageReward:
             file = self.path / "head.safetensors"
             head = linear_head("reward.path", file, read_state("reward.path", file))
         self._vision, self._text, self._head = vision.to(device), text.to(device), head.to(device)
-        self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_folder())
+        self._tokenizer = read_tokenizer("reward.tokenizer", self._tokenizer_folder())
         if len(self._tokenizer) > text.config.vocab_size:
             raise DIDRError(
                 f"reward.tokenizer={str(self._tokenizer_folder())!r}: has {len(self._tokenizer)} tokens, the text tower "
@@ -126,14 +125,15 @@ class ImageReward:
         """Pooled features ``[B, D]`` of pictures ``[B, 3, H, W]`` in [0, 1], for feature distances."""
         if self._vision is None:
             raise DIDRError("reward image_reward: load() comes before features()")
-        pooled: Tensor = self._vision(pixel_values=clip_pixels(images, self._vision.config.image_size)).pooler_output
+        pixels = clip_pixels(images, self._vision.config.image_size, round)
+        pooled: Tensor = self._vision(pixel_values=pixels).pooler_output
         return pooled.float()
 
     def score(self, images: Tensor, inputs: Tensors) -> Tensor:
         """Scores ``[B]``, standardised as published."""
         if self._head is None:
             raise DIDRError("reward image_reward: load() comes before prepare() and score()")
-        pixels = clip_pixels(images, self._vision.config.image_size)
+        pixels = clip_pixels(images, self._vision.config.image_size, round)
         tokens = self._vision(pixel_values=pixels).last_hidden_state
         seen = torch.ones(tokens.shape[:-1], dtype=torch.long, device=tokens.device)
         out = self._text(
