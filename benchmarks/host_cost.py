@@ -72,6 +72,8 @@ def learner(layout: str, folder: Path) -> Learner:
         "reward": hollow_sdxl.reward("tiny", folder),
         "drp": {"estimator": "tweedie"},
         "guidance": {"reference": 8.0},
+        "generator": {"lr": 5e-7},
+        "assistant": {"lr": 5e-5},
         "train": {"steps": 1000, "batch": 1, "assistant_updates": 1},
         "roles": {**LAYOUTS[layout], "rank": 4} if "lora" in LAYOUTS[layout].values() else LAYOUTS[layout],
         "data": {"prompts": "none"},

@@ -1,15 +1,17 @@
 """The switch: LoRA adapters of several roles on one frozen base, which of them is on for a call, and what they merge into.
 
 A role is an ``nn.Module`` like any other: called, it is its base with its own adapter on; its parameters, its ``state_dict`` and so its
-checkpoints are the adapter alone. peft makes the layers, but its own switch is not used: ``set_adapter`` and ``disable_adapter`` flip
-``requires_grad``, and a backward pass after a switch then loses gradients without a word. Here all adapters stay trainable and a call
-turns layers on and off around itself (:class:`Mode`); activation checkpointing re-enters the mode that the forward pass had.
+checkpoints are the adapter alone. peft makes the layers, names and merges them. Its switch is not used: ``set_adapter`` and
+``disable_adapter`` flip ``requires_grad``, and a backward pass after a switch then loses gradients without a word. Here all adapters stay
+trainable and a call turns them on and off around itself (:class:`Mode`); activation checkpointing re-enters the mode that the forward
+pass had. Nor is its forward pass, whose look-ups, casts and six operators a layer cost the host more than the network itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import warnings
 import weakref
@@ -32,10 +34,15 @@ class Mode:
     _all: ClassVar[weakref.WeakKeyDictionary[nn.Module, Mode]] = weakref.WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self.layers: list[dict[str, Any]] = []  # __dict__ of each LoRA layer: an attribute of nn.Module is slow to set
-        self.role: str | None = None
+        self.switch: list[str | None] = [None]  # the role, in the hands of every LoRA layer
         self.frozen: tuple[nn.Parameter, ...] = ()
+        self._weights: weakref.WeakKeyDictionary[nn.Module, list[nn.Parameter]] = weakref.WeakKeyDictionary()
         self.sharded: weakref.ref[nn.Module] | None = None  # the network, where it is split over workers
+
+    @property
+    def role(self) -> str | None:
+        """Whose adapter is on; None: nobody's."""
+        return self.switch[0]
 
     @classmethod
     def of(cls, network: nn.Module) -> Mode:
@@ -60,11 +67,7 @@ class Mode:
             self._enter(*before)
 
     def _enter(self, role: str | None, frozen: tuple[nn.Parameter, ...]) -> None:
-        if role != self.role:
-            for layer in self.layers:
-                layer["_disable_adapters"] = role is None
-                layer["_active_adapter"] = [role] if role else []
-        self.role, self.frozen = role, frozen
+        self.switch[0], self.frozen = role, frozen
 
     def checkpoint(self, function: Any, *args: Any) -> Any:
         """For ``enable_gradient_checkpointing``: recomputed in the mode of now, whatever is on when backward comes by."""
@@ -74,7 +77,40 @@ class Mode:
             with self(role, frozen):
                 return function(*inputs)
 
-        return checkpoint(run, *args, use_reentrant=False)
+        plain = isinstance(function, nn.Module) and all(isinstance(v, Tensor | str | float | int | None) for v in args)
+        if self.sharded or not plain:  # weights of a split network are others at each call
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        if not torch.is_grad_enabled():
+            return function(*args)
+        weights = self._weights.get(function) or self._weights.setdefault(function, list(function.parameters()))
+        return _Recomputed.apply(run, len(args), *args, *(p for p in weights if p.requires_grad))  # type: ignore[no-untyped-call]
+
+
+class _Recomputed(torch.autograd.Function):
+    """Activation checkpointing of a block without randomness: torch's own pays for a hook in Python on every tensor inside.
+
+    The block's weights are inputs, so that gradients reach them whoever asks (``backward``, ``autograd.grad``).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, count: int, *inputs: Any) -> Any:
+        ctx.run, ctx.count = run, count
+        ctx.plain = [None if isinstance(v, Tensor) else v for v in inputs[:count]]
+        ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in inputs))
+        return run(*inputs[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            leaves = [
+                v if v is None else v.detach().requires_grad_(n)
+                for v, n in zip(saved[: ctx.count], needed, strict=False)
+            ]
+            out = ctx.run(*(v if v is not None else p for v, p in zip(leaves, ctx.plain, strict=True)))
+        asked = [v for v, n in zip((*leaves, *saved[ctx.count :]), needed, strict=True) if n]
+        found = iter(torch.autograd.grad(out, asked, gradients, allow_unused=True))
+        return None, None, *(next(found) if n else None for n in needed)
 
 
 class LoRA(nn.Module):
@@ -172,11 +208,50 @@ def add_adapter(base: nn.Module, role: str, roles: Roles, backbone: Backbone, se
     for p in trained:
         p.requires_grad_(True)
     mode = Mode.of(base)
-    mode.layers = [m.__dict__ for m in base.modules() if isinstance(m, LoraLayer)]
-    mode.role = role  # whatever it was: the new layers are on
-    mode._enter(None, ())
+    mode._weights.clear()
+    for layer in base.modules():
+        if isinstance(layer, LoraLayer):
+            _quicken(layer, role, mode.switch)
     adapter = LoRA(base, role)
     return adapter.to(adapter.dtype).requires_grad_(True)  # peft leaves those of a hollow base in float32
+
+
+def _quicken(layer: Any, role: str, switch: list[str | None]) -> None:
+    """Give a layer of peft's our forward pass, and tell it of its adapter ``role``."""
+    layer.__class__ = _quick(type(layer))  # type: ignore[arg-type]
+    scale = layer.scaling[role]
+    layer.__dict__.setdefault("adapters", {})[role] = (layer.lora_A[role].weight, layer.lora_B[role].weight, scale)
+    layer.__dict__["switch"] = switch
+
+
+@functools.cache
+def _quick(kind: Any) -> type[Any]:
+    """A class of peft's layers with the forward pass ``base(x) + scale up(down(x))`` in as few operators as there can be."""
+
+    def linear(self: Any, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x)
+        adapter = self.adapters.get(self.switch[0])
+        if adapter is None:
+            return out
+        down, up, scale = adapter
+        low = x.flatten(0, -2) @ down.t()
+        return torch.addmm(out.flatten(0, -2), low, up.t(), alpha=scale).view(out.shape)
+
+    def convolution(self: Any, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x)
+        adapter = self.adapters.get(self.switch[0])
+        if adapter is None:
+            return out
+        down, up, scale = adapter
+        layer = self.base_layer
+        low = torch.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
+        return out.add(torch.conv2d(low, up), alpha=scale)
+
+    if hasattr(kind, "quick"):
+        return kind
+    from peft.tuners.lora import Linear
+
+    return type(kind.__name__, (kind,), {"quick": True, "forward": linear if issubclass(kind, Linear) else convolution})
 
 
 def _matrices(base: nn.Module) -> list[str]:

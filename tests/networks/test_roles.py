@@ -45,8 +45,7 @@ def test_a_shared_base_gives_the_gradients_of_separate_copies(folder: Path, chec
     apart = {name: copy.deepcopy(getattr(shared, f"{name}_net")) for name in ("generator", "assistant", "reference")}
     for network in apart.values():  # a copy of the base each, without activation checkpointing
         network.base.disable_gradient_checkpointing()
-        mode = lora.Mode.of(network.base)
-        mode.layers = [m.__dict__ for m in network.base.modules() if hasattr(m, "lora_A")]
+        lora.Mode.of(network.base).switch = next(m.switch for m in network.base.modules() if hasattr(m, "lora_A"))
     assert apart["generator"].base is not apart["assistant"].base
 
     def losses(generator: nn.Module, assistant: nn.Module, reference: nn.Module) -> Tensor:
