@@ -5,7 +5,6 @@ A family adds its conventions (how the network is called, what x0 is, what a pro
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from didr_core.config import Component, locate
+from didr_core.config import Component, files, locate
 from didr_core.diffusion.sampling import clamp_straight_through
 from didr_core.networks.loading import (
     assemble,
@@ -305,12 +304,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """A config of a diffusers folder.
 
     Raises:
-        DIDRError: it is missing.
+        DIDRError: it is missing or damaged.
     """
     if not path.is_file():
         raise DIDRError(f"backbone: {str(path)!r} is missing. Expected all of what save_pretrained writes.")
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
+    return files.mapping(path.read_bytes(), str(path), "Write or fetch that folder again.")
 
 
 def _wrong_layout(path: Path, missing: list[str], unexpected: list[str], family: Family) -> str:

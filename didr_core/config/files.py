@@ -1,14 +1,19 @@
-"""Files that are replaced whole: a kill at any moment leaves the old file or the new one, never half of one."""
+"""Files that are replaced whole: a kill leaves the old file or the new one, never half of one. Damage is named when they are read."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from didr_core.config.passwords import redacted
+from didr_core.types import DIDRError
 
 
 @contextmanager
@@ -30,3 +35,19 @@ def replace_text(path: Path, text: str) -> None:
     """Write ``text`` as the whole of ``path``, in UTF-8, passwords of addresses left out: such files are shown and shared."""
     with replaced(path) as partial:
         partial.write_text(redacted(text), encoding="utf-8")
+
+
+def mapping(text: bytes, where: str, fix: str = "", parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
+    """What the ``text`` of a file says: a JSON object, or with ``yaml.safe_load`` a YAML mapping.
+
+    Raises:
+        DIDRError: it is empty, cut short, or says something else; begins with ``where`` it stands, ends with ``fix``.
+    """
+    try:
+        found = parse(text)
+        wrong = "" if isinstance(found, dict) else f"expected a mapping at the top, got {type(found).__name__}"
+    except (ValueError, yaml.YAMLError) as error:
+        wrong = f"not valid {'JSON' if parse is json.loads else 'YAML'}: {redacted(' '.join(str(error).split()))}"
+    if wrong:
+        raise DIDRError(f"{where}: {wrong if text.strip() else 'the file is empty'}. {fix}".rstrip(". ") + ".")
+    return found  # type: ignore[no-any-return]

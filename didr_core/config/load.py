@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from didr_core.config.files import mapping
 from didr_core.config.passwords import redacted
 from didr_core.config.registry import Component
 from didr_core.config.schema import Config
@@ -47,12 +48,21 @@ def load(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] |
 
 
 def recorded(path: Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
-    """The configuration that a run or an export wrote down, whatever version wrote it: renamed keys are read by their old names, too."""
-    tree = _read(str(path))
+    """The configuration that a run or an export wrote down, whatever version wrote it: renamed keys are read by their old names, too.
+
+    Raises:
+        DIDRError: it is missing or damaged, or see :func:`load`.
+    """
+    restore = "Restore it: run.json has the command that made it, export/config.yaml all but tracking and folders"
+    if not path.is_file():
+        raise DIDRError(f"{path}: is missing. {restore}.")
+    tree = mapping(path.read_bytes(), str(path), restore, yaml.safe_load)
     for old, new in RENAMED.items():
         section, _, key = old.partition(".")
         if isinstance(below := tree.get(section), dict) and key in below:
             below[new.partition(".")[2]] = below.pop(key)
+    if "evaluation" not in tree:  # the last section of an export: defaults would stand in for what a cut took
+        raise DIDRError(f"{path}: cut short, 'evaluation' is not in it. {restore}.")
     return _validate_with(tree, overrides, values, str(path))
 
 
@@ -94,12 +104,7 @@ def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         near = difflib.get_close_matches(recipe, known, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DIDRError(f"recipe: unknown {recipe!r}; known: {', '.join(known)}, or a path ending in .yaml.{hint}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise DIDRError(f"recipe {recipe!r}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise DIDRError(f"recipe {recipe!r}: expected a mapping at the top, got {type(tree).__name__}")
+    tree = mapping(path.read_bytes(), f"recipe {recipe!r}", parse=yaml.safe_load)
     base = tree.pop("base", None)
     return _merge(_read(base, (*seen, recipe)), tree) if base else tree
 

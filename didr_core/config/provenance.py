@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ PACKAGES = ("didr", "torch", "diffusers", "transformers", "numpy", "ray", "mlflo
 
 def provenance() -> dict[str, Any]:
     """``commit`` (None outside a repository), ``python`` and ``versions``. No host names, no paths: files with it are published."""
-    versions = {}
+    return {"commit": commit() or None, "python": platform.python_version(), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {}
     for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"commit": commit() or None, "python": platform.python_version(), "versions": versions}
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def commit() -> str:

@@ -70,12 +70,13 @@ def trained_generator(config: Config, run: RunFolder, which: str = "ema") -> tup
         which: "ema" (the running average that exports hold) or "generator" (the raw weights).
 
     Raises:
-        DIDRError: the run has no checkpoint.
+        DIDRError: the run has no checkpoint, or a damaged one.
     """
     step = run.last_step()
     if not step:
         raise DIDRError(f"run {run.path}: no checkpoint yet, so there is nothing to export.")
     backbone: Backbone = build("backbones", config.backbone)
     network = roles.bare_generator(backbone, config.backbone, config.roles)
-    network.load_state_dict(checkpoint.read(run.checkpoint(step), which, network.state_dict()))
+    with checkpoint.fits(run.checkpoint(step)):
+        network.load_state_dict(checkpoint.read(run.checkpoint(step), which))
     return backbone, network.requires_grad_(False), step

@@ -1,29 +1,44 @@
-"""Checkpoints: everything a resume needs, in one folder, written whole or not at all.
+"""Checkpoints: everything a resume needs, in one folder, written whole or not at all, and looked over before it is read.
 
-state.pt      all of it, or all but what is split over workers; it comes last: without it the folder is no checkpoint
-shards/       what is split, written by all workers (:mod:`didr_core.networks.fsdp`)
+    generator.0.safetensors   tensors of one part of the learner's state, by name; of a network that is split, the rows of worker 0
+    generator.1.safetensors   the rows of worker 1
+    state.json                what is no tensor: counts, rates, the version of this layout
+    SHA256SUMS                of every file, state.json last; `sha256sum -c SHA256SUMS` finds damage, too
+
+All workers write into a hidden folder beside it, which gets its name when every file is there. Read back, it fits any number of workers.
+Nothing in it is pickled: loading one runs no code.
 """
 
 from __future__ import annotations
 
-import errno
-import io
+import hashlib
+import itertools
+import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves_with_path, tree_map_with_path
 
-from didr_core.config.files import replaced
+from didr_core.config.provenance import versions
 from didr_core.networks import fsdp, optim
 from didr_core.train.learner import Learner
+from didr_core.train.run_folder import RunFolder, disk
 from didr_core.types import DIDRError
 
-FILE = "state.pt"
+Parts = Iterable[tuple[str, dict[str, Tensor]]]  # tensors by name, by part of the learner's state
+SUMS, STATE = "SHA256SUMS", "state.json"
+LAYOUT = 2
+"""Of these folders; 1, until 0.2, was a torch file `state.pt`, beside it a folder `shards`."""
 
 
 class Saver:
@@ -31,11 +46,14 @@ class Saver:
 
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
-        self._writer = fsdp.Writer() if learner.fsdp else None
-        self._folder, self._bytes = Path(), 0  # of what is being written
+        # a group of its own, and on CPUs: its calls come from a thread, between those of training
+        self._group = torch.distributed.new_group(backend="gloo") if learner.fsdp else None
+        self._first = self._group is None or learner.parallel.rank == 0
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
 
     def save(self, folder: Path, extra: dict[str, Any], then: Callable[[], None] = lambda: None) -> None:
-        """Write the state of now to ``folder``; ``then`` is called when it is there. What is split is written while training goes on.
+        """Write the state of now to ``folder``, then call ``then``. Split networks are written while training goes on.
 
         Args:
             extra: plain data (numbers, strings, lists, dicts).
@@ -45,27 +63,16 @@ class Saver:
                 written in the background, the next call or :meth:`wait` says so.
         """
         self.wait()
-        tree = {"learner": self.learner.state_dict(), "extra": extra}
-        size = _bytes(tree)
-        if self._writer is None:
-            with _words(folder, size):
-                _write(folder, tree)
-            then()
-            return
-        rest, split = fsdp.take_out(tree)
-        first = self.learner.parallel.rank == 0
-        file = io.BytesIO()
-        if first:  # a copy: training goes on
-            torch.save(rest, file)
-
-        def complete() -> None:
-            if first:
-                _write(folder, file)
-                then()
-
-        self._folder, self._bytes = folder, size
-        with _words(folder, size):
-            self._writer.start(folder, split, complete)
+        leaves = {_name(path): leaf for path, leaf in tree_leaves_with_path(self.learner.state_dict())}
+        tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        plain = {name: leaf for name, leaf in leaves.items() if name not in tensors}
+        state = {"layout": LAYOUT, "didr": versions().get("didr", "unknown"), "extra": extra, "learner": plain}
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        own, text = self._own(tensors), json.dumps(state)
+        if self._group is None:
+            self._write(folder, own, text, size, then)
+        else:  # all copies now: training goes on
+            self._pending = self._thread.submit(self._write, folder, list(own), text, size, then)
 
     def wait(self) -> None:
         """Until the last checkpoint is whole.
@@ -73,111 +80,188 @@ class Saver:
         Raises:
             DIDRError: see :meth:`save`.
         """
-        if self._writer is None:
-            return
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _own(self, tensors: dict[str, Tensor]) -> Parts:
+        """What this worker writes, a part at a time, copied: its rows of what is split; the first worker also the rest."""
+        for part, names in itertools.groupby(tensors, lambda name: name.partition("/")[0]):
+            own = {}
+            for name in names:
+                value = tensors[name].detach()
+                if fsdp.is_sharded(value):
+                    value = value.to_local()
+                elif not self._first:
+                    continue
+                own[name] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            if own:
+                yield part, own
+
+    def _write(self, folder: Path, parts: Parts, state: str, size: int, then: Callable[[], None]) -> None:
+        partial = folder.with_name(f".{folder.name}.part")
+        sums: dict[str, str] = {}
+        failure: Exception | None = None
         try:
-            with _words(self._folder, self._bytes):
-                self._writer.wait()
-        except DIDRError:  # on a full disk every byte counts
-            if self.learner.parallel.rank == 0:
-                shutil.rmtree(self._folder / fsdp.FOLDER, ignore_errors=True)
-            raise
-
-
-def save(folder: Path, learner: Learner, extra: dict[str, Any]) -> None:
-    """A checkpoint, now: see :class:`Saver`."""
-    saver = Saver(learner)
-    saver.save(folder, extra)
-    saver.wait()
+            with disk("checkpoint", folder, size):
+                partial.mkdir(parents=True, exist_ok=True)
+                for part, tensors in parts:
+                    file = partial / f"{part}.{self.learner.parallel.rank}.safetensors"
+                    save_file(tensors, file)
+                    sums[file.name] = _settled(file)
+        except Exception as error:  # every worker hears of it
+            failure = error
+        everyone = [(sums, failure)]
+        if self._group is not None:
+            everyone *= self.learner.parallel.world_size
+            torch.distributed.all_gather_object(everyone, (sums, failure), group=self._group)
+        try:
+            for found, failed in everyone:
+                if failed:
+                    raise failed
+                sums |= found
+            if self._first:
+                with disk("checkpoint", folder, size):
+                    _publish(partial, folder, sums, state)
+                then()
+        finally:
+            if self._first:  # on a full disk every byte counts
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def load(folder: Path, learner: Learner) -> dict[str, Any]:
     """Restore ``learner`` exactly, whatever number of workers wrote the checkpoint; returns ``extra``.
 
     Raises:
-        DIDRError: no checkpoint there, or one of another model.
+        DIDRError: no checkpoint there, a damaged one (see :func:`verify`), or one of another model.
     """
-    with _damage(folder):
-        state = _read(folder, mmap=False)
-        tree = state["learner"]
-        if learner.fsdp or (folder / fsdp.FOLDER).is_dir():
-            optimizers = {"generator_opt": learner.generator_opt, "assistant_opt": learner.assistant_opt}
-            for name, optimizer in optimizers.items():
-                if tree[name]["state"]:  # else it had not begun: the assistant's head start
-                    optim.begin(optimizer)
-            live = learner.state_dict()
-            for name, value in tree.items():
-                if name in optimizers:
-                    value["state"] = fsdp.put_back(folder, value["state"], live[name]["state"])
-                else:
-                    tree[name] = fsdp.put_back(folder, value, live[name])
-        learner.load_state_dict(tree)
+    files = verify(folder)
+    state = json.loads((folder / STATE).read_text())
+    with fits(folder), torch.no_grad():
+        for part in ("generator_opt", "assistant_opt"):
+            if f"{part}.0.safetensors" in files:
+                optim.begin(getattr(learner, part))
+            else:  # it had not begun: the assistant's head start
+                getattr(learner, part).state.clear()
+        tree = learner.state_dict()
+        live = {_name(path): leaf for path, leaf in tree_leaves_with_path(tree) if isinstance(leaf, Tensor)}
+        for name, value in _tensors(folder, files):
+            fsdp.fill(live.pop(name), value)
+        if live:
+            raise ValueError(f"it has no {', '.join(list(live)[:3])}")
+        learner.load_state_dict(tree_map_with_path(lambda path, leaf: state["learner"].get(_name(path), leaf), tree))
     return state["extra"]  # type: ignore[no-any-return]
 
 
-def read(folder: Path, name: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of one network, whole: ``name`` is "generator" or "ema", ``like`` its state before.
+def read(folder: Path, part: str) -> dict[str, Tensor]:
+    """The weights of one network, whole: ``part`` is "generator" or "ema" (the generator, where no average is kept).
 
     Raises:
-        DIDRError: no checkpoint there, or one of another model.
+        DIDRError: no checkpoint there, or a damaged one (see :func:`verify`).
     """
-    with _damage(folder):
-        tree: dict[str, Tensor] = _read(folder, mmap=True)["learner"][name]
-        return fsdp.put_back(folder, tree, like) if (folder / fsdp.FOLDER).is_dir() else tree
-
-
-def _read(folder: Path, mmap: bool) -> dict[str, Any]:
-    path = folder / FILE
-    if not path.is_file():
-        raise DIDRError(f"checkpoint {folder}: {FILE} is missing")
-    # to the CPU: beside the networks a GPU has no room for a second copy
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)  # type: ignore[no-any-return]
+    found = {name.partition("/")[2]: value for name, value in _tensors(folder, verify(folder, part))}
+    return found if found or part == "generator" else read(folder, "generator")
 
 
 @contextmanager
-def _damage(folder: Path) -> Iterator[None]:
+def fits(folder: Path) -> Iterator[None]:
+    """Inside, what an intact checkpoint holds is loaded into networks; a DIDRError where these are others."""
     try:
         yield
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise DIDRError(f"checkpoint {folder}: does not fit this recipe, or is damaged ({str(error)[:200]})") from error
+    except (LookupError, RuntimeError, ValueError) as error:
+        raise DIDRError(f"checkpoint {folder}: does not fit this recipe ({str(error)[:200]})") from error
 
 
-def _write(folder: Path, tree: Any) -> None:
-    """``folder/state.pt``, atomically; ``tree`` may be one that is serialised already."""
-    with replaced(folder / FILE) as partial, partial.open("wb") as file:
-        if isinstance(tree, io.BytesIO):
-            file.write(tree.getbuffer())
-        else:
-            torch.save(tree, file)
-        file.flush()
-        os.fsync(file.fileno())
+def verify(folder: Path, part: str = "") -> list[str]:
+    """Names of the files of a checkpoint, of one ``part`` alone where given, after their sums have been compared.
 
-
-@contextmanager
-def _words(folder: Path, needed: int) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch reports a short write as RuntimeError
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "PytorchStreamWriter" in str(error)
-        if isinstance(error, OSError) and not full:
-            raise DIDRError(
-                f"checkpoint {folder}: cannot write ({error}). Check permissions of the output folder."
-            ) from error
-        if not full:
-            raise
-        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    Raises:
+        DIDRError: a file is missing or damaged; names it, and the newest older checkpoint to go on from. Or it is of another layout.
+    """
+    state = {"layout": 1, "didr": "0.2.0"}
+    files = []
+    if (folder / SUMS).is_file() or not (folder / "state.pt").is_file():
+        try:
+            files = _files(folder, part)
+        except _Damage as damage:
+            way = "No older checkpoint is intact: start a new run."
+            run = RunFolder(folder.parents[1])
+            for older in map(run.checkpoint, reversed(run.checkpoints())):
+                with suppress(_Damage):
+                    if older != folder and _files(older):
+                        way = f"Move that folder away and repeat the command: it goes on from {older.name}, which is intact."
+                        break
+            raise DIDRError(f"checkpoint {folder}: damaged: {damage}. {way}") from damage
+        state = json.loads((folder / STATE).read_text())
+    if state["layout"] != LAYOUT:
         raise DIDRError(
-            f"checkpoint {folder}: the disk is full: about {needed:,} bytes needed, {free:,} free. Earlier checkpoints are kept; "
-            "free some space and continue with `didr align --resume`."
-        ) from error
+            f"checkpoint {folder}: of layout {state['layout']}; this version reads layout {LAYOUT}. Go on with DIDR {state['didr']}, "
+            "which reads it, or with the version in run.json."
+        )
+    return files
 
 
-def _bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(_bytes(v) for v in value.values())
-    if isinstance(value, list | tuple):
-        return sum(_bytes(v) for v in value)
-    return 0
+class _Damage(Exception):
+    """Which file, and what is wrong with it."""
+
+
+def _files(folder: Path, part: str = "") -> list[str]:
+    """See :func:`verify`. By worker: SHA256SUMS has them in that order."""
+    file = SUMS
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+        if not all(re.fullmatch(r"[0-9a-f]{64}  [\w.-]+", line) for line in lines) or STATE not in "".join(lines[-1:]):
+            raise _Damage(f"{SUMS} is cut short, or no list of sums")
+        sums = {line[66:]: line[:64] for line in lines if not part or line[66:].startswith((f"{part}.", STATE))}
+        for file, expected in sums.items():
+            if _sum(folder / file) != expected:
+                size = (folder / file).stat().st_size
+                raise _Damage(f"{file} ({size:,} bytes) is not what was written: its SHA-256 differs")
+    except FileNotFoundError as error:
+        raise _Damage(f"{file} is missing") from error
+    except (OSError, ValueError) as error:
+        raise _Damage(f"{file} cannot be read ({error})") from error
+    return list(sums)
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Of a leaf of the learner's state: "ema/conv_in.weight", "generator_opt/state/0/exp_avg", "step_count"."""
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def _tensors(folder: Path, files: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, whole, on the CPU; one at a time: every worker reads them, and not all of them have room for all."""
+    with ExitStack() as stack:
+        holders: dict[str, list[Any]] = {}
+        for file in files:
+            if file != STATE:
+                opened = stack.enter_context(safe_open(folder / file, "pt"))
+                for name in opened.keys():  # noqa: SIM118  (no dict)
+                    holders.setdefault(name, []).append(opened)
+        for name, rows in holders.items():
+            parts = [opened.get_tensor(name) for opened in rows]
+            yield name, torch.cat(parts) if len(parts) > 1 else parts[0].clone()  # the file may go away
+
+
+def _publish(partial: Path, folder: Path, sums: dict[str, str], state: str) -> None:
+    """Add what makes the files a checkpoint, and give the folder its name."""
+    (partial / STATE).write_text(state)
+    sums[STATE] = _settled(partial / STATE)
+    (partial / SUMS).write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
+    _settled(partial / SUMS)
+    if (folder / SUMS).is_file():  # the same step again
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+def _settled(path: Path) -> str:
+    """The sum of a file that is on the disk from now on."""
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors gives it to its owner alone
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _sum(path)

@@ -240,9 +240,9 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs."""
         return {
-            "generator": (generator := self.generator_weights.state_dict()),
+            "generator": self.generator_weights.state_dict(),
             "assistant": self.assistant_weights.state_dict(),
-            "ema": generator if self.ema_net is self.generator_net else self.ema_net.state_dict(),
+            "ema": {} if self.ema_net is self.generator_net else self.ema_net.state_dict(),
             "generator_opt": self.generator_opt.state_dict(),
             "assistant_opt": self.assistant_opt.state_dict(),
             "scale": self.scale.state_dict(),

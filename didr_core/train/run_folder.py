@@ -4,7 +4,7 @@
       config.yaml      the resolved configuration
       run.json         status, commit, versions, MLflow run id
       metrics.jsonl    one line a step; alarms.jsonl one line an alarm
-      checkpoints/step-000100/state.pt, and shards/ beside it where networks are split
+      checkpoints/step-000100/    see checkpoint.py
       grids/*.png, curves.png, scores.json, report.html, export/    made at the end
 
 Files that are replaced are written beside and renamed. On a cluster the folder must be on storage that every node sees.
@@ -16,6 +16,7 @@ import errno
 import fcntl
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,10 +26,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from safetensors import SafetensorError
 
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.config.files import replace_text
+from didr_core.config.files import mapping, replace_text
 from didr_core.config.provenance import provenance
 from didr_core.types import DIDRError, StepReport
 
@@ -116,7 +118,7 @@ class RunFolder:
         """The run's configuration, with ``a.b=c`` overrides of keys in :data:`FREE_TO_CHANGE`.
 
         Raises:
-            DIDRError: an override that would change what the run computes.
+            DIDRError: an override that would change what the run computes, or a damaged config.yaml.
         """
         for item in overrides:
             key = item.partition("=")[0].strip()
@@ -134,7 +136,8 @@ class RunFolder:
     def info(self) -> dict[str, Any]:
         """What ``run.json`` says; empty where it is missing."""
         path = self.path / "run.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        fix = "Write {} into it to go on: what it said of the run is lost, no more."
+        return mapping(path.read_bytes(), str(path), fix) if path.is_file() else {}
 
     def update(self, **values: Any) -> None:
         """Set keys of ``run.json``."""
@@ -150,21 +153,19 @@ class RunFolder:
         return self.path / "checkpoints" / f"step-{step:06d}"
 
     def checkpoints(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        found = (self.path / "checkpoints").glob("step-*/state.pt")
-        return sorted(int(p.parent.name.removeprefix("step-")) for p in found)
+        """Steps of the checkpoints, ascending. What is half-written, or was moved away, has another name."""
+        names = (p.name.removeprefix("step-") for p in (self.path / "checkpoints").glob("step-*"))
+        return sorted(int(name) for name in names if name.isdigit())
 
     def last_step(self) -> int:
-        """Step of the newest complete checkpoint; 0 where there is none: the run starts from the beginning."""
+        """Step of the newest checkpoint; 0 where there is none: the run starts from the beginning."""
         return max(self.checkpoints(), default=0)
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest ``keep`` checkpoints, and what a kill left half-written."""
-        done = self.checkpoints()
-        for folder in (self.path / "checkpoints").glob("step-*"):
-            step = int(folder.name.removeprefix("step-"))
-            if step not in done[-keep:] and step <= max(done, default=0):
-                shutil.rmtree(folder, ignore_errors=True)
+        parts = (self.path / "checkpoints").glob(".step-*.part")
+        for folder in (*parts, *map(self.checkpoint, self.checkpoints()[:-keep])):
+            shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def metrics_path(self) -> Path:
@@ -205,10 +206,19 @@ class RunFolder:
             replace_text(path, text)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl; a last line that a kill cut short is left out. Empty when there is no file."""
-    text = path.read_text() if path.is_file() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+def read_lines(path: Path, key: str = "step") -> list[dict[str, Any]]:
+    """Rows of a .jsonl, which have ``key``; a last line that a kill cut short is left out. Empty when there is no file.
+
+    Raises:
+        DIDRError: another line is damaged; names it.
+    """
+    text = path.read_bytes() if path.is_file() else b""
+    lines = text[: text.rfind(b"\n") + 1].splitlines()
+    fix = "Remove that line: what it said is lost, no more."
+    rows = [mapping(line, f"{path}, line {n}", fix) for n, line in enumerate(lines, 1)]
+    if foreign := next((n for n, row in enumerate(rows, 1) if key not in row), 0):
+        raise DIDRError(f"{path}, line {foreign}: has no {key!r}. {fix}")
+    return rows
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
@@ -230,16 +240,18 @@ def local_folder(key: str, path: str) -> Path:
 
 
 @contextmanager
-def disk(key: str, path: Path) -> Iterator[None]:
-    """Turn errors of writing to ``path`` into words."""
+def disk(key: str, path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn errors of writing to ``path``, of ``needed`` bytes, into words."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        inner = re.search(r"os error (\d+)", str(error))  # of safetensors, whose error is no OSError
+        if (int(inner[1]) if inner else getattr(error, "errno", 0)) in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+            room = f"about {needed:,} bytes needed, {free:,}" if needed else f"{free:,} bytes"
             raise DIDRError(
-                f"{key} {path}: the disk is full ({free:,} bytes free). Free some space; `--resume` continues the run."
+                f"{key} {path}: the disk is full: {room} free. Free some space; `--resume` continues the run."
             ) from error
         raise DIDRError(
-            f"{key} {path}: cannot write ({error.strerror or error}). Check the path and its permissions."
+            f"{key} {path}: cannot write ({getattr(error, 'strerror', '') or error}). Check the path and its permissions."
         ) from error

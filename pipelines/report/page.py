@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from didr_core.config.files import replace_text
+from didr_core.config.files import mapping, replace_text
 from didr_core.evaluate.scores import comparison_table, describe, read_scores, table
 from didr_core.export.card import usage
 from didr_core.train.alarms import explain
@@ -53,14 +53,14 @@ def write_report(run: Path) -> Path:
     """Draw the curves (when there is a history) and write ``report.html``; returns its path.
 
     Raises:
-        DIDRError: scores.json is there but broken.
+        DIDRError: a file of the run is damaged.
     """
     folder = Path(run)
     history, alarms = read_history(folder), read_lines(folder / "alarms.jsonl")
     if any(len(row) > 2 for row in history):
         save_curves(history, folder / "curves.png", alarms)
     path = folder / "config.yaml"
-    config = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    config = mapping(path.read_bytes(), str(path), parse=yaml.safe_load) if path.is_file() else {}
     scores = read_scores(folder / "scores.json") if (folder / "scores.json").is_file() else None
     info, facts = RunFolder(folder).info(), (scores or {}).get("facts", {})
     when = facts.get("date", "")[:16].replace("T", " ")

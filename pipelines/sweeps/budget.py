@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import os
 import statistics
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 from rich.table import Table
 
 from didr_core.config import Config
+from didr_core.config.files import mapping
 from didr_core.train.run_folder import local_folder, read_lines
+from didr_core.types import DIDRError
 from pipelines.cluster.resources import (
     CPU,
     ClusterView,
@@ -83,10 +86,11 @@ def earlier_seconds(config: Config) -> float | None:
     found = []
     folders = sorted(local_folder("output", config.output).glob("*/config.yaml"), key=lambda p: -p.stat().st_mtime)
     for path in folders[:EARLIER_RUNS]:
-        tree = yaml.safe_load(path.read_text()) or {}
-        same = tree.get("name") == config.name and (tree.get("train") or {}).get("batch") == config.train.batch
-        files = [path.parent / "metrics.jsonl", *path.parent.glob("trials/*/metrics.jsonl")] if same else []
-        found += [row["time/step"] for file in files for row in read_lines(file) if row.get("time/step")]
+        with suppress(DIDRError):  # a damaged one is not needed
+            tree = mapping(path.read_bytes(), str(path), parse=yaml.safe_load)
+            same = tree.get("name") == config.name and (tree.get("train") or {}).get("batch") == config.train.batch
+            files = [path.parent / "metrics.jsonl", *path.parent.glob("trials/*/metrics.jsonl")] if same else []
+            found += [row["time/step"] for file in files for row in read_lines(file) if row.get("time/step")]
     return statistics.median(found) if found else None
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.config.files import replace_text
+from didr_core.config.files import mapping, replace_text
 from didr_core.config.provenance import provenance
 from didr_core.train.run_folder import RunFolder, disk, local_folder, read_lines
 from didr_core.types import DIDRError
@@ -123,7 +123,7 @@ class SweepFolder:
 
     def info(self) -> dict[str, Any]:
         """What sweep.json says."""
-        return _json(self.path / "sweep.json") or {}
+        return _json(self.path / "sweep.json", "Start a new sweep.") or {}
 
     def update(self, **values: Any) -> None:
         """Set keys of sweep.json. Only the driver does."""
@@ -160,7 +160,7 @@ class SweepFolder:
 
     def points(self) -> dict[int, Point]:
         """Number to settings of the trials that are known so far."""
-        return {int(row["number"]): row["set"] for row in read_lines(self.path / "points.jsonl")}
+        return {int(row["number"]): row["set"] for row in read_lines(self.path / "points.jsonl", "number")}
 
     def give(self, number: int, point: Point) -> None:
         """Write down a trial, before it starts."""
@@ -180,7 +180,7 @@ class SweepFolder:
 
     def result(self, number: int) -> dict[str, Any] | None:
         """How the trial ended; None while it has not."""
-        return _json(self.trial(number).path / "result.json")
+        return _json(self.trial(number).path / "result.json", "Remove it: the trial is then judged again.")
 
     def end(self, number: int, **values: Any) -> dict[str, Any]:
         """Write result.json: from now on the trial is over. ``status`` is one of :data:`FINAL`, or "lost"."""
@@ -214,6 +214,6 @@ class SweepFolder:
             os.fsync(file.fileno())
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: Path, fix: str) -> dict[str, Any] | None:
     """None where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return mapping(path.read_bytes(), str(path), fix) if path.is_file() else None

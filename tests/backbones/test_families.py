@@ -15,6 +15,7 @@ from didr_core.data.feed import LocalFeed
 from didr_core.evaluate.finish import train_and_finish
 from didr_core.export.sample import OneStep
 from didr_core.plan.preflight import preflight
+from didr_core.train import checkpoint
 from didr_core.train.learner import Learner
 from didr_core.train.loop import outcome
 from didr_core.train.run_folder import RunFolder
@@ -50,7 +51,7 @@ def test_from_recipe_to_stock_diffusers(family: str, options: list[str], tmp_pat
         with outcome(resumed):
             train_and_finish(settings, resumed, index)
     expected, got = (
-        torch.load(run.checkpoint(3) / "state.pt", weights_only=True)["learner"] for run in (whole, resumed)
+        {part: checkpoint.read(run.checkpoint(3), part) for part in ("generator", "ema")} for run in (whole, resumed)
     )
     moved = OneStep(whole.path / "export").backbone.load_network("generator").state_dict()
     start = configs.build("backbones", config.backbone).load_network("generator").state_dict()

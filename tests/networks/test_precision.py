@@ -116,7 +116,7 @@ def test_bfloat16_networks_train_and_resume_bit_for_bit(folder: Path, tmp_path: 
     assert metrics["matching/rms"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(straight.generator_net.parameters(), start, strict=True))
     first.step(data)
-    checkpoint.save(tmp_path, first, {})
+    checkpoint.Saver(first).save(tmp_path, {})
     second = learner(folder, **made)
     checkpoint.load(tmp_path, second)
     for _ in range(2):

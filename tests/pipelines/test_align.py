@@ -10,13 +10,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
 import torch.multiprocessing
+from safetensors.torch import load_file
 from toy import BATCH, EVERY, STEPS, toy_recipe
 
 from didr_core import config as configs
@@ -54,17 +54,7 @@ def whole(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 def learned(run: RunFolder, step: int = STEPS) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, by its path in the state."""
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(value: Any, name: str) -> None:
-        if isinstance(value, torch.Tensor):
-            found[name] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{name}/{key}")
-
-    walk(torch.load(run.checkpoint(step) / "state.pt", weights_only=True), "")
-    return found
+    return {k: v for file in run.checkpoint(step).glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def steps_of(run: RunFolder) -> list[int]:
@@ -177,8 +167,8 @@ def assert_close_updates(config: Config, run: RunFolder, other: RunFolder) -> No
     start = Learner(config).state_dict()
     a, b = learned(run), learned(other)
     for network in ("generator", "ema", "assistant"):
-        names = [n for n in a if n.startswith(f"/learner/{network}/")]
-        moved = sum((a[n] - start[network][n.removeprefix(f"/learner/{network}/")]).square().sum() for n in names)
+        names = [n for n in a if n.startswith(f"{network}/")]
+        moved = sum((a[n] - start[network][n.removeprefix(f"{network}/")]).square().sum() for n in names)
         apart = sum((a[n] - b[n]).square().sum() for n in names)
         assert moved > 0 and apart < 1e-4 * moved, (network, float(apart), float(moved))
     torch.testing.assert_close(a["/learner/scale/total"], b["/learner/scale/total"], rtol=1e-4, atol=1e-7)

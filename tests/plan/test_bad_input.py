@@ -19,6 +19,7 @@ from toy import toy_recipe
 
 from didr_core import config as configs
 from didr_core.data.prompts import PromptIndex
+from didr_core.train import checkpoint
 from didr_core.train.run_folder import RunFolder
 from pipelines.cli import main as cli
 
@@ -178,25 +179,38 @@ def half(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
-def test_a_full_disk_at_a_checkpoint_loses_nothing(
-    didr: Didr, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_at_a_checkpoint_loses_nothing(didr: Didr, half: Path, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     shutil.copytree(half, run.path)
-    before = torch.load(run.checkpoint(2) / "state.pt", weights_only=True)
-    monkeypatch.setattr("didr_core.config.files.secrets.token_hex", lambda _: "known")
-    partial = run.checkpoint(4) / ".state.known.part.pt"
+    before = {file.name: file.read_bytes() for file in run.checkpoint(2).iterdir()}
+    partial = run.path / "checkpoints" / ".step-000004.part" / "state.json"
     partial.parent.mkdir()
     partial.symlink_to("/dev/full")
     said = didr("align", "--resume", run.path, "--local", "--set", "train.steps=4")
     assert "step-000004" in said and "the disk is full" in said and "bytes needed" in said and "free" in said
     assert run.checkpoints() == [2] and run.info()["status"] == "failed"
-    after = torch.load(run.checkpoint(2) / "state.pt", weights_only=True)
-    assert torch.equal(before["learner"]["scale"]["total"], after["learner"]["scale"]["total"])
-    shutil.rmtree(partial.parent)
+    assert before == {file.name: file.read_bytes() for file in run.checkpoint(2).iterdir()}
+    assert not partial.parent.exists()
     didr("align", "--resume", run.path, "--local", code=0)
     assert run.checkpoints() == [2, 4] and run.info()["status"] == "finished"
     assert [row["step"] for row in map(json.loads, run.metrics_path.read_text().splitlines())] == [1, 2, 3, 4]
+
+
+def test_a_damaged_run_is_named_wherever_it_is_read(didr: Didr, half: Path, tmp_path: Path) -> None:
+    run = RunFolder(Path(shutil.copytree(half, tmp_path / "run")))
+    didr("align", "--resume", run.path, "--local", "--set", "train.steps=3", code=0)
+    (run.checkpoint(3) / "ema.0.safetensors").write_bytes(b"")
+    for command in (("align", "--local", "--resume"), ("export", "--overwrite", "--run")):
+        said = didr(*command, run.path)
+        assert "step-000003: damaged: ema.0.safetensors" in said and "goes on from step-000002" in said
+    run.checkpoint(3).rename(tmp_path / "away")
+    didr("align", "--resume", run.path, "--local", code=0)
+    assert [row["step"] for row in map(json.loads, run.metrics_path.read_text().splitlines())] == [1, 2, 3]
+    for name in ("run.json", "config.yaml", "metrics.jsonl"):
+        shutil.copy(run.path / name, tmp_path / name)
+        (run.path / name).write_bytes(b"\x80\x05 no text\n")
+        assert f"{run.path / name}" in didr("align", "--resume", run.path, "--local").splitlines()[0]
+        shutil.copy(tmp_path / name, run.path / name)
 
 
 def test_a_nan_reward_stops_the_step_and_names_the_prompt(didr: Didr, toy: Path, tmp_path: Path) -> None:
@@ -208,9 +222,7 @@ def test_a_nan_reward_stops_the_step_and_names_the_prompt(didr: Didr, toy: Path,
     said = didr("align", "--recipe", recipe, "--local", "--output", run.path)
     assert said.startswith("step 3: non-finite") and repr(bad.id) in said
     assert run.checkpoints() == [2] and run.info()["status"] == "failed" and bad.id in run.info()["message"]
-    assert torch.isfinite(
-        torch.load(run.checkpoint(2) / "state.pt", weights_only=True)["learner"]["scale"]["total"]
-    ).all()
+    assert torch.isfinite(checkpoint.read(run.checkpoint(2), "scale")["total"]).all()
 
 
 def test_the_reason_is_the_last_line_and_the_exit_code_is_1(toy: Path, tmp_path: Path) -> None:

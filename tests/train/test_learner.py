@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from random_models import clip_folder, sdxl_folder
+from safetensors import SafetensorError
 
 from didr_core import config
 from didr_core.algorithms import losses
@@ -85,7 +86,7 @@ def test_resume_is_bit_for_bit(folders: tuple[Path, Path], tmp_path: Path) -> No
         straight.step(data)
     for _ in range(2):
         first.step(data)
-    checkpoint.save(tmp_path / "ckpt", first, {"cursor": 8})
+    checkpoint.Saver(first).save(tmp_path / "ckpt", {"cursor": 8})
     second = learner(folders)
     assert checkpoint.load(tmp_path / "ckpt", second) == {"cursor": 8}
     for _ in range(2):
@@ -150,14 +151,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = learner(folders)
-    checkpoint.save(tmp_path, subject, {"n": 1})
+    checkpoint.Saver(subject).save(tmp_path, {"n": 1})
 
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(DIDRError, match=r"disk is full: about [\d,]+ bytes needed"):
-        checkpoint.save(tmp_path, subject, {"n": 2})
+        checkpoint.Saver(subject).save(tmp_path, {"n": 2})
     monkeypatch.undo()
     assert checkpoint.load(tmp_path, subject) == {"n": 1}
-    assert not list(tmp_path.glob("*.part*"))
+    assert not list(tmp_path.parent.glob(".*.part"))

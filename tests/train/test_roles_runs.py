@@ -20,6 +20,7 @@ from didr_core import config as configs
 from didr_core.data.feed import LocalFeed
 from didr_core.evaluate.finish import Gallery, finish
 from didr_core.plan.preflight import preflight
+from didr_core.train import checkpoint
 from didr_core.train import distributed as parallel
 from didr_core.train.learner import Learner
 from didr_core.train.loop import Journal, Observer, loop
@@ -93,7 +94,7 @@ def test_adapters_go_from_recipe_to_stock_diffusers(family: str, tmp_path: Path)
     didr("align", "--recipe", recipe, "--local", "--output", run.path)
     assert run.last_step() == 2
     didr("align", "--resume", run.path, "--local", "--set", "train.steps=3")
-    saved = torch.load(run.checkpoint(3) / "state.pt", weights_only=True)["learner"]["generator"]
+    saved = checkpoint.read(run.checkpoint(3), "generator")
     assert saved and all("/lora_" in name and value.dtype == torch.float32 for name, value in saved.items())
     check_export(run, start, family, lora=True)
     didr("sample", "--run", run.path, "--prompt", "a red circle", "--output", tmp_path / "pictures")
@@ -151,7 +152,7 @@ def test_two_workers_go_from_recipe_to_stock_diffusers(
 ) -> None:
     run, start = two_workers[family, roles]
     split = roles.startswith("split")
-    assert (run.checkpoint(3) / "shards" / ".metadata").is_file() == split
+    assert (run.checkpoint(3) / "generator.1.safetensors").is_file() == split
     check_export(run, start, family, lora=roles == "lora")
     again = run.path.parent / "again"  # the same from the checkpoint, by one process
     didr("export", "--run", run.path, "--output", again)

@@ -20,6 +20,7 @@ from didr_core.data import cache as feed_cache
 from didr_core.data.cache import CachedFeed
 from didr_core.data.feed import LocalFeed
 from didr_core.data.prompts import PromptIndex
+from didr_core.train import checkpoint
 from didr_core.train.loop import loop, train
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError, NonFiniteError
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 
 def state(run: RunFolder) -> dict[str, Any]:
-    return torch.load(run.checkpoint(STEPS) / "state.pt", weights_only=True)["learner"]
+    return {part: checkpoint.read(run.checkpoint(STEPS), part) for part in ("generator", "ema", "assistant")}
 
 
 def test_cached_batches_are_the_feeds_own_and_are_made_once(
