@@ -36,7 +36,6 @@ from didr_core.backbones.sdxl import SDXL
 from didr_core.config import Config
 from didr_core.diffusion.noise import Noise
 from didr_core.diffusion.schedule import chain_times, coeffs_like, diffuse, step
-from didr_core.networks.lora import cast_inputs
 from didr_core.plan import hollow, memory
 from didr_core.plan.trace import Counter
 from didr_core.train.learner import Learner
@@ -119,7 +118,6 @@ class Plain:
         self.generator, self.assistant, self.reference = nets
         self.reference.requires_grad_(False)
         for net in nets:
-            cast_inputs(net)
             if checkpointing:
                 net.enable_gradient_checkpointing()
         self.backbone.load_decoder()

@@ -11,7 +11,7 @@ from transformers import CLIPConfig
 from didr_core.plan import published
 
 TINY_UNET = {
-    **published.SDXL_UNET,
+    **published.PARTS["sdxl"]["unet"],
     "sample_size": 8,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -25,7 +25,7 @@ TINY_UNET = {
     "projection_class_embeddings_input_dim": 16 + 6 * 8,
 }
 TINY_VAE = {
-    **published.TAESDXL,
+    **published.PARTS["sdxl"]["decoder"],
     **dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8,) * 4),
     **dict.fromkeys(("num_encoder_blocks", "num_decoder_blocks"), (1,) * 4),
 }
@@ -36,8 +36,7 @@ def backbone(size: str, decoder: str, folder: Path) -> dict[str, Any]:
     """The options of backbone `sdxl` in a recipe: of the published sizes, or tiny ones written into ``folder``."""
     if size == "full":  # no such folders: the published sizes are taken
         return {"pipeline": "none", "generator": "none"} | ({"decoder": "none"} if decoder == "tiny" else {})
-    parts = {"unet": ("UNet2DConditionModel", TINY_UNET), "vae": ("AutoencoderTiny", TINY_VAE)}
-    return {"pipeline": str(published.write("sdxl", folder, **parts)), "generator": "none"}
+    return {"pipeline": str(published.write("sdxl", folder, unet=TINY_UNET, vae=TINY_VAE)), "generator": "none"}
 
 
 def reward(size: str, folder: Path) -> dict[str, Any]:

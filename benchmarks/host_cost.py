@@ -31,7 +31,7 @@ from didr_core.train.learner import Learner
 from didr_core.types import Batch
 
 NARROW_UNET = {
-    **published.SDXL_UNET,
+    **published.PARTS["sdxl"]["unet"],
     "sample_size": 8,
     "block_out_channels": (16, 32, 64),
     "attention_head_dim": (1, 2, 4),
@@ -64,10 +64,10 @@ class Operators(TorchDispatchMode):
 
 def learner(layout: str, folder: Path) -> Learner:
     """SDXL's full depth at 1/20 of its width, float32, with the estimator `tweedie` and a toy reward."""
-    parts = {"unet": ("UNet2DConditionModel", NARROW_UNET), "vae": ("AutoencoderTiny", hollow_sdxl.TINY_VAE)}
+    pipeline = published.write("sdxl", folder, unet=NARROW_UNET, vae=hollow_sdxl.TINY_VAE)
     tree = {
         "name": "host_cost",
-        "backbone": {"name": "sdxl", "pipeline": str(published.write("sdxl", folder, **parts)), "generator": "none"},
+        "backbone": {"name": "sdxl", "pipeline": str(pipeline), "generator": "none"},
         "algorithm": "didr",
         "reward": hollow_sdxl.reward("tiny", folder),
         "drp": {"estimator": "tweedie"},

@@ -153,7 +153,8 @@ class Backbone(Protocol):
         ...
 
     def x0(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Denoiser prediction converted to ``x0`` in float32: the only place where eps, v or flow is known."""
+        """Denoiser prediction converted to ``x0``: the only place where eps, v or flow is known. Float32 in and out, cast here to what
+        ``network`` computes in."""
         ...
 
     def generate(self, network: nn.Module, z: Tensor, condition: Condition) -> Tensor:

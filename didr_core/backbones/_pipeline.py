@@ -290,9 +290,8 @@ class PipelineBackbone:
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
-    """What ``network`` computes in, where it says so."""
-    found = getattr(network, "dtype", torch.float32)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    """What ``network`` (a role on a base: the base) computes in; its own `dtype` would look at every parameter."""
+    return next(getattr(network, "base", network).parameters()).dtype
 
 
 def _upsampling(config: dict[str, Any]) -> int:

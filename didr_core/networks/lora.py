@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from didr_core.config import Roles
@@ -161,17 +160,6 @@ def frozen(network: nn.Module) -> Iterator[None]:
             yield
 
 
-def cast_inputs(network: nn.Module) -> None:
-    """A bfloat16 network takes float32 latents and conditions; times ``[B]`` stay as they are (bfloat16 tells 1000 of them badly apart)."""
-    if any(p.dtype == torch.bfloat16 for p in network.parameters()):
-        network.register_forward_pre_hook(_cast, with_kwargs=True)
-
-
-def _cast(network: nn.Module, args: Any, kwargs: Any) -> Any:
-    dtype = next(network.parameters()).dtype  # looked up each time: a float32 copy of the network has this hook too
-    return tree_map_only(Tensor, lambda v: v.to(dtype) if v.is_floating_point() and v.dim() > 1 else v, (args, kwargs))
-
-
 def add_adapter(base: nn.Module, role: str, roles: Roles, backbone: Backbone, seed: int) -> LoRA:
     """A new adapter of ``base``, in its type and on its device; all of the base's own weights are frozen.
 
@@ -188,9 +176,8 @@ def add_adapter(base: nn.Module, role: str, roles: Roles, backbone: Backbone, se
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
     trained = [p for p in base.parameters() if p.requires_grad]
-    hollow = any(
-        p.is_meta for p in base.parameters()
-    )  # adapters are drawn on the CPU, wherever the base is; in a plan, nowhere
+    # adapters are drawn on the CPU, wherever the base is; in a plan, nowhere
+    hollow = any(p.is_meta for p in base.parameters())
     with torch.random.fork_rng(), torch.device("meta" if hollow else "cpu"):
         torch.manual_seed(seed)
         try:
@@ -234,8 +221,8 @@ def _quick(kind: Any) -> type[Any]:
         if adapter is None:
             return out
         down, up, scale = adapter
-        low = x.flatten(0, -2) @ down.t()
-        return torch.addmm(out.flatten(0, -2), low, up.t(), alpha=scale).view(out.shape)
+        low = x.flatten(0, -2).to(down.dtype) @ down.t()  # averages are float32 on a bfloat16 base
+        return torch.addmm(out.flatten(0, -2).to(up.dtype), low, up.t(), alpha=scale).to(out.dtype).view(out.shape)
 
     def convolution(self: Any, x: Tensor) -> Tensor:
         out: Tensor = self.base_layer(x)
@@ -244,8 +231,8 @@ def _quick(kind: Any) -> type[Any]:
             return out
         down, up, scale = adapter
         layer = self.base_layer
-        low = torch.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
-        return out.add(torch.conv2d(low, up), alpha=scale)
+        low = torch.conv2d(x.to(down.dtype), down, None, layer.stride, layer.padding, layer.dilation)
+        return out.to(up.dtype).add(torch.conv2d(low, up), alpha=scale).to(out.dtype)
 
     if hasattr(kind, "quick"):
         return kind

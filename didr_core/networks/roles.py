@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from didr_core.config import Component, Dtype, Roles
 from didr_core.networks.fsdp import shard
-from didr_core.networks.lora import LoRA, Mode, add_adapter, cast_inputs
+from didr_core.networks.lora import LoRA, Mode, add_adapter
 from didr_core.types import Backbone, DIDRError
 
 
@@ -81,7 +81,6 @@ def networks(
     assistant.requires_grad_(True)
     reference = LoRA(base, None) if shared or roles.assistant == "lora" else base
     for network in {id(n): n for n in (_root(generator), _root(assistant), _root(reference), _root(average))}.values():
-        cast_inputs(network)
         if roles.gradient_checkpointing:
             _checkpoint(network)
     return Networks(generator, assistant, reference, average)
@@ -97,9 +96,7 @@ def start(backbone: Backbone, config: Component, roles: Roles, generator: nn.Mod
 def load_start(backbone: Backbone, config: Component, roles: Roles, device: torch.device) -> nn.Module:
     """The same from its files, in the precision that training reads it in."""
     shared = roles.generator == "lora" and starts_as_reference(config)
-    network = _load(backbone, device, "generator", roles.dtype.reference if shared else roles.dtype.generator)
-    cast_inputs(network)
-    return network
+    return _load(backbone, device, "generator", roles.dtype.reference if shared else roles.dtype.generator)
 
 
 def bare_generator(backbone: Backbone, config: Component, roles: Roles) -> nn.Module:
@@ -114,7 +111,6 @@ def filled(backbone: Backbone, state: dict[str, Tensor], device: torch.device) -
     """A generator on ``device`` that holds ``state``, in its type."""
     network = backbone.load_network("generator").to(next(iter(state.values())).dtype).requires_grad_(False)
     network.load_state_dict(state)
-    cast_inputs(network)
     return network.to(device)
 
 

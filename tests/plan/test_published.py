@@ -37,8 +37,12 @@ def network(family: str, part: str) -> nn.Module:
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         config = published.write(family, Path(folder)) / part
-        name, _ = published.PARTS[family][part]
+        name = published.PARTS[family][part]["class"]
         return hollow.from_config(name, config if part.startswith("text") else hollow.read_json(config / "config.json"))
+
+
+def settings_of(family: str, part: str) -> dict[str, Any]:
+    return {key: value for key, value in published.PARTS[family][part].items() if key != "class"}
 
 
 def shapes(module: nn.Module) -> layouts.Layout:
@@ -74,7 +78,7 @@ def pipeline(
 ) -> Path:
     """A pipeline folder at full size: true configs, hollow weights."""
     name, network_class, settings, layout = part
-    vae = published.SDXL_VAE if family == "sdxl" else published.ZIMAGE_VAE
+    vae = settings_of(family, "vae")
     for at, content in (
         ("model_index.json", {"_class_name": index}),
         (f"{name}/config.json", {"_class_name": network_class, **settings}),
@@ -92,7 +96,7 @@ def test_preflight_at_full_size_takes_the_official_single_file(tmp_path: Path) -
     """Headers only: SDXL base, then DMD2's and DIDR's UNet with and without a trainer's prefix, then other files."""
     layout = layouts.sdxl_unet()
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
-    part = ("unet", "UNet2DConditionModel", published.SDXL_UNET, layout)
+    part = ("unet", "UNet2DConditionModel", settings_of("sdxl", "unet"), layout)
     base = pipeline(tmp_path / "base", "StableDiffusionXLPipeline", part, "sdxl", betas)
     for prefix in ("", "unet.", "module."):
         file = layouts.hollow_file(tmp_path / "didr.safetensors", {prefix + k: v for k, v in layout.items()})
@@ -108,7 +112,7 @@ def test_preflight_at_full_size_takes_the_official_single_file(tmp_path: Path) -
 
 def test_preflight_at_full_size_takes_z_image_turbo(tmp_path: Path) -> None:
     layout = layouts.zimage_transformer()
-    part = ("transformer", "ZImageTransformer2DModel", published.ZIMAGE_TRANSFORMER, layout)
+    part = ("transformer", "ZImageTransformer2DModel", settings_of("zimage", "transformer"), layout)
     base = pipeline(tmp_path / "base", "ZImagePipeline", part, "zimage", {"shift": 6.0})
     file = layouts.hollow_file(tmp_path / "turbo.safetensors", layout, "BF16")
     made = ZImage(ZImage.Config(pipeline=str(base), generator=str(file), shift=3.0))
