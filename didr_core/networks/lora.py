@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from didr_core.config import Roles
+from didr_core.networks.recompute import recomputed
 from didr_core.types import Backbone, DIDRError
 
 
@@ -82,34 +83,7 @@ class Mode:
         if not torch.is_grad_enabled():
             return function(*args)
         weights = self._weights.get(function) or self._weights.setdefault(function, list(function.parameters()))
-        return _Recomputed.apply(run, len(args), *args, *(p for p in weights if p.requires_grad))  # type: ignore[no-untyped-call]
-
-
-class _Recomputed(torch.autograd.Function):
-    """Activation checkpointing of a block without randomness: torch's own pays for a hook in Python on every tensor inside.
-
-    The block's weights are inputs, so that gradients reach them whoever asks (``backward``, ``autograd.grad``).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, run: Any, count: int, *inputs: Any) -> Any:
-        ctx.run, ctx.count = run, count
-        ctx.plain = [None if isinstance(v, Tensor) else v for v in inputs[:count]]
-        ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in inputs))
-        return run(*inputs[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        with torch.enable_grad():
-            leaves = [
-                v if v is None else v.detach().requires_grad_(n)
-                for v, n in zip(saved[: ctx.count], needed, strict=False)
-            ]
-            out = ctx.run(*(v if v is not None else p for v, p in zip(leaves, ctx.plain, strict=True)))
-        asked = [v for v, n in zip((*leaves, *saved[ctx.count :]), needed, strict=True) if n]
-        found = iter(torch.autograd.grad(out, asked, gradients, allow_unused=True))
-        return None, None, *(next(found) if n else None for n in needed)
+        return recomputed(run, args, [p for p in weights if p.requires_grad])
 
 
 class LoRA(nn.Module):
