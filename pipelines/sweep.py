@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from didr_core.data import scales
 from didr_core.plan.preflight import preflight
+from didr_core.train.ending import stoppable
 from didr_core.types import DIDRError
 from pipelines.cluster.resources import ClusterView, Need, NoRoom
 from pipelines.cluster.session import (
@@ -74,8 +75,9 @@ def sweep(
         folder = _new(options, output)
     with folder.lock():
         try:
-            _run(folder, address, verbose, began)
-        except KeyboardInterrupt:
+            with stoppable():
+                _run(folder, address, verbose, began)
+        except (KeyboardInterrupt, SystemExit):
             folder.update(status="interrupted")
             raise
         except NoRoom:
@@ -140,7 +142,8 @@ def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) 
         opening = pool.submit(tracking.preflight, config.tracking, folder.path.parent)
         with ray_session(address, slots(config, options.workers, at_once), verbose) as cluster:
             if not view:
-                await_room(lambda v: sweep_demands(config, v, options.workers, at_once), cluster, WAIT_FOR_NODES_S)
+                demands = lambda view: sweep_demands(config, view, options.workers, at_once)  # noqa: E731
+                await_room(demands, cluster, WAIT_FOR_NODES_S, console().print)
                 _decide(folder, cluster)
             _on_ray(folder, cluster, opening, began)
     _say(folder, began)

@@ -1,7 +1,7 @@
 """The driver of one training group: it starts the scoring actors and the worker group, and starts the group again when workers die.
 
 Ray Train could restart the group itself, but it cannot tell a dead node from a NaN reward, and would train into the second one again.
-A mistake of the user's (:class:`DIDRError`: a NaN reward, a full disk) is not tried again.
+What would go wrong again (a NaN reward, a full disk, an exception in a reward's file) is not tried again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, listener:
     """Fit; after a worker's death again, from the last checkpoint, ``workers.max_failures`` times.
 
     Raises:
-        DIDRError: a mistake of the user's, or workers that died too often.
+        DIDRError: what a worker raised, in words, or workers that died too often.
+        KeyboardInterrupt: the run was asked to stop, and has.
     """
     most = config.workers.max_failures
     scorers = start_scorers(config, reward_need(config.workers, view)) if config.black_box else []
@@ -60,6 +61,8 @@ def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, listener:
             _trainer(config, run, index, view, step, scorers).fit()
             return
         except TrainingFailedError as error:
+            if run.stop_path.exists():
+                raise KeyboardInterrupt(f"stopped after step {run.last_step()}") from error
             if reasons := _reasons(run):
                 raise DIDRError("\n".join(reasons)) from error
             last = str(error).strip().splitlines()[-1].partition(". ")[0][:300]
@@ -102,7 +105,7 @@ def _trainer(
 
 
 def _reasons(run: RunFolder) -> list[str]:
-    """What the workers said of a mistake that the user can mend; each thing once."""
+    """What the workers said of what would go wrong again; each thing once."""
     return list(dict.fromkeys(p.read_text().strip() for p in sorted(run.path.glob("failure-*.txt"))))
 
 

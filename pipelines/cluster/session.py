@@ -19,7 +19,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,6 +49,7 @@ QUIET_ENV = {
 }
 WAIT_FOR_NODES_S = 600.0
 """How long to wait for the nodes of a cluster that may still be starting."""
+SAY_EVERY_S = 10.0
 STARTUP_TIMEOUT = "timed out during startup"  # what Ray says when a helper was too slow
 PACKAGES = ("didr_core", "pipelines", "tune_spaces")
 _JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's job supervisor sets it for the entrypoint of a submitted job, nobody else does
@@ -130,6 +133,7 @@ def ray_session(
         yield cluster_view()
         return
     place = where_to_run(address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     level = "INFO" if verbose else "ERROR"
     with warnings.catch_warnings():
         if not verbose:
@@ -138,6 +142,8 @@ def ray_session(
             _start(num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1), verbose, level)
         else:
             _attach(place, verbose, level)
+    if threading.current_thread() is threading.main_thread():  # Ray's own would exit in the middle of its C++
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield cluster_view(place)
     finally:
@@ -159,25 +165,49 @@ def cluster_view(place: Place | None = None) -> ClusterView:
     ]
     kind = place.kind if place else "attached"
     return ClusterView(
-        tuple(sorted(nodes, key=lambda n: n.name)), local=kind == "here", address=place.address if place else ""
+        tuple(sorted(nodes, key=lambda n: n.name)),
+        local=kind == "here",
+        address=place.address if place else "",
+        # Ray's label of nodes that a launcher or an operator starts; those of a person have none
+        grows=any("ray.io/node-group" in node.labels for node in nodes),
     )
 
 
-def await_room(demands_for: Callable[[ClusterView], Demands], cluster: ClusterView, wait_s: float = 0.0) -> Room:
-    """Check the plan against the cluster; on a cluster whose nodes may still be starting, look again for up to `wait_s` seconds.
+def await_room(
+    demands_for: Callable[[ClusterView], Demands], cluster: ClusterView, wait_s: float, say: Callable[[str], None]
+) -> Room:
+    """Check the plan against the cluster; where nodes may still be starting, `say` what is short and look again for up to `wait_s` seconds.
 
     Raises:
-        NoRoom: at once on a Ray of our own, after `wait_s` elsewhere.
+        NoRoom: at once where nobody starts nodes, after `wait_s` elsewhere.
     """
-    deadline = time.monotonic() + (0.0 if cluster.local else wait_s)
+    deadline = time.monotonic() + (wait_s if cluster.grows else 0.0)
     while True:
         try:
             return check(demands_for(cluster), cluster)
-        except NoRoom:
-            if time.monotonic() >= deadline:
+        except NoRoom as short:
+            left = deadline - time.monotonic()
+            if left <= 0:
                 raise
-        time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
+            say(f"waiting for nodes, {left:.0f} s more: {short}")
+        time.sleep(min(SAY_EVERY_S, max(0.1, left)))
         cluster = cluster_view(Place("attached", cluster.address))
+
+
+def check_alive() -> None:
+    """Look whether Ray lives: when it dies, it waits for ever, or ends this process a minute later without a word.
+
+    Raises:
+        DIDRError: the head does not answer, or this node's raylet is gone.
+    """
+    import ray
+
+    context = ray.get_runtime_context()
+    _is_anyone_there(context.gcs_address, 30.0)
+    if not any(n["Alive"] for n in ray.nodes() if n["NodeID"] == context.get_node_id()):
+        raise DIDRError(
+            "the raylet of this machine died: killed by somebody, or by the system for its memory (see `dmesg`)."
+        )
 
 
 def _start(slots: int, verbose: bool, level: str) -> None:
@@ -217,13 +247,13 @@ def _attach(place: Place, verbose: bool, level: str) -> None:
         ) from error
 
 
-def _is_anyone_there(address: str) -> None:
+def _is_anyone_there(address: str, patience_s: float = 5.0) -> None:
     """Ray tries for half a minute to reach a head that is not there; a socket knows at once."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=patience_s).close()
     except OSError as error:
         raise DIDRError(
             f"no Ray cluster answers at {address} ({error}). Start one (`ray start --head`), or leave the address out to run here."

@@ -59,9 +59,13 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     try:
         _train(ranks, **settings)
     except Exception as error:
-        if mistake := users_mistake(error):  # in a file: what Ray hands to the driver is a traceback
+        if mistake := users_mistake(
+            error
+        ):  # in a file: to the driver Ray hands a traceback, or the error of another rank
             (settings["run"].path / f"failure-{ranks.rank:04d}.txt").write_text(str(mistake))
         raise
+    except KeyboardInterrupt as stop:
+        raise RuntimeError(str(stop)) from None  # for Ray an end like others; the driver knows who asked for it
 
 
 def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers: Sequence[Any]) -> None:

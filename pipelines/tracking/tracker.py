@@ -69,6 +69,9 @@ class Tracker:
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file or a folder to keep with the run."""
 
+    def status(self, status: Status) -> None:
+        """How the run will end, before it has."""
+
     def close(self, status: Status = "FINISHED") -> None:
         """Hand over what waits and end the run; further calls do nothing."""
 
@@ -141,6 +144,10 @@ class MlflowTracker(Tracker):
         log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
         self._try(log, self.run_id, str(path), folder or None)
 
+    def status(self, status: Status) -> None:
+        """See :class:`Tracker`."""
+        self._try(self._client.set_terminated, self.run_id, status=status)
+
     def close(self, status: Status = "FINISHED") -> None:
         """See :class:`Tracker`. What waits is tried three times."""
         if self._closed:
@@ -149,7 +156,7 @@ class MlflowTracker(Tracker):
             time.sleep(pause)
             if self.flush():
                 break
-        self._try(self._client.set_terminated, self.run_id, status=status)
+        self.status(status)
         if self._untaken:
             warnings.warn(
                 f"MLflow did not take {self._untaken} metrics of run {self.run_id}; metrics.jsonl in the run folder has them",

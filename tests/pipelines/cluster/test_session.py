@@ -80,24 +80,28 @@ def test_all_packages_travel_when_attached() -> None:
 DEMANDS = Demands((Group("training worker", 2, Need(), "workers.train"),))
 
 
-def small(n: int, local: bool) -> ClusterView:
-    return ClusterView((Node("n", {"CPU": n}),), local=local)
+def small(n: int, local: bool, grows: bool = False) -> ClusterView:
+    return ClusterView((Node("n", {"CPU": n}),), local=local, grows=grows)
 
 
-def test_room_is_awaited_on_a_cluster_and_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_awaited_where_nodes_may_come_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
+    said: list[str] = []
 
     def grown(place: Place) -> ClusterView:
         looks.append(1)
-        return small(2 if len(looks) > 1 else 1, local=False)
+        return small(2 if len(looks) > 1 else 1, local=False, grows=True)
 
     monkeypatch.setattr(session, "cluster_view", grown)
     monkeypatch.setattr(session.time, "sleep", lambda s: None)
-    assert await_room(lambda view: DEMANDS, small(1, local=False), wait_s=60).placement == ((2,),)
-    assert len(looks) == 2
-    with pytest.raises(NoRoom, match="workers.train"):
-        await_room(lambda view: DEMANDS, small(1, local=True), wait_s=60)
-    assert len(looks) == 2
+    assert await_room(lambda view: DEMANDS, small(1, False, grows=True), 60, said.append).placement == ((2,),)
+    assert len(looks) == len(said) == 2  # before every wait
+    for words in ("60 s more", "needs 2 CPU", "has 1", "1 short", "Lower workers.train", "ray start --num-cpus=N"):
+        assert words in said[0]
+    for local in (True, False):  # a Ray of our own; machines that somebody has started by hand
+        with pytest.raises(NoRoom, match="workers.train"):
+            await_room(lambda view: DEMANDS, small(1, local), 60, said.append)
+    assert len(looks) == len(said) == 2
 
 
 def starting(failures: list[Exception]) -> Callable[..., None]:

@@ -1,0 +1,140 @@
+"""Runs that are ended from outside: signals, a refused resume, an error in the user's code under Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from toy import EVERY, toy_recipe
+
+from didr_core import config as configs
+from didr_core.train.run_folder import RunFolder
+from didr_core.types import DIDRError
+from pipelines.align import align
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = 2000
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_recipe(tmp_path_factory.mktemp("toy"))
+
+
+def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipelines.align", "--output", str(folder / "run"), *arguments]
+    environment = dict(os.environ, **environment)
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def reached(run: RunFolder, step: int, seconds: float = 200.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not run.metrics_path.is_file() or run.metrics_path.read_text().count("\n") < step:
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.01)
+
+
+def assert_stopped(run: RunFolder, said: str, name: str) -> None:
+    steps = [json.loads(line)["step"] for line in run.metrics_path.read_text().splitlines()]
+    assert run.last_step() == steps[-1], "the checkpoint is that of the last step"
+    assert run.info()["status"] == "interrupted" and run.info()["message"] == f"stopped after step {steps[-1]} ({name})"
+    assert f"`didr align --resume {run.path}` goes on from step {steps[-1]}" in said
+    assert "Traceback" not in said and not run.stop_path.exists()
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{run.path.parent / 'mlflow.db'}")
+    assert client.get_run(run.info()["mlflow_run_id"]).info.status == "KILLED"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_and_keeps_it(toy: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    long = [f"train.steps={LONG}", f"train.checkpoint_every={LONG}", "tracking.uri=''"]
+    sets = [word for item in long for word in ("--set", item)]
+    process, run = started(tmp_path, "--recipe", str(toy), "--local", *sets), RunFolder(tmp_path / "run")
+    reached(run, 2)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == code, said
+    assert_stopped(run, said, number.name)
+
+
+def test_a_signal_while_loading_ends_at_once(toy: Path, tmp_path: Path) -> None:
+    process, run = started(tmp_path, "--recipe", str(toy), "--local"), RunFolder(tmp_path / "run")
+    while run.info().get("since") is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 143, said
+    assert run.info()["status"] == "interrupted" and run.last_step() == 0
+
+
+def test_a_refused_resume_changes_nothing(toy: Path, tmp_path: Path) -> None:
+    run = RunFolder.create(configs.load(str(toy)), str(tmp_path / "run"))
+    before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    with run.lock(), pytest.raises(DIDRError, match="another process is training in it"):
+        align(resume=str(run.path), overrides=["train.steps=9"], local=True, command="didr align --resume run")
+    after = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    after.pop(".lock")
+    assert after == before
+
+
+BROKEN = '''
+import torch
+from toy import Treacherous
+
+
+class Broken(Treacherous):
+    """Breaks in an actor (`prepare`) or, from the third step on, in a trainer (`score`)."""
+
+    calls = 0
+
+    def prepare(self, prompts):
+        if self.bad == "prepare":
+            raise ValueError("my reward broke")
+        return super().prepare(prompts)
+
+    def score(self, images, inputs):
+        Broken.calls += images.requires_grad
+        if Broken.calls > 2:
+            raise ValueError("my reward broke")
+        return super().score(images, inputs)
+'''
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("where", ["prepare", "score"])
+def test_an_error_of_the_users_code_under_ray_is_told_after_one_attempt(toy: Path, tmp_path: Path, where: str) -> None:
+    reward = tmp_path / "broken.py"
+    reward.write_text(BROKEN)
+    recipe = tmp_path / "broken.yaml"
+    recipe.write_text(f"base: {toy}\nreward: {{name: '{reward}:Broken', bad: {where}}}\n")
+    process = started(tmp_path, "--recipe", str(recipe), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    _, said = process.communicate(timeout=600)
+    run = RunFolder(tmp_path / "run")
+    assert process.returncode == 1
+    last, message = said.strip().splitlines()[-1], run.info()["message"]
+    assert last == f"error: {message}" and message.startswith(f"ValueError: my reward broke (in {where}, {reward}:"), said
+    assert run.info()["status"] == "failed" and said.count("starting workers") == 1
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_sigterm_under_ray(toy: Path, tmp_path: Path) -> None:
+    """What `ray job stop` sends."""
+    sets = ["--set", f"train.steps={LONG}", "--set", f"train.checkpoint_every={LONG}", "--set", "tracking.uri=''"]
+    process, run = started(tmp_path, "--recipe", str(toy), *sets), RunFolder(tmp_path / "run")
+    reached(run, EVERY, 600)
+    time.sleep(1)  # for the driver to hear of it
+    process.terminate()
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 143, said
+    assert_stopped(run, said, "SIGTERM")
