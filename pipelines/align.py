@@ -13,10 +13,9 @@ import json
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
 from didr_core.train.run_folder import RunFolder
-from didr_core.types import StepReport
+from didr_core.types import DIDRError, StepReport
 from pipelines.cluster.resources import ClusterView, check, demands_of
 from pipelines.cluster.session import (
     WAIT_FOR_NODES_S,
@@ -152,9 +151,12 @@ class RunObserver(Observer):
         if self._stepping:
             self.run.stop_path.touch()
             self.run.update(status="interrupted")
-            threading.Thread(target=self.tracker.status, args=("KILLED",)).start()
-            self.note("stopping after this step, with a checkpoint; once more ends it at once", "yellow")
+            threading.Thread(target=self._stopping).start()  # a signal may come while this thread writes
         return self._stepping
+
+    def _stopping(self) -> None:
+        self.note("stopping after this step, with a checkpoint; once more ends it at once", "yellow")
+        self.tracker.status("KILLED")
 
     def keep(self, *names: str) -> None:
         """Hand files of the run folder to MLflow."""
@@ -177,19 +179,12 @@ def _observer(config: Config, run: RunFolder) -> Iterator[RunObserver]:
             yield observer
         except BaseException as error:
             killed = isinstance(error, KeyboardInterrupt | SystemExit)
-            _close(observer, "KILLED" if killed else "FAILED")
+            with suppress(DIDRError):  # where MLflow could not be opened, that is the error
+                observer.tracker.close("KILLED" if killed else "FAILED")
             if killed:
                 progress.note(f"`didr align --resume {run.path}` goes on from step {run.last_step()}")
             raise
         observer.tracker.close("FINISHED")
-
-
-def _close(observer: RunObserver, status: tracking.Status) -> None:
-    """End the MLflow run of a failed training, without hiding why it failed."""
-    try:
-        observer.tracker.close(status)
-    except Exception as error:
-        warnings.warn(f"MLflow could not be told that the run {status.lower()}: {error}", stacklevel=2)
 
 
 def _open_tracker(config: Config, run: RunFolder) -> tracking.Tracker:

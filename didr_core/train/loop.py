@@ -45,6 +45,9 @@ class Observer:
     def stage(self, text: str, done: int = 0, total: int = 0) -> None:
         """What is being done outside of steps: loading, exporting, scoring; counts where there is something to count."""
 
+    def note(self, text: str, style: str = "") -> None:
+        """What stays to be read."""
+
 
 class Journal:
     """Checkpoints, metrics and alarms: written by rank 0 (split networks: by all ranks), restored by all ranks."""

@@ -74,4 +74,7 @@ def users_mistake(error: BaseException) -> DIDRError | None:
     carries = getattr(root, "actor_init_failed", False) or type(root) in (RayError, UnserializableException)
     if type(root).__module__.startswith("ray.") and not carries:
         return None
-    return DIDRError(in_words(error))
+    words = in_words(error)
+    for advice in getattr(root, "__notes__", ()):  # of Ray Data
+        words = words.replace(f"\n{advice}", "")
+    return DIDRError(words)

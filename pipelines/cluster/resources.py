@@ -101,7 +101,6 @@ class ClusterView:
 
     nodes: tuple[Node, ...]
     local: bool = True
-    address: str = ""
     grows: bool = False
 
     def totals(self) -> dict[str, float]:

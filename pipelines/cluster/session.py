@@ -1,7 +1,7 @@
 """Start Ray, or attach to it, quietly: one context manager for a laptop, a cluster and a job.
 
-    with ray_session(config.address, config.num_cpus, verbose) as cluster:
-        room = await_room(demands_for, wait_s=config.wait_s)
+    with ray_session(address, slots(config), verbose) as cluster:
+        room = await_room(demands_for, cluster, WAIT_FOR_NODES_S, print)
 
 Three cases, told apart by :func:`where_to_run`:
 
@@ -145,12 +145,12 @@ def ray_session(
     if threading.current_thread() is threading.main_thread():  # Ray's own would exit in the middle of its C++
         signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        yield cluster_view(place)
+        yield cluster_view(place.kind == "here")
     finally:
         ray.shutdown()
 
 
-def cluster_view(place: Place | None = None) -> ClusterView:
+def cluster_view(local: bool = False) -> ClusterView:
     """The nodes that are up now, with their total resources and labels."""
     import ray
 
@@ -163,11 +163,9 @@ def cluster_view(place: Place | None = None) -> ClusterView:
         for n in ray.nodes()
         if n["Alive"]
     ]
-    kind = place.kind if place else "attached"
     return ClusterView(
         tuple(sorted(nodes, key=lambda n: n.name)),
-        local=kind == "here",
-        address=place.address if place else "",
+        local,
         # Ray's label of nodes that a launcher or an operator starts; those of a person have none
         grows=any("ray.io/node-group" in node.labels for node in nodes),
     )
@@ -191,7 +189,7 @@ def await_room(
                 raise
             say(f"waiting for nodes, {left:.0f} s more: {short}")
         time.sleep(min(SAY_EVERY_S, max(0.1, left)))
-        cluster = cluster_view(Place("attached", cluster.address))
+        cluster = cluster_view()
 
 
 def check_alive() -> None:

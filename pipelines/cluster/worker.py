@@ -17,7 +17,7 @@ from didr_core.train import distributed
 from didr_core.train.learner import Learner
 from didr_core.train.loop import Journal, Observer, loop
 from didr_core.train.run_folder import RunFolder
-from didr_core.types import Batch, Parallel, StepReport
+from didr_core.types import Batch, Parallel
 from pipelines.cluster.prompts import batches
 from pipelines.cluster.remote import users_mistake
 from pipelines.cluster.scoring import ActorReward
@@ -29,16 +29,9 @@ SAY_EVERY_S = 0.5
 class Reporter(Observer):
     """`ray.train.report` at checkpoints only: it is a barrier, so all ranks call it equally often."""
 
-    def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
-
-    def step(self, report: StepReport) -> None:
-        """Keep the newest metrics for the next report."""
-        self.metrics = dict(report.metrics)
-
     def checkpoint(self, step: int) -> None:
         """Tell Ray Train; the checkpoint itself is the run folder's affair."""
-        ray.train.report({"step": step, **self.metrics})
+        ray.train.report({"step": step})
 
 
 class Stage:
@@ -59,13 +52,9 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     try:
         _train(ranks, **settings)
     except Exception as error:
-        if mistake := users_mistake(
-            error
-        ):  # in a file: to the driver Ray hands a traceback, or the error of another rank
-            (settings["run"].path / f"failure-{ranks.rank:04d}.txt").write_text(str(mistake))
+        if mistake := users_mistake(error):  # Ray hands it to the driver, which could not read what it cannot import
+            raise mistake from error
         raise
-    except KeyboardInterrupt as stop:
-        raise RuntimeError(str(stop)) from None  # for Ray an end like others; the driver knows who asked for it
 
 
 def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers: Sequence[Any]) -> None:

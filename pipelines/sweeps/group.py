@@ -15,6 +15,7 @@ from torch import nn
 
 from didr_core.data.prompts import open_prompts
 from didr_core.export.sample import trained_generator
+from didr_core.train.loop import Observer
 from didr_core.types import DIDRError
 from pipelines.cluster.group import fit_until_done
 from pipelines.cluster.remote import elsewhere, in_thread
@@ -26,11 +27,8 @@ from pipelines.sweeps.work import bench_of, checkpoints, conclude, opened
 POLL_S = 0.3
 
 
-class _Log:
+class _Log(Observer):
     """What the driver tells of a restart goes to the trial's own log."""
-
-    def stage(self, text: str) -> None:
-        """Nobody watches."""
 
     def note(self, text: str, style: str = "") -> None:
         """To stdout, which Ray keeps."""

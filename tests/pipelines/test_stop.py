@@ -122,7 +122,9 @@ def test_an_error_of_the_users_code_under_ray_is_told_after_one_attempt(toy: Pat
     run = RunFolder(tmp_path / "run")
     assert process.returncode == 1
     last, message = said.strip().splitlines()[-1], run.info()["message"]
-    assert last == f"error: {message}" and message.startswith(f"ValueError: my reward broke (in {where}, {reward}:"), said
+    assert last == f"error: {message}" and message.startswith(f"ValueError: my reward broke (in {where}, {reward}:"), (
+        said
+    )
     assert run.info()["status"] == "failed" and said.count("starting workers") == 1
 
 

@@ -52,6 +52,12 @@ def test_what_user_code_raised_is_told_whatever_it_crossed(borders: int) -> None
     assert str(users_mistake(error)) == f"ValueError: my reward broke {WHERE}"
 
 
+def test_rays_advice_is_left_out() -> None:
+    error = raised(ValueError("my reward broke"))
+    error.add_note("Failed to apply UDF transform after 1/1 attempts.\nTo change retry attempts ...")
+    assert str(users_mistake(crossed(error))) == f"ValueError: my reward broke {WHERE}"
+
+
 def test_an_error_that_cannot_travel_is_told_by_its_text() -> None:
     assert str(users_mistake(crossed(raised(Mine(1, 2))))) == f"Mine: 1 and 2 {WHERE}"
 

@@ -88,7 +88,7 @@ def test_room_is_awaited_where_nodes_may_come_and_nowhere_else(monkeypatch: pyte
     looks: list[int] = []
     said: list[str] = []
 
-    def grown(place: Place) -> ClusterView:
+    def grown() -> ClusterView:
         looks.append(1)
         return small(2 if len(looks) > 1 else 1, local=False, grows=True)
 
