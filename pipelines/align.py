@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 from didr_core import config as configs
@@ -28,23 +27,13 @@ from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
 from didr_core.train.run_folder import RunFolder
-from didr_core.types import DIDRError, StepReport
+from didr_core.types import StepReport
 from pipelines.cluster.resources import ClusterView, check, demands_of
-from pipelines.cluster.session import (
-    WAIT_FOR_NODES_S,
-    await_room,
-    check_alive,
-    ray_session,
-    slots,
-    view_of_this_machine,
-)
+from pipelines.cluster.session import await_room, check_alive, ray_session, slots, view_of_this_machine
 from pipelines.report.console import Progress, print_summary
 from pipelines.report.figures import save_grid
 from pipelines.report.page import read_history, steps_told, write_report
 from pipelines.tracking import tracker as tracking
-
-LOOK_S = 1.0
-"""How often the driver looks whether training is over, and whether Ray lives."""
 
 
 def align(
@@ -69,7 +58,7 @@ def align(
 
     Raises:
         DIDRError: anything the user can mend. The run folder keeps its checkpoints.
-        didr_core.train.ending.Stopped: Ctrl-C or SIGTERM.
+        SystemExit: Ctrl-C or SIGTERM; see :func:`didr_core.train.ending.stoppable`.
     """
     began = time.monotonic()
     old = RunFolder.find(resume, output or "runs") if resume else None
@@ -179,7 +168,7 @@ def _observer(config: Config, run: RunFolder) -> Iterator[RunObserver]:
             yield observer
         except BaseException as error:
             killed = isinstance(error, KeyboardInterrupt | SystemExit)
-            with suppress(DIDRError):  # where MLflow could not be opened, that is the error
+            with suppress(Exception):  # where MLflow could not be opened, that is the error
                 observer.tracker.close("KILLED" if killed else "FAILED")
             if killed:
                 progress.note(f"`didr align --resume {run.path}` goes on from step {run.last_step()}")
@@ -200,24 +189,29 @@ def _on_ray(
     config: Config, run: RunFolder, index: PromptIndex, observer: RunObserver, view: ClusterView, verbose: bool
 ) -> None:
     """Wait for room, train there, follow."""
-    room = await_room(partial(demands_of, config), view, WAIT_FOR_NODES_S, observer.stage)
+    room = await_room(lambda v: demands_of(config, v), view, observer.stage)
     if verbose:
         observer.progress.console.print(room.table())
     # Ray's libraries read their environment when they are imported: the session has set it
     from pipelines.cluster.group import fit_until_done, measured_scales
     from pipelines.cluster.remote import in_thread
-    from pipelines.cluster.watch import Follower
+    from pipelines.cluster.watch import POLL_S, Follower
 
     observer.started(run, config, run.last_step())
     if scales.missing(config):
         observer.stage("measuring the scales of the reward's parts")
         config = measured_scales(config, room.cluster)
         run.write_config(config)
-    with Follower(run, observer, run.last_step()):
-        training = in_thread(fit_until_done, config, run, index, observer, room.cluster)
-        while wait([training], LOOK_S).not_done:
+    follower = Follower(run, observer, run.last_step())
+    training = in_thread(fit_until_done, config, run, index, observer, room.cluster)
+    try:
+        while wait([training], POLL_S).not_done:
+            follower.look()
             check_alive()
         training.result()
+    finally:
+        follower.look()
+        run.stage_path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

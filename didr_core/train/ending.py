@@ -15,23 +15,12 @@ from didr_core.types import DIDRError
 _FRAME = re.compile(r'^ *File "(.+)", line (\d+)(?:, in (.+))?$', re.MULTILINE)
 
 
-class Stopped(SystemExit):
-    """A signal ended the training; the exit code is the one shells expect."""
-
-    def __init__(self, number: int, how: str = "") -> None:
-        super().__init__(128 + number)
-        self.how = f"{how or 'stopped'} ({signal.Signals(number).name})"
-
-    def __str__(self) -> str:
-        return self.how
-
-
 @contextmanager
 def stoppable(ask: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Ctrl-C and SIGTERM in the block first ``ask`` whether it will end by itself soon; if not, or a second time, they end it at once.
 
     Raises:
-        Stopped: whatever the block has made of the signal.
+        SystemExit: 128 + the signal's number, as shells expect; its cause says at which step.
     """
     if threading.current_thread() is not threading.main_thread():  # no other one hears signals
         yield
@@ -46,10 +35,12 @@ def stoppable(ask: Callable[[], bool] = lambda: False) -> Iterator[None]:
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except KeyboardInterrupt as error:
-        raise Stopped(came[0] if came else signal.SIGINT, str(error)) from error
-    except SystemExit as error:  # what Ray makes of a SIGTERM while it starts
-        raise Stopped(signal.SIGTERM) from error
+    except (KeyboardInterrupt, SystemExit) as error:
+        how = (
+            str(error) if isinstance(error, KeyboardInterrupt) else ""
+        )  # Ray makes a SystemExit of SIGTERM while it starts
+        number = came[0] if came else signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        raise SystemExit(128 + number) from KeyboardInterrupt(f"{how or 'stopped'} ({signal.Signals(number).name})")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -61,7 +52,9 @@ def in_words(error: BaseException) -> str:
     Read from the traceback's text, all that some errors keep on their way between processes. The innermost frame outside of installed
     packages is named.
     """
-    if isinstance(error, DIDRError | Stopped | KeyboardInterrupt) and str(error):
+    if isinstance(error, SystemExit) and error.__cause__:
+        error = error.__cause__
+    if isinstance(error, DIDRError | KeyboardInterrupt) and str(error):
         return str(error)
     text = "".join(traceback.format_exception(error))
     frames = list(_FRAME.finditer(text))

@@ -51,10 +51,8 @@ def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, observer:
         except TrainingFailedError as error:
             if run.stop_path.exists():
                 raise KeyboardInterrupt(f"stopped after step {run.last_step()}") from error
-            said = dict.fromkeys(
-                str(e) for e in getattr(error, "worker_failures", {}).values() if isinstance(e, DIDRError)
-            )
-            if said:
+            of_ranks = getattr(error, "worker_failures", {}).values()  # an error of the group itself has none
+            if said := dict.fromkeys(str(e) for e in of_ranks if isinstance(e, DIDRError)):
                 raise DIDRError("\n".join(said)) from error
             last = str(error).strip().splitlines()[-1].partition(". ")[0][:300]
             if failures == most:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from didr_core.types import DIDRError
 from pipelines.cluster.resources import Need
 
 LOOK_S = 5.0
+_ADVICE = re.compile(r"(\\n|\n)?Failed to apply UDF transform after .*? to be transient\.", re.DOTALL)  # of Ray Data
 
 
 def elsewhere(
@@ -66,15 +68,10 @@ def users_mistake(error: BaseException) -> DIDRError | None:
     root = error
     while isinstance(cause := getattr(root, "cause", None), BaseException):  # as it crossed process borders
         root = cause
-    if isinstance(root, DIDRError):
-        return root
     calls = traceback.extract_tb(root.__traceback__)
     if calls and "/torch/distributed/" in calls[-1].filename:
         return None
     carries = getattr(root, "actor_init_failed", False) or type(root) in (RayError, UnserializableException)
     if type(root).__module__.startswith("ray.") and not carries:
         return None
-    words = in_words(error)
-    for advice in getattr(root, "__notes__", ()):  # of Ray Data
-        words = words.replace(f"\n{advice}", "")
-    return DIDRError(words)
+    return DIDRError(_ADVICE.sub("", in_words(root if isinstance(root, DIDRError) else error)))

@@ -253,12 +253,8 @@ def _hint(cluster: ClusterView, short: Sequence[str]) -> str:
         )
     if cluster.local:
         return ""
-    slots = (
-        " CPUs are slots that Ray hands out, not cores: `ray start --num-cpus=N` gives a node more."
-        if CPU in short
-        else ""
-    )
-    return slots + " Nodes that are still starting do not count yet: `ray status` shows them."
+    more = " These CPUs are slots, not cores: `ray start --num-cpus=N` gives a node more." if CPU in short else ""
+    return more + " Nodes that are still starting do not count yet: `ray status` shows them."
 
 
 def _settings(groups: Iterable[Group]) -> str:

@@ -1,7 +1,7 @@
 """Start Ray, or attach to it, quietly: one context manager for a laptop, a cluster and a job.
 
     with ray_session(address, slots(config), verbose) as cluster:
-        room = await_room(demands_for, cluster, WAIT_FOR_NODES_S, print)
+        room = await_room(demands_for, cluster, print)
 
 Three cases, told apart by :func:`where_to_run`:
 
@@ -49,7 +49,7 @@ QUIET_ENV = {
 }
 WAIT_FOR_NODES_S = 600.0
 """How long to wait for the nodes of a cluster that may still be starting."""
-SAY_EVERY_S = 10.0
+LOOK_S = 10.0
 STARTUP_TIMEOUT = "timed out during startup"  # what Ray says when a helper was too slow
 PACKAGES = ("didr_core", "pipelines", "tune_spaces")
 _JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's job supervisor sets it for the entrypoint of a submitted job, nobody else does
@@ -171,15 +171,13 @@ def cluster_view(local: bool = False) -> ClusterView:
     )
 
 
-def await_room(
-    demands_for: Callable[[ClusterView], Demands], cluster: ClusterView, wait_s: float, say: Callable[[str], None]
-) -> Room:
-    """Check the plan against the cluster; where nodes may still be starting, `say` what is short and look again for up to `wait_s` seconds.
+def await_room(demands_for: Callable[[ClusterView], Demands], cluster: ClusterView, say: Callable[[str], None]) -> Room:
+    """Check the plan against the cluster; where nodes may still be starting, `say` what is short, and look again for ten minutes.
 
     Raises:
-        NoRoom: at once where nobody starts nodes, after `wait_s` elsewhere.
+        NoRoom: at once where nobody starts nodes, after ten minutes elsewhere.
     """
-    deadline = time.monotonic() + (wait_s if cluster.grows else 0.0)
+    deadline = time.monotonic() + (WAIT_FOR_NODES_S if cluster.grows else 0.0)
     while True:
         try:
             return check(demands_for(cluster), cluster)
@@ -188,7 +186,7 @@ def await_room(
             if left <= 0:
                 raise
             say(f"waiting for nodes, {left:.0f} s more: {short}")
-        time.sleep(min(SAY_EVERY_S, max(0.1, left)))
+        time.sleep(min(LOOK_S, max(0.1, left)))
         cluster = cluster_view()
 
 
@@ -203,9 +201,7 @@ def check_alive() -> None:
     context = ray.get_runtime_context()
     _is_anyone_there(context.gcs_address, 30.0)
     if not any(n["Alive"] for n in ray.nodes() if n["NodeID"] == context.get_node_id()):
-        raise DIDRError(
-            "the raylet of this machine died: killed by somebody, or by the system for its memory (see `dmesg`)."
-        )
+        raise DIDRError("Ray's raylet on this machine died: killed, or out of memory (`dmesg` says so).")
 
 
 def _start(slots: int, verbose: bool, level: str) -> None:

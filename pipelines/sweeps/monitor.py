@@ -41,7 +41,6 @@ class FollowedTrial(Observer):
     ) -> None:
         self.run, self.name, self.total, self.tracker, self.news = run, name, total, tracker, news
         self.text, self.values, self.next_line = "starting", dict[str, float](), -math.inf
-        run.stage_path.unlink(missing_ok=True)  # of an earlier driver's worker group
         self._follower = Follower(run, self)
 
     def look(self) -> None:

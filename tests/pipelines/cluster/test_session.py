@@ -94,13 +94,13 @@ def test_room_is_awaited_where_nodes_may_come_and_nowhere_else(monkeypatch: pyte
 
     monkeypatch.setattr(session, "cluster_view", grown)
     monkeypatch.setattr(session.time, "sleep", lambda s: None)
-    assert await_room(lambda view: DEMANDS, small(1, False, grows=True), 60, said.append).placement == ((2,),)
+    assert await_room(lambda view: DEMANDS, small(1, False, grows=True), said.append).placement == ((2,),)
     assert len(looks) == len(said) == 2  # before every wait
-    for words in ("60 s more", "needs 2 CPU", "has 1", "1 short", "Lower workers.train", "ray start --num-cpus=N"):
+    for words in ("600 s more", "needs 2 CPU", "has 1", "1 short", "Lower workers.train", "ray start --num-cpus=N"):
         assert words in said[0]
     for local in (True, False):  # a Ray of our own; machines that somebody has started by hand
         with pytest.raises(NoRoom, match="workers.train"):
-            await_room(lambda view: DEMANDS, small(1, local), 60, said.append)
+            await_room(lambda view: DEMANDS, small(1, local), said.append)
     assert len(looks) == len(said) == 2
 
 
