@@ -36,10 +36,9 @@ def stoppable(ask: Callable[[], bool] = lambda: False) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
-        how = (
-            str(error) if isinstance(error, KeyboardInterrupt) else ""
-        )  # Ray makes a SystemExit of SIGTERM while it starts
-        number = came[0] if came else signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        interrupted = isinstance(error, KeyboardInterrupt)  # while Ray starts, it makes a SystemExit of SIGTERM
+        number = came[0] if came else signal.SIGINT if interrupted else signal.SIGTERM
+        how = interrupted and str(error)
         raise SystemExit(128 + number) from KeyboardInterrupt(f"{how or 'stopped'} ({signal.Signals(number).name})")
     finally:
         for number, handler in before.items():

@@ -107,8 +107,7 @@ class SweepMonitor(tune.Callback):
         for trial in self.running.values():  # those that did not end
             trial.look()
             trial.end("KILLED")
-        killed = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
-        self.parent.close("KILLED" if killed else "FAILED" if kind else "FINISHED")
+        self.parent.__exit__(kind, error, trace)
         if self._live:
             self._live.stop()
 

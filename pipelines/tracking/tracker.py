@@ -10,7 +10,6 @@ MLflow is spoken to through its client alone (no global active run), and importe
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -19,9 +18,9 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from didr_core.config import Config, Tracking, dump, flatten, redacted
@@ -46,7 +45,7 @@ SETTINGS = {  # of MLflow: quiet, and giving up within seconds rather than minut
 }
 
 
-class Tracker:
+class Tracker(AbstractContextManager["Tracker"]):
     """What a run says to its tracker; this one tracks nothing. No method raises because a server is away."""
 
     run_id: str | None = None
@@ -75,12 +74,7 @@ class Tracker:
     def close(self, status: Status = "FINISHED") -> None:
         """Hand over what waits and end the run; further calls do nothing."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         killed = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         self.close("KILLED" if killed else "FAILED" if kind else "FINISHED")
 
@@ -374,7 +368,7 @@ def _make_whole(database: Path) -> None:
     part = database.with_name(f".{database.name}.{uuid.uuid4().hex}.part")  # MLflow keeps a store open per name
     try:
         MlflowClient(tracking_uri=f"sqlite:///{part}").search_experiments(max_results=1)
-        with contextlib.suppress(FileExistsError):  # somebody else was quicker: theirs is whole too
+        with suppress(FileExistsError):  # somebody else was quicker: theirs is whole too
             os.link(part, database)
     except OSError:
         os.replace(part, database)  # no hard links here

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +104,31 @@ def test_room_is_awaited_where_nodes_may_come_and_nowhere_else(monkeypatch: pyte
         with pytest.raises(NoRoom, match="workers.train"):
             await_room(lambda view: DEMANDS, small(1, local), said.append)
     assert len(looks) == len(said) == 2
+
+
+def test_a_cluster_grows_where_somebody_starts_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    node = {"NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 2.0}, "Alive": True, "Labels": {"didr-role": "head"}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    assert not session.cluster_view().grows
+    node["Labels"] = {ray._raylet.RAY_NODE_GROUP_KEY: "workers"}  # what Ray makes of an autoscaler's RAY_NODE_TYPE_NAME
+    assert session.cluster_view().grows
+
+
+def test_a_dead_head_and_a_dead_raylet_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    nodes = [{"NodeID": "mine", "Alive": True}, {"NodeID": "other", "Alive": False}]
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        context = SimpleNamespace(gcs_address=address, get_node_id=lambda: "mine")
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+        session.check_alive()
+        nodes[0]["Alive"] = False
+        with pytest.raises(DIDRError, match="raylet on this machine died"):
+            session.check_alive()
+    with pytest.raises(DIDRError, match=f"no Ray cluster answers at {address}"):
+        session.check_alive()
 
 
 def starting(failures: list[Exception]) -> Callable[..., None]:
