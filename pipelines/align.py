@@ -29,7 +29,7 @@ from didr_core.train.loop import Observer, outcome
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import StepReport
 from pipelines.cluster.resources import ClusterView, check, demands_of
-from pipelines.cluster.session import await_room, check_alive, ray_session, slots, view_of_this_machine
+from pipelines.cluster.session import await_room, pulse, ray_session, slots, view_of_this_machine
 from pipelines.report.console import Progress, print_summary
 from pipelines.report.figures import save_grid
 from pipelines.report.page import read_history, steps_told, write_report
@@ -202,7 +202,7 @@ def _on_ray(
         observer.stage("measuring the scales of the reward's parts")
         config = measured_scales(config, room.cluster)
         run.write_config(config)
-    follower = Follower(run, observer, run.last_step())
+    follower, check_alive = Follower(run, observer, run.last_step()), pulse()
     training = in_thread(fit_until_done, config, run, index, observer, room.cluster)
     try:
         while wait([training], POLL_S).not_done:

@@ -190,18 +190,19 @@ def await_room(demands_for: Callable[[ClusterView], Demands], cluster: ClusterVi
         cluster = cluster_view()
 
 
-def check_alive() -> None:
-    """Look whether Ray lives: when it dies, it waits for ever, or ends this process a minute later without a word.
-
-    Raises:
-        DIDRError: the head does not answer, or this node's raylet is gone.
-    """
+def pulse() -> Callable[[], None]:
+    """A look whether Ray's head and this machine's raylet live, which raises DIDRError if not: Ray would end us without a word."""
     import ray
 
     context = ray.get_runtime_context()
-    _is_anyone_there(context.gcs_address, 30.0)
-    if not any(n["Alive"] for n in ray.nodes() if n["NodeID"] == context.get_node_id()):
-        raise DIDRError("Ray's raylet on this machine died: killed, or out of memory (`dmesg` says so).")
+    here = [n for n in ray.nodes() if n["NodeID"] == context.get_node_id()]
+    doors = [context.gcs_address, *(f"{n['NodeManagerAddress']}:{n['NodeManagerPort']}" for n in here)]
+
+    def look() -> None:
+        for door in doors:
+            _is_anyone_there(door, 30.0)
+
+    return look
 
 
 def _start(slots: int, verbose: bool, level: str) -> None:
@@ -250,7 +251,8 @@ def _is_anyone_there(address: str, patience_s: float = 5.0) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=patience_s).close()
     except OSError as error:
         raise DIDRError(
-            f"no Ray cluster answers at {address} ({error}). Start one (`ray start --head`), or leave the address out to run here."
+            f"no Ray cluster answers at {address} ({error}): it is not up, or was killed. Start one (`ray start --head`), or leave"
+            " the address out to run here."
         ) from error
 
 

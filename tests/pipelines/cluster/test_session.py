@@ -117,18 +117,19 @@ def test_a_cluster_grows_where_somebody_starts_its_nodes(monkeypatch: pytest.Mon
 
 def test_a_dead_head_and_a_dead_raylet_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
-    nodes = [{"NodeID": "mine", "Alive": True}, {"NodeID": "other", "Alive": False}]
-    with socket.create_server(("127.0.0.1", 0)) as head:
-        address = f"127.0.0.1:{head.getsockname()[1]}"
-        context = SimpleNamespace(gcs_address=address, get_node_id=lambda: "mine")
-        monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
-        monkeypatch.setattr(ray, "nodes", lambda: nodes)
-        session.check_alive()
-        nodes[0]["Alive"] = False
-        with pytest.raises(DIDRError, match="raylet on this machine died"):
-            session.check_alive()
-    with pytest.raises(DIDRError, match=f"no Ray cluster answers at {address}"):
-        session.check_alive()
+    head, raylet = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
+    doors = [f"127.0.0.1:{server.getsockname()[1]}" for server in (head, raylet)]
+    context = SimpleNamespace(gcs_address=doors[0], get_node_id=lambda: "mine")
+    mine = {"NodeID": "mine", "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": raylet.getsockname()[1]}
+    other = {"NodeID": "other", "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": 1}  # another's is its own affair
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "nodes", lambda: [other, mine])
+    check_alive = session.pulse()
+    check_alive()
+    for server, door in ((raylet, doors[1]), (head, doors[0])):
+        server.close()
+        with pytest.raises(DIDRError, match=f"no Ray cluster answers at {door} .*was killed"):
+            check_alive()
 
 
 def starting(failures: list[Exception]) -> Callable[..., None]:
