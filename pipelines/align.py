@@ -113,13 +113,11 @@ class RunObserver(Observer):
         """
         return self._opening.result()
 
-    def started(self, run: RunFolder, config: Config, step: int) -> None:
-        """Fail now, not after the first step, if MLflow cannot be used."""
-        _ = self.tracker
-
     def stage(self, text: str, done: int = 0, total: int = 0) -> None:
-        """Onto the progress line."""
+        """Onto the progress line. Fails now, not after the first step, if MLflow cannot be used."""
         self._stepping = False
+        if self._opening.done():
+            self._opening.result()
         self.progress.phase(text, done, total)
 
     def note(self, text: str, style: str = "") -> None:
@@ -197,7 +195,6 @@ def _on_ray(
     from pipelines.cluster.remote import in_thread
     from pipelines.cluster.watch import POLL_S, Follower
 
-    observer.started(run, config, run.last_step())
     if scales.missing(config):
         observer.stage("measuring the scales of the reward's parts")
         config = measured_scales(config, room.cluster)

@@ -33,9 +33,6 @@ Grid = Callable[[int, nn.Module], Any]
 class Observer:
     """Hears of a run's progress; every method may be left as it is."""
 
-    def started(self, run: RunFolder, config: Config, step: int) -> None:
-        """The networks are loaded; ``step`` steps are done already (resume)."""
-
     def step(self, report: StepReport) -> None:
         """One iteration is done. Metrics are global means, plus ``time/step`` and ``time/data`` in seconds."""
 
@@ -182,7 +179,6 @@ def train(
     journal = Journal(run, config, learner, index.fingerprint)
     journal.restore()
     run.forget_after(learner.step_count)
-    observer.started(run, config, learner.step_count)
     grid = grid_of(learner) if grid_of and config.evaluation.every else None
     feed = LocalFeed(config, learner.step_count * config.train.batch)
     loop(learner, feed, journal, observer, grid=grid)

@@ -34,9 +34,6 @@ from didr_core.config import Config
 from didr_core.types import DIDRError
 from pipelines.cluster.resources import ClusterView, Demands, Node, NoRoom, Room, check
 
-LOCAL_CPUS = 4
-"""Least CPUs of a local Ray. They are slots, not cores: fewer than the plan needs would hang, each further one costs 128 MiB."""
-
 ALWAYS_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() drains at this poll; Ray's 2 s would make every report cost 2 s
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -113,14 +110,12 @@ def prepare_environment(verbose: bool = False) -> None:
 
 
 @contextmanager
-def ray_session(
-    address: str | None = None, num_cpus: int | None = None, verbose: bool = False
-) -> Iterator[ClusterView]:
+def ray_session(address: str | None = None, num_cpus: int = 4, verbose: bool = False) -> Iterator[ClusterView]:
     """Ray for the length of the block; yields its nodes. Inside a session (a Tune trial, say) it uses the one that is there.
 
     Args:
         address: None (RAY_ADDRESS, or a Ray of our own), "local", "auto", or HOST:PORT of a cluster's head.
-        num_cpus: CPU slots of a Ray of our own; ignored when attaching, whose nodes say themselves what they have.
+        num_cpus: CPU slots (not cores) of a Ray of our own; ignored when attaching, whose nodes say themselves what they have.
         verbose: show Ray's own log, progress bars and workers' output.
 
     Raises:
@@ -139,7 +134,7 @@ def ray_session(
         if not verbose:
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.")
         if place.kind == "here":
-            _start(num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1), verbose, level)
+            _start(num_cpus, verbose, level)
         else:
             _attach(place, verbose, level)
     if threading.current_thread() is threading.main_thread():  # Ray's own would exit in the middle of its C++

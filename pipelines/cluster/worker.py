@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,8 +22,6 @@ from pipelines.cluster.remote import users_mistake
 from pipelines.cluster.scoring import ActorReward
 from pipelines.report.figures import save_grid
 
-SAY_EVERY_S = 0.5
-
 
 class Reporter(Observer):
     """`ray.train.report` at checkpoints only: it is a barrier, so all ranks call it equally often."""
@@ -32,18 +29,6 @@ class Reporter(Observer):
     def checkpoint(self, step: int) -> None:
         """Tell Ray Train; the checkpoint itself is the run folder's affair."""
         ray.train.report({"step": step})
-
-
-class Stage:
-    """Says what rank 0 is doing, for the driver's progress line; not more often than it is looked at."""
-
-    def __init__(self, run: RunFolder) -> None:
-        self.run, self.next, self.last = run, 0.0, ""
-
-    def __call__(self, text: str, done: int = 0, total: int = 0) -> None:
-        if text != self.last or time.monotonic() >= self.next:
-            self.run.stage(text, done, total)
-            self.last, self.next = text, time.monotonic() + SAY_EVERY_S
 
 
 def train_worker(settings: Mapping[str, Any]) -> None:
@@ -60,7 +45,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
 def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers: Sequence[Any]) -> None:
     torch.set_num_threads(config.train.threads)
     first = ranks.rank == 0
-    stage: Say = Stage(run) if first else lambda *_: None
+    stage: Say = run.stage if first else lambda *_: None
     todo = run.last_step() < config.train.steps
     stream: Iterable[Batch] = ()
     if todo:  # the actors start when the first batch is asked for: let them load their models while we load ours

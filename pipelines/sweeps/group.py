@@ -21,10 +21,9 @@ from pipelines.cluster.group import fit_until_done
 from pipelines.cluster.remote import elsewhere, in_thread
 from pipelines.cluster.resources import train_need
 from pipelines.cluster.session import cluster_view, prepare_environment
+from pipelines.cluster.watch import POLL_S
 from pipelines.sweeps.folder import SweepFolder
 from pipelines.sweeps.work import bench_of, checkpoints, conclude, opened
-
-POLL_S = 0.3
 
 
 class _Log(Observer):

@@ -8,15 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray.exceptions import WorkerCrashedError
 from toy import EVERY, toy_recipe
+from toy_sweep import new
 
 from didr_core import config as configs
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 from pipelines.align import align
+from pipelines.sweep import sweep
+from pipelines.sweeps.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = 2000
@@ -84,6 +90,34 @@ def test_a_refused_resume_changes_nothing(toy: Path, tmp_path: Path) -> None:
     after = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
     after.pop(".lock")
     assert after == before
+
+
+def test_a_stopped_sweep_is_interrupted(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = new(toy, {"drp.beta": {"grid": [0.1, 0.2]}}, tmp_path)
+    monkeypatch.setattr("pipelines.sweep._run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        sweep(folder.options(), resume=str(folder.path))
+    assert stopped.value.code == 143 and folder.info()["status"] == "interrupted"
+
+
+def test_an_error_in_a_trial_ends_it_at_the_first_attempt(toy: Path, tmp_path: Path) -> None:
+    """And a death is Tune's affair."""
+    folder = new(toy, {"drp.beta": {"grid": [0.1]}}, tmp_path)
+    trial = Trial.__new__(Trial)
+    for error, reason in ((ValueError("mine"), "ValueError: mine"), (WorkerCrashedError(), None)):
+        trial.setup({"sweep": str(folder.path), "number": 0})
+        trial.legs = raising(error)
+        if reason:
+            assert trial.step()["status"] == "failed" and folder.result(0)["reason"].startswith(reason)
+            (folder.trial(0).path / "result.json").unlink()
+        else:
+            with pytest.raises(WorkerCrashedError):
+                trial.step()
+
+
+def raising(error: Exception) -> Iterator[Any]:
+    raise error
+    yield
 
 
 BROKEN = '''
