@@ -4,18 +4,18 @@
     didr align --resume runs/tiny-20260101-120000    # goes on from the last checkpoint
 
 The driver starts the group, follows what rank 0 writes (`cluster/watch.py`), and starts the group again from the last checkpoint when
-workers die. A mistake of the user's (:class:`DIDRError`: a NaN reward, a full disk) is not retried.
+workers die. Ctrl-C and SIGTERM let the step end and keep a checkpoint of it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from didr_core import config as configs
@@ -24,11 +24,12 @@ from didr_core.data import scales
 from didr_core.data.prompts import PromptIndex
 from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
+from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import StepReport
-from pipelines.cluster.resources import check, demands_of
-from pipelines.cluster.session import WAIT_FOR_NODES_S, await_room, ray_session, slots, view_of_this_machine
+from pipelines.cluster.resources import ClusterView, check, demands_of
+from pipelines.cluster.session import await_room, pulse, ray_session, slots, view_of_this_machine
 from pipelines.report.console import Progress, print_summary
 from pipelines.report.figures import save_grid
 from pipelines.report.page import read_history, steps_told, write_report
@@ -57,6 +58,7 @@ def align(
 
     Raises:
         DIDRError: anything the user can mend. The run folder keeps its checkpoints.
+        SystemExit: Ctrl-C or SIGTERM; see :func:`didr_core.train.ending.stoppable`.
     """
     began = time.monotonic()
     old = RunFolder.find(resume, output or "runs") if resume else None
@@ -66,14 +68,18 @@ def align(
     if view:
         check(demands_of(config, view), view)
     run = old or RunFolder.create(config, output, command)
-    run.write_config(config)
-    if old and overrides:
-        run.update(resumed=[*run.info().get("resumed", []), command])
-    with outcome(run), _observer(config, run) as observer:
+    # Ray ends last: what run.json and MLflow say of a failure must not depend on how a broken Ray takes it
+    with ExitStack() as session, outcome(run), _observer(config, run) as observer, stoppable(observer.ask_to_stop):
+        run.write_config(config)
+        if old and overrides:
+            run.update(resumed=[*run.info().get("resumed", []), command])
         if local:
             train_and_finish(config, run, index, observer, save_grid)
         else:
-            _on_ray(config, run, index, observer, address, verbose)
+            observer.stage("starting Ray")
+            view = session.enter_context(ray_session(address, slots(config), verbose))
+            _on_ray(config, run, index, observer, view, verbose)
+            session.close()
         observer.stage("writing the report")
         write_report(run.path)
         observer.keep("grid.png", "curves.png", "report.html", "scores.json", "config.yaml", "grids")
@@ -94,7 +100,7 @@ class RunObserver(Observer):
     def __init__(self, config: Config, run: RunFolder, progress: Progress, pool: ThreadPoolExecutor) -> None:
         self.run, self.progress = run, progress
         self.rang: tuple[str, ...] = ()
-        self._ready: tracking.Tracker | None = None
+        self._stepping = False
         # Importing MLflow and making its database takes seconds: meanwhile Ray starts.
         self._opening = pool.submit(_open_tracker, config, run)
 
@@ -105,16 +111,13 @@ class RunObserver(Observer):
         Raises:
             DIDRError: it cannot be used.
         """
-        if self._ready is None:
-            self._ready = self._opening.result()
-        return self._ready
-
-    def started(self, run: RunFolder, config: Config, step: int) -> None:
-        """Fail now, not after the first step, if MLflow cannot be used."""
-        _ = self.tracker
+        return self._opening.result()
 
     def stage(self, text: str, done: int = 0, total: int = 0) -> None:
-        """Onto the progress line."""
+        """Onto the progress line. Fails now, not after the first step, if MLflow cannot be used."""
+        self._stepping = False
+        if self._opening.done():
+            self._opening.result()
         self.progress.phase(text, done, total)
 
     def note(self, text: str, style: str = "") -> None:
@@ -123,11 +126,24 @@ class RunObserver(Observer):
 
     def step(self, report: StepReport) -> None:
         """Onto the progress line and to MLflow."""
+        self._stepping = True
         self.progress.update(report.step, report.metrics, report.alarms)
         self.tracker.metrics(report.step, report.metrics)
         if report.alarms:
             self.tracker.alarms(report.step, report.alarms)
             self.rang = tuple(dict.fromkeys([*self.rang, *report.alarms]))
+
+    def ask_to_stop(self) -> bool:
+        """Let the step end and be kept; False where there is none: everything is on disk. Says so now, a second kill may be near."""
+        if self._stepping:
+            self.run.stop_path.touch()
+            self.run.update(status="interrupted")
+            threading.Thread(target=self._stopping).start()  # a signal may come while this thread writes
+        return self._stepping
+
+    def _stopping(self) -> None:
+        self.note("stopping after this step, with a checkpoint; once more ends it at once", "yellow")
+        self.tracker.status("KILLED")
 
     def keep(self, *names: str) -> None:
         """Hand files of the run folder to MLflow."""
@@ -149,17 +165,13 @@ def _observer(config: Config, run: RunFolder) -> Iterator[RunObserver]:
         try:
             yield observer
         except BaseException as error:
-            _close(observer, "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+            killed = isinstance(error, KeyboardInterrupt | SystemExit)
+            with suppress(Exception):  # where MLflow could not be opened, that is the error
+                observer.tracker.close("KILLED" if killed else "FAILED")
+            if killed:
+                progress.note(f"`didr align --resume {run.path}` goes on from step {run.last_step()}")
             raise
         observer.tracker.close("FINISHED")
-
-
-def _close(observer: RunObserver, status: tracking.Status) -> None:
-    """End the MLflow run of a failed training, without hiding why it failed."""
-    try:
-        observer.tracker.close(status)
-    except Exception as error:
-        warnings.warn(f"MLflow could not be told that the run {status.lower()}: {error}", stacklevel=2)
 
 
 def _open_tracker(config: Config, run: RunFolder) -> tracking.Tracker:
@@ -172,25 +184,31 @@ def _open_tracker(config: Config, run: RunFolder) -> tracking.Tracker:
 
 
 def _on_ray(
-    config: Config, run: RunFolder, index: PromptIndex, observer: RunObserver, address: str | None, verbose: bool
+    config: Config, run: RunFolder, index: PromptIndex, observer: RunObserver, view: ClusterView, verbose: bool
 ) -> None:
-    """Start or join Ray, train there, follow."""
-    observer.stage("starting Ray")
-    with ray_session(address, slots(config), verbose) as view:
-        room = await_room(lambda v: demands_of(config, v), view, WAIT_FOR_NODES_S)
-        if verbose:
-            observer.progress.console.print(room.table())
-        # Ray's libraries read their environment when they are imported: the session has set it
-        from pipelines.cluster.group import fit_until_done, measured_scales
-        from pipelines.cluster.watch import Follower
+    """Wait for room, train there, follow."""
+    room = await_room(lambda v: demands_of(config, v), view, observer.stage)
+    if verbose:
+        observer.progress.console.print(room.table())
+    # Ray's libraries read their environment when they are imported: the session has set it
+    from pipelines.cluster.group import fit_until_done, measured_scales
+    from pipelines.cluster.remote import in_thread
+    from pipelines.cluster.watch import POLL_S, Follower
 
-        observer.started(run, config, run.last_step())
-        if scales.missing(config):
-            observer.stage("measuring the scales of the reward's parts")
-            config = measured_scales(config, room.cluster)
-            run.write_config(config)
-        with Follower(run, observer, run.last_step()):
-            fit_until_done(config, run, index, observer, room.cluster)
+    if scales.missing(config):
+        observer.stage("measuring the scales of the reward's parts")
+        config = measured_scales(config, room.cluster)
+        run.write_config(config)
+    follower, check_alive = Follower(run, observer, run.last_step()), pulse()
+    training = in_thread(fit_until_done, config, run, index, observer, room.cluster)
+    try:
+        while wait([training], POLL_S).not_done:
+            follower.look()
+            check_alive()
+        training.result()
+    finally:
+        follower.look()
+        run.stage_path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,10 @@ from typing import TYPE_CHECKING
 
 from didr_core.data import scales
 from didr_core.plan.preflight import preflight
+from didr_core.train.ending import stoppable
 from didr_core.types import DIDRError
 from pipelines.cluster.resources import ClusterView, Need, NoRoom
-from pipelines.cluster.session import (
-    WAIT_FOR_NODES_S,
-    await_room,
-    prepare_environment,
-    ray_session,
-    view_of_this_machine,
-)
+from pipelines.cluster.session import await_room, prepare_environment, ray_session, view_of_this_machine
 from pipelines.report.console import clock, console, rich_table
 from pipelines.sweeps import bench, results, space
 from pipelines.sweeps.budget import estimate, plan_table, slots, sweep_demands, trial_need, trials_at_once
@@ -74,8 +69,9 @@ def sweep(
         folder = _new(options, output)
     with folder.lock():
         try:
-            _run(folder, address, verbose, began)
-        except KeyboardInterrupt:
+            with stoppable():
+                _run(folder, address, verbose, began)
+        except (KeyboardInterrupt, SystemExit):
             folder.update(status="interrupted")
             raise
         except NoRoom:
@@ -140,7 +136,7 @@ def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) 
         opening = pool.submit(tracking.preflight, config.tracking, folder.path.parent)
         with ray_session(address, slots(config, options.workers, at_once), verbose) as cluster:
             if not view:
-                await_room(lambda v: sweep_demands(config, v, options.workers, at_once), cluster, WAIT_FOR_NODES_S)
+                await_room(lambda v: sweep_demands(config, v, options.workers, at_once), cluster, console().print)
                 _decide(folder, cluster)
             _on_ray(folder, cluster, opening, began)
     _say(folder, began)

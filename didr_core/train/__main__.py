@@ -15,6 +15,7 @@ from pathlib import Path
 from didr_core import config as configs
 from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
+from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError, StepReport
@@ -46,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = RunFolder.find(given.resume)
             config = run.config(given.overrides)
             index = preflight(config)
-            run.write_config(config)
         else:
             config = configs.load(given.recipe, given.overrides)
             index = preflight(config)
             run = RunFolder.create(config, given.output, " ".join(["python -m didr_core.train", *sys.argv[1:]]))
-        with outcome(run):
+        with outcome(run), stoppable():
+            run.write_config(config)
             train_and_finish(config, run, index, _Lines())
     except DIDRError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -21,6 +21,7 @@ from didr_core.data.feed import LocalFeed
 from didr_core.data.prompts import PromptIndex
 from didr_core.train import checkpoint
 from didr_core.train.alarms import Alarms
+from didr_core.train.ending import in_words
 from didr_core.train.learner import Learner
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import Batch, DIDRError, NonFiniteError, StepReport
@@ -32,9 +33,6 @@ Grid = Callable[[int, nn.Module], Any]
 class Observer:
     """Hears of a run's progress; every method may be left as it is."""
 
-    def started(self, run: RunFolder, config: Config, step: int) -> None:
-        """The networks are loaded; ``step`` steps are done already (resume)."""
-
     def step(self, report: StepReport) -> None:
         """One iteration is done. Metrics are global means, plus ``time/step`` and ``time/data`` in seconds."""
 
@@ -43,6 +41,9 @@ class Observer:
 
     def stage(self, text: str, done: int = 0, total: int = 0) -> None:
         """What is being done outside of steps: loading, exporting, scoring; counts where there is something to count."""
+
+    def note(self, text: str, style: str = "") -> None:
+        """What stays to be read."""
 
 
 class Journal:
@@ -79,6 +80,12 @@ class Journal:
             self.run.checkpoint(step), extra, then=lambda: self.run.prune(self.config.train.keep_checkpoints)
         )
 
+    def asked_to_stop(self) -> bool:
+        """Whether somebody asked the run to stop; every rank asks, and all get the same answer."""
+        asked = torch.tensor(float(self.run.stop_path.exists()), device=self.learner.device)
+        self.learner.parallel.mean_([asked])
+        return bool(asked > 0)
+
     def with_alarms(self, report: StepReport, seconds: float, waited: float) -> StepReport:
         """``report`` with times and alarms."""
         metrics = report.metrics | {"time/step": seconds, "time/data": waited}
@@ -104,6 +111,7 @@ def loop(
     Raises:
         NonFiniteError: see :meth:`Learner.step`; checkpoints stay as they are.
         DIDRError: the stream ended early or out of order, or the disk is full.
+        KeyboardInterrupt: the run was asked to stop; there is a checkpoint of the step that it was at.
     """
     train, every = journal.config.train, journal.config.evaluation.every
     stream = iter(batches)
@@ -128,10 +136,14 @@ def loop(
         observer.step(report)
         if every and report.step % every == 0:
             _show(learner, grid, report.step)
-        if report.step % train.checkpoint_every == 0 or report.step == train.steps:
+        stop = journal.asked_to_stop()
+        if stop or report.step % train.checkpoint_every == 0 or report.step == train.steps:
             if writes or learner.fsdp:
                 journal.save()
             observer.checkpoint(report.step)
+        if stop:
+            journal.saver.wait()
+            raise KeyboardInterrupt(f"stopped after step {report.step}")
     journal.saver.wait()
 
 
@@ -167,7 +179,6 @@ def train(
     journal = Journal(run, config, learner, index.fingerprint)
     journal.restore()
     run.forget_after(learner.step_count)
-    observer.started(run, config, learner.step_count)
     grid = grid_of(learner) if grid_of and config.evaluation.every else None
     feed = LocalFeed(config, learner.step_count * config.train.batch)
     loop(learner, feed, journal, observer, grid=grid)
@@ -184,20 +195,21 @@ def outcome(run: RunFolder) -> Iterator[None]:
         DIDRError: another process is at work in this run folder.
     """
     with run.lock():
+        run.stop_path.unlink(missing_ok=True)
         since, before = time.time(), float(run.info().get("seconds", 0.0))
         run.update(status="running", message=None, since=since)
         try:
             yield
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
-            with contextlib.suppress(
-                DIDRError
-            ):  # a full disk may be why we are here; the reason is on its way to the user
-                _ended(run, since, before, status=status, message=str(error) or type(error).__name__)
+            # a full disk may be why we are here; the reason is on its way to the user
+            with contextlib.suppress(DIDRError):
+                _ended(run, since, before, status=status, message=in_words(error))
             raise
         _ended(run, since, before, status="finished")
 
 
 def _ended(run: RunFolder, since: float, before: float, **values: Any) -> None:
+    run.stop_path.unlink(missing_ok=True)
     now = time.time()
     run.update(ended=now, seconds=round(before + now - since, 1), **values)

@@ -182,6 +182,11 @@ class RunFolder:
         """``stage.json``: what is being done outside of steps, for those who watch from another process."""
         return self.path / "stage.json"
 
+    @property
+    def stop_path(self) -> Path:
+        """``stop``: whoever makes this file ends the run after the step that it is at, with a checkpoint."""
+        return self.path / "stop"
+
     def stage(self, text: str, done: int = 0, total: int = 0) -> None:
         """Say what is being done."""
         self._replace(self.stage_path.name, json.dumps([text, done, total]))

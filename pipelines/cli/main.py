@@ -22,7 +22,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at recipes and resolved configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
-INTERRUPTED = 130  # exit code
+STOPPED = (130, 143)  # exit codes: Ctrl-C, SIGTERM
 
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="a name from `didr config list`, or a YAML file")]
 Overrides = Annotated[
@@ -227,15 +227,17 @@ def _relative(argument: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "didr") -> None:
-    """The entry point: runs, and exits with 0, 1 (an error, its reason on the last line), 2 (wrong usage) or 130 (interrupted)."""
+    """The entry point: runs, and exits with 0, 1 (an error, its reason last), 2 (wrong usage), 130 (Ctrl-C) or 143 (SIGTERM)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(given, prog_name=prog, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
+        code = STOPPED[0]
+    except SystemExit as stop:
+        code = stop.code
     except Exception as error:
         sys.exit(_explain(error, verbose="-v" in given or "--verbose" in given))
-    if code == INTERRUPTED:  # what typer makes of Ctrl-C
+    if code in STOPPED:  # 130 is also what typer makes of Ctrl-C
         typer.echo(
             "interrupted; `didr align --resume RUN` or `didr sweep --resume NAME` goes on from the last checkpoint",
             err=True,

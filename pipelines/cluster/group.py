@@ -1,14 +1,14 @@
 """The driver of one training group: it starts the scoring actors and the worker group, and starts the group again when workers die.
 
 Ray Train could restart the group itself, but it cannot tell a dead node from a NaN reward, and would train into the second one again.
-A mistake of the user's (:class:`DIDRError`: a NaN reward, a full disk) is not tried again.
+What would go wrong again (a NaN reward, a full disk, an exception in a reward's file) is not tried again.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
@@ -16,6 +16,7 @@ from ray.train.torch import TorchTrainer
 from didr_core.config import Config
 from didr_core.data import scales
 from didr_core.data.prompts import PromptIndex
+from didr_core.train.loop import Observer
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError
 from pipelines.cluster.prompts import execution_options, prompt_stream
@@ -25,43 +26,34 @@ from pipelines.cluster.scoring import start_scorers
 from pipelines.cluster.worker import train_worker
 
 
-class Listener(Protocol):
-    """Whom the driver tells what happens to the group."""
-
-    def stage(self, text: str) -> None:
-        """What is being done now."""
-        ...
-
-    def note(self, text: str, style: str = "") -> None:
-        """What stays to be read."""
-        ...
-
-
 def measured_scales(config: Config, view: ClusterView) -> Config:
     """:func:`didr_core.data.scales.resolve` where reward models run: this process may have no GPU."""
     resolved: Config = elsewhere(reward_need(config.workers, view), scales.resolve, config)
     return resolved
 
 
-def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, listener: Listener, view: ClusterView) -> None:
+def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, observer: Observer, view: ClusterView) -> None:
     """Fit; after a worker's death again, from the last checkpoint, ``workers.max_failures`` times.
 
     Raises:
-        DIDRError: a mistake of the user's, or workers that died too often.
+        DIDRError: what a worker raised, in words, or workers that died too often.
+        KeyboardInterrupt: the run was asked to stop, and has.
     """
     most = config.workers.max_failures
     scorers = start_scorers(config, reward_need(config.workers, view)) if config.black_box else []
     for failures in range(most + 1):
         step = run.last_step()
         run.forget_after(step)
-        _forget_reasons(run)
-        listener.stage("starting workers" if not failures else f"starting workers again from step {step}")
+        observer.stage("starting workers" if not failures else f"starting workers again from step {step}")
         try:
             _trainer(config, run, index, view, step, scorers).fit()
             return
         except TrainingFailedError as error:
-            if reasons := _reasons(run):
-                raise DIDRError("\n".join(reasons)) from error
+            if run.stop_path.exists():
+                raise KeyboardInterrupt(f"stopped after step {run.last_step()}") from error
+            of_ranks = getattr(error, "worker_failures", {}).values()  # an error of the group itself has none
+            if said := dict.fromkeys(str(e) for e in of_ranks if isinstance(e, DIDRError)):
+                raise DIDRError("\n".join(said)) from error
             last = str(error).strip().splitlines()[-1].partition(". ")[0][:300]
             if failures == most:
                 reached = max((row["step"] for row in read_lines(run.metrics_path)), default=0)
@@ -69,7 +61,7 @@ def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, listener:
                     f"training failed {failures + 1} times (workers.max_failures={most}), last at step {reached}; "
                     f"`didr align --resume {run.path}` goes on from step {run.last_step()}. Last: {last}"
                 ) from error
-            listener.note(f"a worker failed; going on from step {run.last_step()} ({last})", style="yellow")
+            observer.note(f"a worker failed; going on from step {run.last_step()} ({last})", style="yellow")
         finally:
             shutil.rmtree(run.path / "ray", ignore_errors=True)
 
@@ -99,13 +91,3 @@ def _trainer(
         datasets=datasets,
         dataset_config=DataConfig(execution_options=execution_options()),
     )
-
-
-def _reasons(run: RunFolder) -> list[str]:
-    """What the workers said of a mistake that the user can mend; each thing once."""
-    return list(dict.fromkeys(p.read_text().strip() for p in sorted(run.path.glob("failure-*.txt"))))
-
-
-def _forget_reasons(run: RunFolder) -> None:
-    for path in run.path.glob("failure-*.txt"):
-        path.unlink()

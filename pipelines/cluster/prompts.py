@@ -121,6 +121,8 @@ def prompt_stream(
         encoder: what an encoder actor reserves. reward: what a reward-model actor reserves.
         stages: the two actor classes, called with the config (tests put cheap ones here).
     """
+    # or a stage's error were lost in what Ray wraps it in
+    ray.data.DataContext.get_current().raise_original_map_exception = True
     total = config.sizes.total_prompts
     source = SampleSchedule(index, config.seed, cursor, total, config.train.batch)
     share = config.sizes.share

@@ -15,7 +15,7 @@ The role names below are the ones `cluster.yaml` gives its nodes. A process asks
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,11 +97,11 @@ class Node:
 
 @dataclass(frozen=True)
 class ClusterView:
-    """The nodes that are up, and whether this process started them itself."""
+    """The nodes that are up, whether this process started them itself, and whether somebody else may be starting more."""
 
     nodes: tuple[Node, ...]
     local: bool = True
-    address: str = ""
+    grows: bool = False
 
     def totals(self) -> dict[str, float]:
         """Resource name to the sum over all nodes."""
@@ -238,21 +238,23 @@ def _totals_suffice(demands: Demands, cluster: ClusterView) -> None:
         users = [g for g in demands.groups if g.count and name in g.need.amounts()]
         parts = " + ".join(f"{g.count} x {_one(name, g.need.amounts()[name])} {g.name}" for g in users)
         raise NoRoom(
-            f"the plan needs {_one(name, amount)} {name} and the cluster has {_one(name, there.get(name, 0.0))}: {parts}."
+            f"the plan needs {_one(name, amount)} {name} and the cluster has {_one(name, there.get(name, 0.0))},"
+            f" {_one(name, amount - there.get(name, 0.0))} short: {parts}."
             f" Lower {_settings(users)}, or add {name}." + _hint(cluster, [name])
         )
 
 
-def _hint(cluster: ClusterView, short: Iterable[str]) -> str:
+def _hint(cluster: ClusterView, short: Sequence[str]) -> str:
     """What else may be the matter, by the kind of cluster."""
     if cluster.local and CPU in short:
         return (
             " On one machine these CPUs are slots that Ray hands out, not cores: `--set workers.local_cpus=N` gives it more."
             " One is for Ray Data's listing of the shards."
         )
-    if not cluster.local:
-        return " Nodes that are still starting do not count yet: `ray status` shows them."
-    return ""
+    if cluster.local:
+        return ""
+    more = " These CPUs are slots, not cores: `ray start --num-cpus=N` gives a node more." if CPU in short else ""
+    return more + " Nodes that are still starting do not count yet: `ray status` shows them."
 
 
 def _settings(groups: Iterable[Group]) -> str:

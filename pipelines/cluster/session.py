@@ -1,7 +1,7 @@
 """Start Ray, or attach to it, quietly: one context manager for a laptop, a cluster and a job.
 
-    with ray_session(config.address, config.num_cpus, verbose) as cluster:
-        room = await_room(demands_for, wait_s=config.wait_s)
+    with ray_session(address, slots(config), verbose) as cluster:
+        room = await_room(demands_for, cluster, print)
 
 Three cases, told apart by :func:`where_to_run`:
 
@@ -19,7 +19,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,9 +33,6 @@ from typing import Any, Literal
 from didr_core.config import Config
 from didr_core.types import DIDRError
 from pipelines.cluster.resources import ClusterView, Demands, Node, NoRoom, Room, check
-
-LOCAL_CPUS = 4
-"""Least CPUs of a local Ray. They are slots, not cores: fewer than the plan needs would hang, each further one costs 128 MiB."""
 
 ALWAYS_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() drains at this poll; Ray's 2 s would make every report cost 2 s
@@ -47,6 +46,7 @@ QUIET_ENV = {
 }
 WAIT_FOR_NODES_S = 600.0
 """How long to wait for the nodes of a cluster that may still be starting."""
+LOOK_S = 10.0
 STARTUP_TIMEOUT = "timed out during startup"  # what Ray says when a helper was too slow
 PACKAGES = ("didr_core", "pipelines", "tune_spaces")
 _JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's job supervisor sets it for the entrypoint of a submitted job, nobody else does
@@ -110,14 +110,12 @@ def prepare_environment(verbose: bool = False) -> None:
 
 
 @contextmanager
-def ray_session(
-    address: str | None = None, num_cpus: int | None = None, verbose: bool = False
-) -> Iterator[ClusterView]:
+def ray_session(address: str | None = None, num_cpus: int = 4, verbose: bool = False) -> Iterator[ClusterView]:
     """Ray for the length of the block; yields its nodes. Inside a session (a Tune trial, say) it uses the one that is there.
 
     Args:
         address: None (RAY_ADDRESS, or a Ray of our own), "local", "auto", or HOST:PORT of a cluster's head.
-        num_cpus: CPU slots of a Ray of our own; ignored when attaching, whose nodes say themselves what they have.
+        num_cpus: CPU slots (not cores) of a Ray of our own; ignored when attaching, whose nodes say themselves what they have.
         verbose: show Ray's own log, progress bars and workers' output.
 
     Raises:
@@ -130,21 +128,24 @@ def ray_session(
         yield cluster_view()
         return
     place = where_to_run(address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     level = "INFO" if verbose else "ERROR"
     with warnings.catch_warnings():
         if not verbose:
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.")
         if place.kind == "here":
-            _start(num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1), verbose, level)
+            _start(num_cpus, verbose, level)
         else:
             _attach(place, verbose, level)
+    if threading.current_thread() is threading.main_thread():  # Ray's own would exit in the middle of its C++
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        yield cluster_view(place)
+        yield cluster_view(place.kind == "here")
     finally:
         ray.shutdown()
 
 
-def cluster_view(place: Place | None = None) -> ClusterView:
+def cluster_view(local: bool = False) -> ClusterView:
     """The nodes that are up now, with their total resources and labels."""
     import ray
 
@@ -157,27 +158,46 @@ def cluster_view(place: Place | None = None) -> ClusterView:
         for n in ray.nodes()
         if n["Alive"]
     ]
-    kind = place.kind if place else "attached"
     return ClusterView(
-        tuple(sorted(nodes, key=lambda n: n.name)), local=kind == "here", address=place.address if place else ""
+        tuple(sorted(nodes, key=lambda n: n.name)),
+        local,
+        # Ray's label of nodes that a launcher or an operator starts; those of a person have none
+        grows=any("ray.io/node-group" in node.labels for node in nodes),
     )
 
 
-def await_room(demands_for: Callable[[ClusterView], Demands], cluster: ClusterView, wait_s: float = 0.0) -> Room:
-    """Check the plan against the cluster; on a cluster whose nodes may still be starting, look again for up to `wait_s` seconds.
+def await_room(demands_for: Callable[[ClusterView], Demands], cluster: ClusterView, say: Callable[[str], None]) -> Room:
+    """Check the plan against the cluster; where nodes may still be starting, `say` what is short, and look again for ten minutes.
 
     Raises:
-        NoRoom: at once on a Ray of our own, after `wait_s` elsewhere.
+        NoRoom: at once where nobody starts nodes, after ten minutes elsewhere.
     """
-    deadline = time.monotonic() + (0.0 if cluster.local else wait_s)
+    deadline = time.monotonic() + (WAIT_FOR_NODES_S if cluster.grows else 0.0)
     while True:
         try:
             return check(demands_for(cluster), cluster)
-        except NoRoom:
-            if time.monotonic() >= deadline:
+        except NoRoom as short:
+            left = deadline - time.monotonic()
+            if left <= 0:
                 raise
-        time.sleep(min(5.0, max(0.1, deadline - time.monotonic())))
-        cluster = cluster_view(Place("attached", cluster.address))
+            say(f"waiting for nodes, {left:.0f} s more: {short}")
+        time.sleep(min(LOOK_S, max(0.1, left)))
+        cluster = cluster_view()
+
+
+def pulse() -> Callable[[], None]:
+    """A look whether Ray's head and this machine's raylet live, which raises DIDRError if not: Ray would end us without a word."""
+    import ray
+
+    context = ray.get_runtime_context()
+    here = [n for n in ray.nodes() if n["NodeID"] == context.get_node_id()]
+    doors = [context.gcs_address, *(f"{n['NodeManagerAddress']}:{n['NodeManagerPort']}" for n in here)]
+
+    def look() -> None:
+        for door in doors:
+            _is_anyone_there(door, 30.0)
+
+    return look
 
 
 def _start(slots: int, verbose: bool, level: str) -> None:
@@ -217,16 +237,17 @@ def _attach(place: Place, verbose: bool, level: str) -> None:
         ) from error
 
 
-def _is_anyone_there(address: str) -> None:
+def _is_anyone_there(address: str, patience_s: float = 5.0) -> None:
     """Ray tries for half a minute to reach a head that is not there; a socket knows at once."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=patience_s).close()
     except OSError as error:
         raise DIDRError(
-            f"no Ray cluster answers at {address} ({error}). Start one (`ray start --head`), or leave the address out to run here."
+            f"no Ray cluster answers at {address} ({error}): it is not up, or was killed. Start one (`ray start --head`), or leave"
+            " the address out to run here."
         ) from error
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from didr_core.train.loop import Observer
 from didr_core.train.run_folder import RunFolder, read_lines
@@ -20,7 +18,7 @@ POLL_S = 0.3
 
 
 class Follower:
-    """Reads ``metrics.jsonl``, ``alarms.jsonl`` and ``stage.json`` as they grow, in a thread, and hands them to an observer.
+    """Reads ``metrics.jsonl``, ``alarms.jsonl`` and ``stage.json`` as they grow, and hands them to an observer.
 
     A step is handed on once, also when a restarted worker group takes it again.
     """
@@ -29,25 +27,7 @@ class Follower:
         self.run, self.observer, self.step = run, observer, step
         self._offset, self._file = 0, -1
         self._stage: Any = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="follow-run", daemon=True)
-
-    def __enter__(self) -> Self:
-        self.run.stage_path.unlink(missing_ok=True)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.look()
-        self.run.stage_path.unlink(missing_ok=True)
-
-    def _work(self) -> None:
-        while not self._stop.wait(POLL_S):
-            self.look()
+        run.stage_path.unlink(missing_ok=True)  # of an earlier driver's worker group
 
     def look(self) -> None:
         """Hand on what is new."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,40 +16,19 @@ from didr_core.train import distributed
 from didr_core.train.learner import Learner
 from didr_core.train.loop import Journal, Observer, loop
 from didr_core.train.run_folder import RunFolder
-from didr_core.types import Batch, Parallel, StepReport
+from didr_core.types import Batch, Parallel
 from pipelines.cluster.prompts import batches
 from pipelines.cluster.remote import users_mistake
 from pipelines.cluster.scoring import ActorReward
 from pipelines.report.figures import save_grid
 
-SAY_EVERY_S = 0.5
-
 
 class Reporter(Observer):
     """`ray.train.report` at checkpoints only: it is a barrier, so all ranks call it equally often."""
 
-    def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
-
-    def step(self, report: StepReport) -> None:
-        """Keep the newest metrics for the next report."""
-        self.metrics = dict(report.metrics)
-
     def checkpoint(self, step: int) -> None:
         """Tell Ray Train; the checkpoint itself is the run folder's affair."""
-        ray.train.report({"step": step, **self.metrics})
-
-
-class Stage:
-    """Says what rank 0 is doing, for the driver's progress line; not more often than it is looked at."""
-
-    def __init__(self, run: RunFolder) -> None:
-        self.run, self.next, self.last = run, 0.0, ""
-
-    def __call__(self, text: str, done: int = 0, total: int = 0) -> None:
-        if text != self.last or time.monotonic() >= self.next:
-            self.run.stage(text, done, total)
-            self.last, self.next = text, time.monotonic() + SAY_EVERY_S
+        ray.train.report({"step": step})
 
 
 def train_worker(settings: Mapping[str, Any]) -> None:
@@ -59,15 +37,15 @@ def train_worker(settings: Mapping[str, Any]) -> None:
     try:
         _train(ranks, **settings)
     except Exception as error:
-        if mistake := users_mistake(error):  # in a file: what Ray hands to the driver is a traceback
-            (settings["run"].path / f"failure-{ranks.rank:04d}.txt").write_text(str(mistake))
+        if mistake := users_mistake(error):  # Ray hands it to the driver, which could not read what it cannot import
+            raise mistake from error
         raise
 
 
 def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers: Sequence[Any]) -> None:
     torch.set_num_threads(config.train.threads)
     first = ranks.rank == 0
-    stage: Say = Stage(run) if first else lambda *_: None
+    stage: Say = run.stage if first else lambda *_: None
     todo = run.last_step() < config.train.steps
     stream: Iterable[Batch] = ()
     if todo:  # the actors start when the first batch is asked for: let them load their models while we load ours

@@ -7,7 +7,6 @@ its driver function returns before the queue is drained. A scheduler that stops 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,22 +15,19 @@ from torch import nn
 
 from didr_core.data.prompts import open_prompts
 from didr_core.export.sample import trained_generator
+from didr_core.train.loop import Observer
 from didr_core.types import DIDRError
 from pipelines.cluster.group import fit_until_done
-from pipelines.cluster.remote import elsewhere
+from pipelines.cluster.remote import elsewhere, in_thread
 from pipelines.cluster.resources import train_need
 from pipelines.cluster.session import cluster_view, prepare_environment
+from pipelines.cluster.watch import POLL_S
 from pipelines.sweeps.folder import SweepFolder
 from pipelines.sweeps.work import bench_of, checkpoints, conclude, opened
 
-POLL_S = 0.3
 
-
-class _Log:
+class _Log(Observer):
     """What the driver tells of a restart goes to the trial's own log."""
-
-    def stage(self, text: str) -> None:
-        """Nobody watches."""
 
     def note(self, text: str, style: str = "") -> None:
         """To stdout, which Ray keeps."""
@@ -47,24 +43,16 @@ def legs(folder: SweepFolder, number: int) -> Iterator[dict[str, Any]]:
     began, looks = time.time(), folder.options().scheduler != "none"
     with opened(folder, number) as (config, run):
         prepare_environment()
-        failures: list[BaseException] = []
-
-        def fit() -> None:
-            try:
-                fit_until_done(config, run, open_prompts(config), _Log(), cluster_view())
-            except BaseException as error:
-                failures.append(error)
-
-        need = train_need(config.workers, cluster_view())
-        group = threading.Thread(target=fit, name=f"trial-{number}", daemon=True)
-        group.start()
+        view = cluster_view()
+        need = train_need(config.workers, view)
+        group = in_thread(fit_until_done, config, run, open_prompts(config), _Log(), view)
         setup_seconds = round(time.time() - began, 3)
         for step in checkpoints(config, run.last_step()):
             last = step == config.train.steps  # then the group draws a grid and ends
-            while group.is_alive() and (last or run.last_step() < step):
+            while not group.done() and (last or run.last_step() < step):
                 time.sleep(POLL_S)
-            if failures:
-                raise failures[0]
+            if group.done():
+                group.result()
             if (reached := run.last_step()) < step:
                 raise DIDRError(f"the worker group ended at step {reached} of {config.train.steps} and gave no reason")
             if not last:

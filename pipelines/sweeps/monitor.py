@@ -41,7 +41,6 @@ class FollowedTrial(Observer):
     ) -> None:
         self.run, self.name, self.total, self.tracker, self.news = run, name, total, tracker, news
         self.text, self.values, self.next_line = "starting", dict[str, float](), -math.inf
-        run.stage_path.unlink(missing_ok=True)  # of an earlier driver's worker group
         self._follower = Follower(run, self)
 
     def look(self) -> None:
@@ -108,8 +107,7 @@ class SweepMonitor(tune.Callback):
         for trial in self.running.values():  # those that did not end
             trial.look()
             trial.end("KILLED")
-        killed = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
-        self.parent.close("KILLED" if killed else "FAILED" if kind else "FINISHED")
+        self.parent.__exit__(kind, error, trace)
         if self._live:
             self._live.stop()
 

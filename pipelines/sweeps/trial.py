@@ -2,7 +2,7 @@
 
 A class trainable, not a function: Tune asks for one leg at a time and gets an answer or an exception, so there is no queue to be left full
 and no thread to be left waiting. Actors are reused from trial to trial (`reset_config`), with torch, the judges and the page
-cache warm. A user's mistake or a diverged training is an answer too ("failed", with its reason): it ends the trial and keeps the actor.
+cache warm. What would go wrong again is an answer too ("failed", with its reason): it ends the trial and keeps the actor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from ray import tune
 
 from didr_core.train.run_folder import read_lines
-from didr_core.types import DIDRError
+from pipelines.cluster.remote import users_mistake
 from pipelines.sweeps import work
 from pipelines.sweeps.folder import SweepFolder
 
@@ -42,10 +42,13 @@ class Trial(tune.Trainable):
             self.legs = self.legs or self._begin()
             try:
                 result = next(self.legs)
-            except DIDRError as error:
+            except Exception as error:
+                mistake = users_mistake(error)
+                if not mistake:  # a process died: Tune tries again
+                    raise
                 rows = read_lines(self.folder.trial(self.number).metrics_path)
                 step = rows[-1]["step"] if rows else 0
-                result = self.folder.end(self.number, status="failed", reason=str(error), step=step)
+                result = self.folder.end(self.number, status="failed", reason=str(mistake), step=step)
         over = "status" in result
         if over:
             self.cleanup()

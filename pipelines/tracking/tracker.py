@@ -10,7 +10,6 @@ MLflow is spoken to through its client alone (no global active run), and importe
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -19,9 +18,9 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from didr_core.config import Config, Tracking, dump, flatten, redacted
@@ -46,7 +45,7 @@ SETTINGS = {  # of MLflow: quiet, and giving up within seconds rather than minut
 }
 
 
-class Tracker:
+class Tracker(AbstractContextManager["Tracker"]):
     """What a run says to its tracker; this one tracks nothing. No method raises because a server is away."""
 
     run_id: str | None = None
@@ -69,15 +68,13 @@ class Tracker:
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file or a folder to keep with the run."""
 
+    def status(self, status: Status) -> None:
+        """How the run will end, before it has."""
+
     def close(self, status: Status = "FINISHED") -> None:
         """Hand over what waits and end the run; further calls do nothing."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         killed = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
         self.close("KILLED" if killed else "FAILED" if kind else "FINISHED")
 
@@ -141,6 +138,10 @@ class MlflowTracker(Tracker):
         log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
         self._try(log, self.run_id, str(path), folder or None)
 
+    def status(self, status: Status) -> None:
+        """See :class:`Tracker`."""
+        self._try(self._client.set_terminated, self.run_id, status=status)
+
     def close(self, status: Status = "FINISHED") -> None:
         """See :class:`Tracker`. What waits is tried three times."""
         if self._closed:
@@ -149,7 +150,7 @@ class MlflowTracker(Tracker):
             time.sleep(pause)
             if self.flush():
                 break
-        self._try(self._client.set_terminated, self.run_id, status=status)
+        self.status(status)
         if self._untaken:
             warnings.warn(
                 f"MLflow did not take {self._untaken} metrics of run {self.run_id}; metrics.jsonl in the run folder has them",
@@ -367,7 +368,7 @@ def _make_whole(database: Path) -> None:
     part = database.with_name(f".{database.name}.{uuid.uuid4().hex}.part")  # MLflow keeps a store open per name
     try:
         MlflowClient(tracking_uri=f"sqlite:///{part}").search_experiments(max_results=1)
-        with contextlib.suppress(FileExistsError):  # somebody else was quicker: theirs is whole too
+        with suppress(FileExistsError):  # somebody else was quicker: theirs is whole too
             os.link(part, database)
     except OSError:
         os.replace(part, database)  # no hard links here

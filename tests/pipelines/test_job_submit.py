@@ -137,3 +137,21 @@ def test_a_failing_job_says_why_last_and_exits_non_zero(head: Head, clone: Path)
     done = head.submit(clone, "python", "-m", "pipelines.align", "--recipe", "tiny", "--set", "drp.beta=-1")
     assert done.returncode == 1
     assert done.stdout.strip().splitlines()[-1].startswith("error: recipe 'tiny': drp.beta"), done.stdout
+
+
+def test_a_job_without_room_says_so_at_once(head: Head, clone: Path, tmp_path: Path) -> None:
+    """Nobody starts nodes for this head: there is nothing to wait for."""
+    command = [
+        "--recipe",
+        "tiny",
+        "--output",
+        str(tmp_path / "run"),
+        "--set",
+        "workers.train=5",
+        "--set",
+        "train.batch=5",
+    ]
+    done = head.submit(clone, "python", "-m", "pipelines.align", *command, timeout=200)
+    last = done.stdout.strip().splitlines()[-1]
+    assert done.returncode == 1 and "needs 7 CPU and the cluster has 4, 3 short" in last, done.stdout
+    assert "Lower workers.train" in last and "ray start --num-cpus=N" in last

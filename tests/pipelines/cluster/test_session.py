@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,24 +82,54 @@ def test_all_packages_travel_when_attached() -> None:
 DEMANDS = Demands((Group("training worker", 2, Need(), "workers.train"),))
 
 
-def small(n: int, local: bool) -> ClusterView:
-    return ClusterView((Node("n", {"CPU": n}),), local=local)
+def small(n: int, local: bool, grows: bool = False) -> ClusterView:
+    return ClusterView((Node("n", {"CPU": n}),), local=local, grows=grows)
 
 
-def test_room_is_awaited_on_a_cluster_and_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_awaited_where_nodes_may_come_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
+    said: list[str] = []
 
-    def grown(place: Place) -> ClusterView:
+    def grown() -> ClusterView:
         looks.append(1)
-        return small(2 if len(looks) > 1 else 1, local=False)
+        return small(2 if len(looks) > 1 else 1, local=False, grows=True)
 
     monkeypatch.setattr(session, "cluster_view", grown)
     monkeypatch.setattr(session.time, "sleep", lambda s: None)
-    assert await_room(lambda view: DEMANDS, small(1, local=False), wait_s=60).placement == ((2,),)
-    assert len(looks) == 2
-    with pytest.raises(NoRoom, match="workers.train"):
-        await_room(lambda view: DEMANDS, small(1, local=True), wait_s=60)
-    assert len(looks) == 2
+    assert await_room(lambda view: DEMANDS, small(1, False, grows=True), said.append).placement == ((2,),)
+    assert len(looks) == len(said) == 2  # before every wait
+    for words in ("600 s more", "needs 2 CPU", "has 1", "1 short", "Lower workers.train", "ray start --num-cpus=N"):
+        assert words in said[0]
+    for local in (True, False):  # a Ray of our own; machines that somebody has started by hand
+        with pytest.raises(NoRoom, match="workers.train"):
+            await_room(lambda view: DEMANDS, small(1, local), said.append)
+    assert len(looks) == len(said) == 2
+
+
+def test_a_cluster_grows_where_somebody_starts_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    node = {"NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 2.0}, "Alive": True, "Labels": {"didr-role": "head"}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    assert not session.cluster_view().grows
+    node["Labels"] = {ray._raylet.RAY_NODE_GROUP_KEY: "workers"}  # what Ray makes of an autoscaler's RAY_NODE_TYPE_NAME
+    assert session.cluster_view().grows
+
+
+def test_a_dead_head_and_a_dead_raylet_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    head, raylet = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
+    doors = [f"127.0.0.1:{server.getsockname()[1]}" for server in (head, raylet)]
+    context = SimpleNamespace(gcs_address=doors[0], get_node_id=lambda: "mine")
+    mine = {"NodeID": "mine", "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": raylet.getsockname()[1]}
+    other = {"NodeID": "other", "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": 1}  # another's is its own affair
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "nodes", lambda: [other, mine])
+    check_alive = session.pulse()
+    check_alive()
+    for server, door in ((raylet, doors[1]), (head, doors[0])):
+        server.close()
+        with pytest.raises(DIDRError, match=f"no Ray cluster answers at {door} .*was killed"):
+            check_alive()
 
 
 def starting(failures: list[Exception]) -> Callable[..., None]:

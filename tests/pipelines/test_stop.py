@@ -1,0 +1,160 @@
+"""Runs that are ended from outside: signals, a refused resume, an error in the user's code under Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import WorkerCrashedError
+from toy import EVERY, toy_recipe
+from toy_sweep import new
+
+from didr_core import config as configs
+from didr_core.train.run_folder import RunFolder
+from didr_core.types import DIDRError
+from pipelines.align import align
+from pipelines.sweep import sweep
+from pipelines.sweeps.trial import Trial
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = 2000
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_recipe(tmp_path_factory.mktemp("toy"))
+
+
+def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipelines.align", "--output", str(folder / "run"), *arguments]
+    environment = dict(os.environ, **environment)
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def reached(run: RunFolder, step: int, seconds: float = 200.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not run.metrics_path.is_file() or run.metrics_path.read_text().count("\n") < step:
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.01)
+
+
+def assert_stopped(run: RunFolder, said: str, name: str) -> None:
+    steps = [json.loads(line)["step"] for line in run.metrics_path.read_text().splitlines()]
+    assert run.last_step() == steps[-1], "the checkpoint is that of the last step"
+    assert run.info()["status"] == "interrupted" and run.info()["message"] == f"stopped after step {steps[-1]} ({name})"
+    assert f"`didr align --resume {run.path}` goes on from step {steps[-1]}" in said
+    assert "Traceback" not in said and not run.stop_path.exists()
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{run.path.parent / 'mlflow.db'}")
+    assert client.get_run(run.info()["mlflow_run_id"]).info.status == "KILLED"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_and_keeps_it(toy: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    long = [f"train.steps={LONG}", f"train.checkpoint_every={LONG}", "tracking.uri=''"]
+    sets = [word for item in long for word in ("--set", item)]
+    process, run = started(tmp_path, "--recipe", str(toy), "--local", *sets), RunFolder(tmp_path / "run")
+    reached(run, 2)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == code, said
+    assert_stopped(run, said, number.name)
+
+
+def test_a_signal_while_loading_ends_at_once(toy: Path, tmp_path: Path) -> None:
+    process, run = started(tmp_path, "--recipe", str(toy), "--local"), RunFolder(tmp_path / "run")
+    while run.info().get("since") is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 143, said
+    assert run.info()["status"] == "interrupted" and run.last_step() == 0
+
+
+def test_a_refused_resume_changes_nothing(toy: Path, tmp_path: Path) -> None:
+    run = RunFolder.create(configs.load(str(toy)), str(tmp_path / "run"))
+    before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    with run.lock(), pytest.raises(DIDRError, match="another process is training in it"):
+        align(resume=str(run.path), overrides=["train.steps=9"], local=True, command="didr align --resume run")
+    after = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    after.pop(".lock")
+    assert after == before
+
+
+def test_a_stopped_sweep_is_interrupted(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = new(toy, {"drp.beta": {"grid": [0.1, 0.2]}}, tmp_path)
+    monkeypatch.setattr("pipelines.sweep._run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        sweep(folder.options(), resume=str(folder.path))
+    assert stopped.value.code == 143 and folder.info()["status"] == "interrupted"
+
+
+def test_an_error_in_a_trial_ends_it_at_the_first_attempt(toy: Path, tmp_path: Path) -> None:
+    """And a death is Tune's affair."""
+    folder = new(toy, {"drp.beta": {"grid": [0.1]}}, tmp_path)
+    trial = Trial.__new__(Trial)
+    for error, reason in ((ValueError("mine"), "ValueError: mine"), (WorkerCrashedError(), None)):
+        trial.setup({"sweep": str(folder.path), "number": 0})
+        trial.legs = raising(error)
+        if reason:
+            assert trial.step()["status"] == "failed" and folder.result(0)["reason"].startswith(reason)
+            (folder.trial(0).path / "result.json").unlink()
+        else:
+            with pytest.raises(WorkerCrashedError):
+                trial.step()
+
+
+def raising(error: Exception) -> Iterator[Any]:
+    raise error
+    yield
+
+
+BROKEN = """
+from toy import Treacherous
+
+
+class Broken(Treacherous):
+    def prepare(self, prompts):
+        raise ValueError("my reward broke")
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_an_error_of_the_users_code_under_ray_is_told_after_one_attempt(toy: Path, tmp_path: Path) -> None:
+    """From a stage of Ray Data over its coordinator to a trainer, to Ray Train's controller, to the driver."""
+    reward = tmp_path / "broken.py"
+    reward.write_text(BROKEN)
+    recipe = tmp_path / "broken.yaml"
+    recipe.write_text(f"base: {toy}\nreward: {{name: '{reward}:Broken', bad: ''}}\n")
+    process = started(tmp_path, "--recipe", str(recipe), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    _, said = process.communicate(timeout=600)
+    run = RunFolder(tmp_path / "run")
+    words = f"ValueError: my reward broke (in prepare, {reward}:7)"
+    assert process.returncode == 1 and run.info()["status"] == "failed" and run.info()["message"] == words, said
+    assert said.strip().splitlines()[-1] == f"error: {words}" and said.count("starting workers") == 1
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_sigterm_under_ray(toy: Path, tmp_path: Path) -> None:
+    """What `ray job stop` sends."""
+    sets = ["--set", f"train.steps={LONG}", "--set", f"train.checkpoint_every={LONG}", "--set", "tracking.uri=''"]
+    process, run = started(tmp_path, "--recipe", str(toy), *sets), RunFolder(tmp_path / "run")
+    reached(run, EVERY, 600)
+    time.sleep(1)  # for the driver to hear of it
+    process.terminate()
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 143, said
+    assert_stopped(run, said, "SIGTERM")
