@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from didr_core.networks.loading import quiet
 
 FOLDER = Path("runs/random")
+PARTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -61,41 +63,19 @@ def clip_text_config(tokenizer: Any, hidden: int, projection: int) -> Any:
 
 def sdxl(folder: Path, seed: int = 0) -> Path:
     """A StableDiffusionXLPipeline folder with a KL autoencoder; pictures of 64 pixels."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(byte_tokenizer(folder / "tokenizer", 77))
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        norm_num_groups=8,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=16 + 6 * 8,
-        cross_attention_dim=32,
-    )
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        timestep_spacing="leading",
-    )
     pipe = StableDiffusionXLPipeline(
-        vae=_autoencoder(4, scaling_factor=0.13025, force_upcast=True),
+        unet=_part("sdxl", "unet"),
+        vae=_part("sdxl", "vae"),
         text_encoder=CLIPTextModel(clip_text_config(tokenizer, 16, 16)),
         text_encoder_2=CLIPTextModelWithProjection(clip_text_config(tokenizer, 16, 16)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
+        scheduler=_part("sdxl", "scheduler"),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
@@ -105,46 +85,31 @@ def sdxl(folder: Path, seed: int = 0) -> Path:
 
 def zimage(folder: Path, seed: int = 0, shift: float = 6.0) -> Path:
     """A ZImagePipeline folder; pictures of any multiple of 16 pixels up to 512, prompts of up to 192 bytes."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from diffusers import ZImagePipeline
     from transformers import Qwen3Config, Qwen3Model
 
     torch.manual_seed(seed)
     tokenizer = chat_tokenizer()
-    transformer = ZImageTransformer2DModel(
-        in_channels=16,
-        dim=48,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=24,
-        axes_dims=[8, 8, 8],
-        axes_lens=[256, 32, 32],
-    )
+    transformer = _part("zimage", "transformer")
     with torch.no_grad():  # zero as they are made: a test could not see whether they are used
         transformer.x_pad_token.normal_(std=0.02)
         transformer.cap_pad_token.normal_(std=0.02)
-    text = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=12,
-        max_position_embeddings=512,
-    )
     pipe = ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        vae=_autoencoder(
-            16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
-        ),
-        text_encoder=Qwen3Model(text),
+        vae=_part("zimage", "vae"),
+        text_encoder=Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), **PARTS["zimage"]["text_encoder"])),
         tokenizer=tokenizer,
         transformer=transformer,
+        scheduler=_part("zimage", "scheduler", shift=shift),
     )
     pipe.save_pretrained(folder)
     return folder
+
+
+def _part(family: str, part: str, **changes: Any) -> Any:
+    import diffusers
+
+    settings = {**PARTS[family][part], **changes}
+    return getattr(diffusers, settings.pop("class"))(**settings)
 
 
 def chat_tokenizer() -> Any:
@@ -158,21 +123,6 @@ def chat_tokenizer() -> Any:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHAT
     return tokenizer
-
-
-def _autoencoder(channels: int, **settings: Any) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(8,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=channels,
-        norm_num_groups=4,
-        sample_size=64,
-        **settings,
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
