@@ -72,6 +72,8 @@ def export_run(
             (part / "scores.json").write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
         if pictures and Path(pictures).is_file():
             shutil.copyfile(pictures, part / "grid.png")
+        for path in part.rglob("*.safetensors"):  # safetensors gives them to their owner alone
+            path.chmod(part.stat().st_mode & 0o666)
         files = sorted(p.name for p in part.iterdir())
         replace_text(part / CARD, model_card(config, scores=told, run=run, files=files))
         if folder.exists():

@@ -26,16 +26,17 @@ class OneStep:
         """Load ``folder``, as `didr align` or `didr export` wrote it.
 
         Raises:
-            DIDRError: not an export of ours.
+            DIDRError: not an export of ours, or no such device here.
         """
         for file in (MODEL_INDEX, "config.yaml"):
             if not (folder / file).is_file():
                 raise DIDRError(
                     f"export {str(folder)!r}: {file} is missing. Expected a folder that `didr align` or `didr export` wrote."
                 )
-        drawing = {"algorithm": "diff_instruct", "reward": None, "judge": None}  # what trained it need not be here
+        # what trained it need not be here
+        drawing = {"algorithm": "diff_instruct", "reward": None, "judge": None, "device": str(device)}
         config = configs.recorded(folder / "config.yaml", values=drawing)
-        self.device = torch.device(device)
+        self.device = config.torch_device
         self.backbone: Backbone = build("backbones", config.backbone.exported(folder))
         self.network: nn.Module = self.backbone.load_network("generator").to(self.device)
         self.backbone.load_text()

@@ -7,13 +7,13 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 app = typer.Typer(
-    help="Align one-step text-to-image generators with human preference (DIDR).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,6 +31,21 @@ Overrides = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Ray's own log, and tracebacks")]
 RunName = Annotated[str | None, typer.Option("--run", help="a run's folder or name")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"didr {version('didr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print it and exit")
+    ] = False,
+) -> None:
+    """Align one-step text-to-image generators with human preference (DIDR)."""
 
 
 @app.command()
@@ -114,10 +129,12 @@ def sample(
     ] = 0,
     count: Annotated[int, typer.Option(min=1, help="pictures a prompt")] = 1,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the PNGs")] = Path("samples"),
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "cpu",
 ) -> None:
     """Draw pictures in one step, from a finished run or an export folder."""
     folder = _export_folder(run, export)
+    from PIL.PngImagePlugin import PngInfo
+
     from didr_core.export.sample import OneStep
     from didr_core.train.run_folder import disk
 
@@ -128,7 +145,10 @@ def sample(
         output.mkdir(parents=True, exist_ok=True)
         for text, number, image in zip(prompts, seeds, model.images(prompts, seeds), strict=True):
             path = output / f"{_slug(text)}-seed{number}.png"
-            image.save(path)
+            said = PngInfo()
+            said.add_itxt("prompt", text)
+            said.add_text("seed", str(number))
+            image.save(path, pnginfo=said)
             typer.echo(path)
 
 
@@ -211,7 +231,7 @@ def _export_folder(run: str | None, export: Path | None) -> Path:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "picture"
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60] or "picture"
 
 
 def _command() -> str:

@@ -100,3 +100,30 @@ def test_help_is_quick() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_pictures_say_what_they_are_and_never_share_a_name(run: RunFolder, tmp_path: Path) -> None:
+    for prompt in ("一匹の赤い馬", "дом у моря"):
+        didr("sample", "--run", run.path, "--prompt", prompt, "--output", tmp_path)
+    made = {p.name: Image.open(p).info for p in tmp_path.iterdir()}
+    assert made == {
+        "一匹の赤い馬-seed0.png": {"prompt": "一匹の赤い馬", "seed": "0"},
+        "дом-у-моря-seed0.png": {"prompt": "дом у моря", "seed": "0"},
+    }
+
+
+@pytest.mark.parametrize(("device", "said"), [("tpu", "device"), ("cuda", "sees no CUDA device")])
+def test_a_device_that_is_not_there_is_one_line(
+    run: RunFolder, device: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", "--run", str(run.path), "--prompt", "x", "--device", device])
+    assert stop.value.code == 1
+    assert said in capsys.readouterr().err
+
+
+def test_exported_weights_are_readable_as_the_folder_is(run: RunFolder) -> None:
+    folder = run.path / "export"
+    weights = list(folder.rglob("*.safetensors"))
+    assert len(weights) >= 4
+    assert {p.stat().st_mode & 0o777 for p in weights} == {folder.stat().st_mode & 0o666}
