@@ -11,14 +11,15 @@ from didr_core.networks.loading import State
 from didr_core.types import DIDRError
 
 LINEAR, RELU = (0, 2, 4, 6, 7), (0, 3, 6, 9, 11)
-"""Places of the layers among dropouts alone, and among dropouts and ReLUs (``ava+logos-l14-reluMSE.pth``)."""
+"""Places of the layers among dropouts alone, and among dropouts and ReLUs (``ava+logos-l14-reluMSE.pth``). One after the other, there is
+nothing between them."""
 
 
 def linear_layers(key: str, path: Path, state: State, prefix: str = "layers.") -> list[tuple[str, tuple[int, ...]]]:
     """``(<prefix>N, shape of its weight)`` of every layer, first to last.
 
     Raises:
-        DIDRError: none, other places than :data:`LINEAR` or :data:`RELU`, a missing bias, widths that do not follow, or two outputs.
+        DIDRError: none, other places than 0, 1, 2.., :data:`LINEAR` or :data:`RELU`, a missing bias, widths that do not follow, or two outputs.
     """
     numbers = (name.removeprefix(prefix).removesuffix(".weight") for name in state if name.startswith(prefix))
     places = tuple(sorted(int(number) for number in numbers if number.isdecimal()))
@@ -27,10 +28,10 @@ def linear_layers(key: str, path: Path, state: State, prefix: str = "layers.") -
     what = f"linear layers {prefix}N.weight and {prefix}N.bias that end in one score"
     if not layers:
         raise DIDRError(f"{key}={str(path)!r}: no tensor {prefix}N.weight. Expected {what}.")
-    if places not in (LINEAR[: len(places)], RELU[: len(places)]):
+    if places not in (tuple(range(len(places))), LINEAR[: len(places)], RELU[: len(places)]):
         raise DIDRError(
-            f"{key}={str(path)!r}: linear layers at {prefix}{places} leave open what lies between them. Expected the first of {LINEAR} "
-            f"(dropout) or of {RELU} (ReLU and dropout)."
+            f"{key}={str(path)!r}: linear layers at {prefix}{places} leave open what lies between them. Expected 0, 1, 2 "
+            f"(nothing), the first of {LINEAR} (dropout) or of {RELU} (ReLU and dropout)."
         )
     for name, shape, after in zip(layers, shapes, [*shapes[1:], None], strict=True):
         bias = state.get(f"{name}.bias")

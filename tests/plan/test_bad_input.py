@@ -19,6 +19,7 @@ from toy import toy_recipe
 
 from didr_core import config as configs
 from didr_core.data.prompts import PromptIndex
+from didr_core.plan.preflight import preflight
 from didr_core.train import checkpoint
 from didr_core.train.run_folder import RunFolder
 from pipelines.cli import main as cli
@@ -235,3 +236,9 @@ def test_the_reason_is_the_last_line_and_the_exit_code_is_1(toy: Path, tmp_path:
         and "drp.beta" in done.stderr.strip().splitlines()[-1]
     )
     assert not done.stdout
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "tiny_blackbox", "exact_2d"])
+def test_recipes_of_the_bundled_world_pass_preflight(recipe: str, tmp_path: Path) -> None:
+    """What `make demo` runs: a check that grew stricter must not refuse our own files."""
+    preflight(configs.load(recipe, [f"output={tmp_path}"]))
