@@ -19,7 +19,7 @@ def linear_layers(key: str, path: Path, state: State, prefix: str = "layers.") -
     """``(<prefix>N, shape of its weight)`` of every layer, first to last.
 
     Raises:
-        DIDRError: none, other places than 0, 1, 2.., :data:`LINEAR` or :data:`RELU`, a missing bias, widths that do not follow, or two outputs.
+        DIDRError: none, places between which something unknown may lie, a missing bias, widths that do not follow, or two outputs.
     """
     numbers = (name.removeprefix(prefix).removesuffix(".weight") for name in state if name.startswith(prefix))
     places = tuple(sorted(int(number) for number in numbers if number.isdecimal()))
