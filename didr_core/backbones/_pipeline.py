@@ -291,7 +291,8 @@ class PipelineBackbone:
 
 def dtype_of(network: nn.Module) -> torch.dtype:
     """What ``network`` (a role on a base: the base) computes in; its own `dtype` would look at every parameter."""
-    return next(getattr(network, "base", network).parameters()).dtype
+    base = getattr(network, "base", network)
+    return next(base.parameters()).dtype if isinstance(base, nn.Module) else torch.float32
 
 
 def _upsampling(config: dict[str, Any]) -> int:
