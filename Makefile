@@ -14,7 +14,7 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
 
-.PHONY: help demo sweep-demo install test lint types check-python clean
+.PHONY: help demo sweep-demo install test tests-with-ray tests-without-ray lint types check-python clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +41,14 @@ check-python:
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "error: %s is Python %d.%d; DIDR needs 3.11 or newer. Install one, or say make PYTHON=/path/to/python3.11" % ((sys.executable,) + v))'
 	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || test -x $(BIN)/python || { echo "error: $(PYTHON) cannot make environments (no ensurepip). On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-test: lint types ## lint, format, types and every test
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
+test: lint types ## lint, format, types and every test: those that start Ray beside the others
+	@$(MAKE) --no-print-directory -k -j2 -Otarget tests-with-ray tests-without-ray
+
+tests-with-ray:
+	@$(BIN)/python -m pytest -q -m ray
+
+tests-without-ray:
+	@$(BIN)/python -m pytest -q -m 'not ray'
 
 lint: install ## ruff: rules and format
 	@$(BIN)/ruff check .

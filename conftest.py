@@ -27,14 +27,6 @@ class TestTookTooLong(BaseException):
     """Raised inside the test. A BaseException, so that code under test which retries on Exception cannot swallow it."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`-n`): a file's tests stay together, and no two of the files that start Ray run at once."""
-    starts_ray = {item.path for item in items if item.get_closest_marker("ray")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in starts_ray else str(item.path)))
-
-
 def limit_of(item: pytest.Item) -> float:
     """Seconds."""
     marker = item.get_closest_marker("timeout")
