@@ -69,7 +69,13 @@ def align(
         check(demands_of(config, view), view)
     run = old or RunFolder.create(config, output, command)
     # Ray ends last: what run.json and MLflow say of a failure must not depend on how a broken Ray takes it
-    with ExitStack() as session, outcome(run), _observer(config, run) as observer, stoppable(observer.ask_to_stop):
+    with (
+        stoppable(),  # of every moment in which run.json says "running"
+        ExitStack() as session,
+        outcome(run),
+        _observer(config, run) as observer,
+        stoppable(observer.ask_to_stop),
+    ):
         run.write_config(config)
         if old and overrides:
             run.update(resumed=[*run.info().get("resumed", []), command])

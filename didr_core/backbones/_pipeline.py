@@ -292,7 +292,8 @@ class PipelineBackbone:
 def dtype_of(network: nn.Module) -> torch.dtype:
     """What ``network`` (a role on a base: the base) computes in; its own `dtype` would look at every parameter."""
     base = getattr(network, "base", network)
-    return next(base.parameters()).dtype if isinstance(base, nn.Module) else torch.float32
+    first = next(base.parameters(), None) if isinstance(base, nn.Module) else None
+    return getattr(network, "dtype", torch.float32) if first is None else first.dtype
 
 
 def _upsampling(config: dict[str, Any]) -> int:

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = configs.load(given.recipe, given.overrides)
             index = preflight(config)
             run = RunFolder.create(config, given.output, " ".join(["python -m didr_core.train", *sys.argv[1:]]))
-        with outcome(run), stoppable():
+        with stoppable(), outcome(run):
             run.write_config(config)
             train_and_finish(config, run, index, _Lines())
     except DIDRError as error:

@@ -30,12 +30,14 @@ def stoppable(ask: Callable[[], bool] = lambda: False) -> Iterator[None]:
     def handle(number: int, frame: Any) -> None:
         came.append(number)
         if len(came) > 1 or not ask():
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # such a block inside has told it
+            raise
         interrupted = isinstance(error, KeyboardInterrupt)  # while Ray starts, it makes a SystemExit of SIGTERM
         number = came[0] if came else signal.SIGINT if interrupted else signal.SIGTERM
         how = interrupted and str(error)
