@@ -48,7 +48,7 @@ WHERE = "(in score, /home/me/my_reward.py:2)"
 def test_what_user_code_raised_is_told_whatever_it_crossed(borders: int) -> None:
     error: BaseException = raised(ValueError("my reward broke"))
     for _ in range(borders):
-        error = raised(crossed(error), "/work/didr_core/train/loop.py")
+        error = raised(crossed(error), "/elsewhere/didr_core/train/loop.py")
     assert str(users_mistake(error)) == f"ValueError: my reward broke {WHERE}"
 
 
