@@ -41,8 +41,8 @@ FORBIDDEN = {  # beside the order
     "pipelines": {"tune_spaces", "benchmarks", "examples"},  # spaces are found by name
     "tune_spaces": {"didr_core", "pipelines"},  # spaces are plain data
 }
-# The product's lines only go down: 18,918 before the rooms; 16,000 is the aim (the planner still restates the learner).
-MAX_LINES, MAX_MODULES, MAX_PRODUCT, MAX_EXAMPLES = 400, 14, 16_000, 2_000
+# 18,918 lines before the rooms, 15,978 after them: the ceiling that features built into the rooms may use up.
+MAX_LINES, MAX_MODULES, MAX_PRODUCT, MAX_EXAMPLES = 400, 14, 17_300, 2_000
 
 
 def sources(package: str) -> list[Path]:
