@@ -1,11 +1,12 @@
 """What the host pays for an update: SDXL at full depth and 1/20 of its width on one CPU thread, where arithmetic is almost nothing.
 
-    python -m benchmarks.host_cost                       # every layout of roles; about three minutes
+    python -m benchmarks.host_cost                       # every layout of roles; about two minutes
     python -m benchmarks.host_cost --layouts recipe full --rounds 9
 
 Each layout's TA micro-step (fresh sample, forward, backward) and generator micro-step (forward, proxy, TA's answer, backward) stand beside
-the bare network calls that they must make, taken in turns: CPU seconds of the process (which other programs do not change much) and
-dispatched operators, medians over rounds. A GPU waits for exactly this time where its own work is shorter.
+the calls of a bare network that they must make in the same precision (under activation checkpointing one forward more for each backward),
+taken in turns: CPU seconds of the process (which other programs do not change much) and dispatched operators, medians over rounds.
+A GPU waits for exactly this time where its own work is shorter.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ NARROW_UNET = {
     "addition_time_embed_dim": 16,
     "projection_class_embeddings_input_dim": 64 + 6 * 16,
 }
+RECIPE = {"assistant": "lora", "rank": 4, "dtype": "bfloat16", "update": "stochastic"}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "full": {},
     "full, checkpointing": {"gradient_checkpointing": True},
-    "recipe": {"assistant": "lora", "gradient_checkpointing": True},
-    "recipe, no checkpointing": {"assistant": "lora"},
-    "lora": {"generator": "lora", "assistant": "lora"},
+    "recipe": RECIPE,
+    "recipe, checkpointing": {**RECIPE, "gradient_checkpointing": True},
+    "lora": {"generator": "lora", "assistant": "lora", "rank": 4},
 }
-"""Roles of sdxl_1gpu are "recipe": a full generator, the TA an adapter on the reference."""
+"""Roles of sdxl_1gpu are "recipe": a full generator, the TA an adapter on the reference, in bfloat16 with stochastic rounding."""
 
 
 class Operators(TorchDispatchMode):
@@ -75,7 +77,7 @@ def learner(layout: str, folder: Path) -> Learner:
         "generator": {"lr": 5e-7},
         "assistant": {"lr": 5e-5},
         "train": {"steps": 1000, "batch": 1, "assistant_updates": 1},
-        "roles": {**LAYOUTS[layout], "rank": 4} if "lora" in LAYOUTS[layout].values() else LAYOUTS[layout],
+        "roles": LAYOUTS[layout],
         "data": {"prompts": "none"},
     }
     config = configs.validate(tree)
@@ -89,34 +91,42 @@ def batch_of(subject: Learner) -> Batch:
     return Batch(torch.arange(1), ["0"], ["0"], condition, {}, torch.zeros(1), torch.ones(1))
 
 
-def bare(folder: Path) -> dict[str, Callable[[], None]]:
-    """The calls that a TA micro-step and a generator micro-step must make, of a plain network."""
+def bare(layout: str, folder: Path) -> dict[str, Callable[[], None]]:
+    """The calls that a TA micro-step and a generator micro-step of ``layout`` must make, of a network without roles."""
+    roles = LAYOUTS[layout]
     config = learner("full", folder).config
     backbone = hollow.backbone(config.backbone, folder, "cpu")
-    net, judge = backbone.load_network("reference"), hollow.Reward(config.reward, "cpu")
+    judge = hollow.Reward(config.reward, "cpu")
+    dtype = getattr(torch, roles.get("dtype", "float32"))
+    fixed, trained = (backbone.load_network("reference").to(dtype).requires_grad_(learns) for learns in (False, True))
     backbone.load_decoder()
     condition = backbone.blank(1).map(torch.randn_like)
     x, t = torch.randn(1, *backbone.latent_shape), torch.full((1,), 0.5)
 
-    def forward(times: int, gradient: bool) -> torch.Tensor:
-        with torch.set_grad_enabled(gradient):
-            out: torch.Tensor = backbone.x0(net, x.repeat(times, 1, 1, 1), t.repeat(times), condition.tile(times))
-            return out
+    def forward(net: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = backbone.x0(net, x, t.repeat(len(x)), condition.tile(len(x)))
+        return out
+
+    @torch.no_grad()
+    def again(x: torch.Tensor) -> None:
+        if roles.get("gradient_checkpointing"):
+            forward(fixed, x)
 
     def assistant() -> None:
-        forward(1, False)
-        net.requires_grad_(True)
-        forward(1, True).sum().backward()
+        forward(fixed, x)
+        out = forward(trained, x)
+        again(x)
+        out.sum().backward()
 
     def generator() -> None:
-        net.requires_grad_(True)
-        made = forward(1, True)
-        net.requires_grad_(False)
+        made = forward(trained, x)
         leaf = x.clone().requires_grad_()
-        guided = backbone.x0(net, leaf.repeat(2, 1, 1, 1), t.repeat(2), condition.tile(2))
+        pair = leaf.repeat(2, 1, 1, 1)
+        guided = forward(fixed, pair)
+        again(pair)
         torch.autograd.grad(judge.score(backbone.decode(guided[:1]), {}).sum(), leaf)
-        forward(1, False)
-        net.requires_grad_(True)
+        forward(fixed, x)
+        again(x)
         made.sum().backward()
 
     return {"TA": assistant, "generator": generator}
@@ -143,7 +153,10 @@ def _nothing(_: Any) -> None: ...
 
 def measure(folder: Path, layouts: Sequence[str], rounds: int) -> list[dict[str, Any]]:
     """Rows of layout and part: CPU seconds, operators, and both as multiples of the bare calls'."""
-    subjects = {"bare": bare(folder / "bare")} | {name: ours(name, folder / name.replace(" ", "_")) for name in layouts}
+    subjects = {}
+    for i, name in enumerate(layouts):
+        subjects[f"{name}: bare calls"] = bare(name, folder / f"{i}b")
+        subjects[name] = ours(name, folder / str(i))
     cases = [(name, part, run) for name, parts in subjects.items() for part, run in parts.items()]
     seconds: dict[tuple[str, str], list[float]] = {(name, part): [] for name, part, _ in cases}
     operators = {}
@@ -160,7 +173,7 @@ def measure(folder: Path, layouts: Sequence[str], rounds: int) -> list[dict[str,
     middle = {key: statistics.median(values) for key, values in seconds.items()}
     rows = []
     for name, part, _ in cases:
-        least = middle.get(("bare", part)), operators.get(("bare", part))
+        least = middle.get((f"{name}: bare calls", part)), operators.get((f"{name}: bare calls", part))
         row: dict[str, Any] = {
             "layout": name,
             "part": part,
@@ -185,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = measure(Path(folder), given.layouts, given.rounds)
     for row in rows:
         more = f" {row['times_s']:.2f}x {row['times_operators']:.2f}x" if "times_s" in row else ""
-        print(f"{row['layout']:<26} {row['part']:<11} {row['s']:.3f} s {row['operators']:>7,} operators{more}")
+        print(f"{row['layout']:<33} {row['part']:<11} {row['s']:.3f} s {row['operators']:>7,} operators{more}")
     if given.output:
         hardware = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
         report = {"hardware": hardware, "date": datetime.date.today().isoformat(), "rounds": given.rounds, "rows": rows}

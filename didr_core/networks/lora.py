@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from didr_core.config import Roles
@@ -83,7 +84,7 @@ class Mode:
         if not torch.is_grad_enabled():
             return function(*args)
         weights = self._weights.get(function) or self._weights.setdefault(function, list(function.parameters()))
-        return recomputed(run, args, [p for p in weights if p.requires_grad])
+        return recomputed(run, args, any(p.requires_grad for p in weights))
 
 
 class LoRA(nn.Module):
@@ -185,18 +186,50 @@ def _quicken(layer: Any, role: str, switch: list[str | None]) -> None:
     layer.__dict__["switch"] = switch
 
 
+def _adapted(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x W' + b + scale (x down') up'``, and what its gradients need: ``x`` by rows, ``x down'``."""
+    rows = x.reshape(-1, x.shape[-1])
+    low = rows.to(down.dtype) @ down.t()  # averages are float32 on a bfloat16 base
+    out = torch.addmm(F.linear(rows, weight, bias).to(up.dtype), low, up.t(), alpha=scale)
+    return out.to(x.dtype).view(*x.shape[:-1], -1), rows, low
+
+
+class _Adapted(torch.autograd.Function):
+    """:func:`_adapted` of one precision and a frozen ``weight``, for half of the host's time that autograd's own way there takes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Any:
+        out, rows, low = _adapted(x, weight, bias, down, up, scale)
+        ctx.save_for_backward(rows, low, weight, down, up)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        rows, low, weight, down, up = ctx.saved_tensors
+        to_x, _, _, to_down, to_up, _ = ctx.needs_input_grad
+        out = gradients[0].reshape(-1, up.shape[0])
+        scaled = out if ctx.scale == 1 else out * ctx.scale
+        lower = scaled @ up
+        back = torch.addmm(out @ weight, lower, down).view(*gradients[0].shape[:-1], -1) if to_x else None
+        return back, None, None, lower.t() @ rows if to_down else None, scaled.t() @ low if to_up else None, None
+
+
 @functools.cache
 def _quick(kind: Any) -> type[Any]:
     """A class of peft's layers with the forward pass ``base(x) + scale up(down(x))`` in as few operators as there can be."""
 
     def linear(self: Any, x: Tensor) -> Tensor:
-        out: Tensor = self.base_layer(x)
-        adapter = self.adapters.get(self.switch[0])
+        layer, adapter = self.base_layer, self.adapters.get(self.switch[0])
         if adapter is None:
-            return out
-        down, up, scale = adapter
-        low = x.flatten(0, -2).to(down.dtype) @ down.t()  # averages are float32 on a bfloat16 base
-        return torch.addmm(out.flatten(0, -2).to(up.dtype), low, up.t(), alpha=scale).to(out.dtype).view(out.shape)
+            return layer(x)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and x.dtype == adapter[0].dtype and not torch.compiler.is_compiling():
+            return _Adapted.apply(x, layer.weight, layer.bias, *adapter)  # type: ignore[no-any-return, no-untyped-call]
+        return _adapted(x, layer.weight, layer.bias, *adapter)[0]
 
     def convolution(self: Any, x: Tensor) -> Tensor:
         out: Tensor = self.base_layer(x)

@@ -48,14 +48,16 @@ def check(config: Config) -> None:
 class Weights:
     """The trained parameters of a network in the precision that updates need; what optimizer, average and checkpoints see.
 
-    float32 parameters stand for themselves. A bfloat16 one has a float32 master: its gradients are gathered there as backward makes them
-    (so micro-batches add up in float32), and :meth:`publish` rounds the master into the network after an update.
+    float32 parameters stand for themselves. A bfloat16 one has a float32 master: its gradients are gathered there (so micro-batches add up
+    in float32), and :meth:`publish` rounds the master into the network after an update. Gradients of a whole network are gathered one by
+    one, as backward makes them; those of an adapter (``small``) lie in one piece that :meth:`gather` adds in one operator.
     """
 
-    def __init__(self, network: nn.Module, update: Update = "master") -> None:
+    def __init__(self, network: nn.Module, update: Update = "master", small: bool = False) -> None:
         self.network = network
         self.values: dict[str, Tensor] = {}
         self._rounded: list[tuple[Tensor, Tensor]] = []
+        self._gradients: tuple[Tensor, Tensor] | None = None
         for name, p in network.named_parameters():
             if not p.requires_grad:
                 continue
@@ -63,13 +65,32 @@ class Weights:
             if p.dtype == torch.bfloat16 and update == "master":
                 master = self.values[name] = p.detach().float().requires_grad_()
                 self._rounded.append((p, master))
-                p.register_post_accumulate_grad_hook(_gather(master))
+                if not small:
+                    p.register_post_accumulate_grad_hook(_gather(master))
+        if small and self._rounded:
+            self._lay_out_gradients()
+
+    def _lay_out_gradients(self) -> None:
+        """Views of one tensor for the gradients of all parameters, of another for those of all masters."""
+        sizes = [p.numel() for p, _ in self._rounded]
+        device = self._rounded[0][0].device
+        own, summed = (torch.zeros(sum(sizes), dtype=d, device=device) for d in (torch.bfloat16, torch.float32))
+        for (p, master), mine, total in zip(self._rounded, own.split(sizes), summed.split(sizes), strict=True):
+            p.grad, master.grad = mine.view_as(p), total.view_as(p)
+        self._gradients = own, summed
+
+    def gather(self) -> None:
+        """After every backward pass: its gradients to the masters."""
+        if self._gradients is not None:
+            own, summed = self._gradients
+            summed += own
+            own.zero_()
 
     @torch.no_grad()
     def publish(self) -> None:
         """Masters to the network."""
-        for p, master in self._rounded:
-            p.copy_(master)
+        if self._rounded:
+            torch._foreach_copy_([p for p, _ in self._rounded], [master for _, master in self._rounded])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The network's, with masters in place of what is rounded from them."""
@@ -127,7 +148,7 @@ def begin(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for p in group["params"]:
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()  # it may be a view
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

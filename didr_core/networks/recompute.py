@@ -10,36 +10,38 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def recomputed(run: Callable[..., Any], inputs: Sequence[Any], weights: Sequence[nn.Parameter]) -> Any:
+def recomputed(run: Callable[..., Any], inputs: Sequence[Any], learns: bool) -> Any:
     """``run(*inputs)``, computed again when gradients come by; nothing inside is kept until then.
+
+    Weights inside take their gradients in a backward pass of their own, at once: not one that ``autograd.grad`` asks for.
 
     Args:
         inputs: tensors, or plain values: no containers, in which a tensor would lose its gradient.
-        weights: what ``run`` takes gradients to, whoever asks for them (``backward``, ``autograd.grad``).
+        learns: whether weights inside take gradients.
     """
-    return _Recomputed.apply(run, len(inputs), *inputs, *weights)  # type: ignore[no-untyped-call]
+    return _Recomputed.apply(run, torch.empty(0, requires_grad=learns), *inputs)  # type: ignore[no-untyped-call]
 
 
 class _Recomputed(torch.autograd.Function):
+    """The empty tensor makes the output require gradients where only weights do: as inputs they would cost the host half as much again."""
+
     @staticmethod
-    def forward(ctx: Any, run: Any, count: int, *inputs: Any) -> Any:
-        ctx.run, ctx.count = run, count
-        ctx.plain = [None if isinstance(v, Tensor) else v for v in inputs[:count]]
+    def forward(ctx: Any, run: Any, learns: Tensor, *inputs: Any) -> Any:
+        ctx.run = run
+        ctx.plain = [None if isinstance(v, Tensor) else v for v in inputs]
         ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in inputs))
-        return run(*inputs[:count])
+        return run(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[2:]
         with torch.enable_grad():
             leaves = [
-                v if v is None else v.detach().requires_grad_(n)
-                for v, n in zip(saved[: ctx.count], needed, strict=False)
+                v if v is None else v.detach().requires_grad_(n) for v, n in zip(ctx.saved_tensors, needed, strict=True)
             ]
             out = ctx.run(*(v if v is not None else p for v, p in zip(leaves, ctx.plain, strict=True)))
-        asked = [v for v, n in zip((*leaves, *saved[ctx.count :]), needed, strict=True) if n]
-        found = iter(torch.autograd.grad(out, asked, gradients, allow_unused=True))
-        return None, None, *(next(found) if n else None for n in needed)
+        torch.autograd.backward(out, gradients)
+        return None, None, *(v.grad if v is not None else None for v in leaves)

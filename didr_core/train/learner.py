@@ -90,7 +90,7 @@ class Learner:
 
     def _weights(self, network: nn.Module, kind: Kind) -> optim.Weights:
         """Adapters are small: they always have masters."""
-        return optim.Weights(network, "master" if kind == "lora" else self.config.roles.update)
+        return optim.Weights(network, "master" if kind == "lora" else self.config.roles.update, small=kind == "lora")
 
     def generator(self, which: Which = "ema") -> nn.Module:
         """The trained generator, its running average, the one training started from, or the reference."""
@@ -180,12 +180,14 @@ class Learner:
         means: dict[str, Tensor] = {}
         finite: list[Tensor] = []
         size = self.config.sizes.micro_batch
+        weights = self.assistant_weights if name == "assistant" else self.generator_weights
         for start in range(0, len(batch), size):
             value, metrics = loss(batch[start : start + size])
             seen = {f"loss/{name}": value.detach(), **{key: metric.detach() for key, metric in metrics.items()}}
             finite.append(functools.reduce(torch.logical_and, (v.isfinite() for v in seen.values())))
             with self.phase("TA: backward" if name == "assistant" else "generator: backward"):
                 value.sum().div(len(batch)).backward()
+                weights.gather()
             for key, metric in seen.items():
                 means[key] = means.get(key, torch.zeros((), device=self.device)) + metric.sum() / len(batch)
         return means, torch.cat(finite)
@@ -196,6 +198,7 @@ class Learner:
         predicted = self.backbone.generate(self.generator_net, z, condition)
         value = anchor.config.weight * anchor.loss(predicted, x0)
         value.backward()
+        self.generator_weights.gather()
         return value.detach()
 
     def _update(

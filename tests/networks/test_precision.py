@@ -70,6 +70,24 @@ def test_plain_bfloat16_stands_still_and_ours_moves() -> None:
     assert error < 4, "unbiased in the mean: within four standard errors"
 
 
+def test_adapters_gather_as_whole_networks_do() -> None:
+    """Gradients of three micro-batches, 1, 2^-9 and 2^-9, which a bfloat16 sum would lose: float32 adds them up, either way."""
+    for small in (False, True):
+        network = nn.Sequential(matrix(torch.bfloat16), nn.Linear(3, 3, bias=False).bfloat16())
+        weights = Weights(network, "master", small=small)
+        optimizer = optim.optimizer(weights, Optim(lr=LR), seed=7)
+        optim.begin(optimizer)
+        optimizer.zero_grad(set_to_none=False)
+        for size in (1.0, 2**-9, 2**-9):
+            (size * sum(p.sum() for p in network.parameters())).backward()
+            weights.gather()
+        for name, p in network.named_parameters():
+            assert (weights.values[name].grad == 1 + 2**-8).all()
+            assert p.grad is None or not p.grad.any()
+        optimizer.step()
+        assert all(torch.equal(p, weights.values[name].bfloat16()) for name, p in network.named_parameters())
+
+
 def test_stochastic_rounding_is_unbiased_and_leaves_what_fits() -> None:
     bits = torch.Generator().manual_seed(0)
     x = torch.tensor([1.0 + 2**-10, -3.0 - 2**-9, 1e-6 * (1 + 2**-9)]).repeat(100_000, 1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from random_models import prompt_shards, sdxl_folder
 from small_learner import batch, learner
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from didr_core import config
 from didr_core.config import Roles
@@ -252,3 +254,29 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
         Learner(exact)
     with pytest.raises(DIDRError, match="has no activation checkpointing"):
         Learner(config.load("exact_2d", ["roles.gradient_checkpointing=true"]))
+
+
+def test_a_linear_layer_with_adapters_is_the_plain_sum_and_so_are_its_gradients() -> None:
+    """``W x + b + scale up down x`` written out, in float64: value, gradients of x and of both factors; frozen factors get none."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(5, 7)).double()
+    settings = Roles(generator="lora", assistant="lora", rank=2, alpha=6)
+    adapter = lora.add_adapter(base, "assistant", settings, SimpleNamespace(lora_targets=()), 0)  # type: ignore[arg-type]
+    layer = base[0]
+    down, up = layer.lora_A["assistant"].weight, layer.lora_B["assistant"].weight
+    nn.init.normal_(up)
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    plain = F.linear(x, layer.base_layer.weight, layer.base_layer.bias) + 3.0 * x @ down.t() @ up.t()
+    other = torch.randn(3, 4, 7, dtype=torch.float64)
+    expected = torch.autograd.grad((plain * other).sum(), (x, down, up))
+    out = adapter(x)
+    assert torch.allclose(out, plain, atol=1e-12)
+    found = torch.autograd.grad((out * other).sum(), (x, down, up))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(adapter(x), plain, atol=1e-12)
+    with lora.frozen(adapter):
+        (adapter(x) * other).sum().backward()
+    assert torch.allclose(x.grad, expected[0], atol=1e-12)
+    assert down.grad is None
