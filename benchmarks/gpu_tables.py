@@ -22,7 +22,7 @@ COLUMNS += ("TA, generator, s", "passes: device, host, s", "device idle")
 ITERATIONS = 1000
 TITLES = {
     "full": "Full size",
-    "tiny": "Rehearsal: toy sizes, so that every row of the command has been run once; its seconds say nothing of a GPU",
+    "tiny": "Rehearsal at toy sizes, which shows that the command runs; its seconds say nothing of a GPU",
 }
 
 
@@ -35,8 +35,8 @@ def line(row: Row) -> str:
     return f"{row['name']}: {row['s_per_update']:.3g} s an update, {row['images_per_s']:.3g} pictures/s{peak}{error}"
 
 
-def markdown(rows: Sequence[Row], plans: Mapping[str, Any]) -> str:
-    """The whole file."""
+def markdown(rows: Sequence[Row], plans: Mapping[str, Any], wanted: Sequence[str]) -> str:
+    """The whole file; of the rows ``wanted``, those that are not measured are named."""
     out = ["# One update on a GPU", "", *ABOUT.strip().split("\n")]
     for size, title in TITLES.items():
         of_size = sorted((r for r in rows if r["size"] == size), key=_origin)
@@ -51,6 +51,9 @@ def markdown(rows: Sequence[Row], plans: Mapping[str, Any]) -> str:
                 "",
             ]
             out += _table(group, plans)
+        done = {r["name"] for r in of_size if "fits" in r}
+        if missing := [name for name in wanted if name not in done]:
+            out += ["", f"Not measured yet ({size} size): {', '.join(missing)}."]
     for row in rows:
         if "kernels" in row and row["size"] == "full":
             out += ["", *_kernels(row)]
@@ -113,8 +116,8 @@ def _kernels(row: Row) -> Iterator[str]:
 def cost(rows: Sequence[Row], price: float = 2.5) -> Iterator[str]:
     """Hours and rent of 1,000 iterations of each recipe that needs a GPU, from measured rows, at ``price`` US dollars an hour of a GPU."""
     yield "1,000 iterations of each recipe, training alone, from measured seconds a picture of TA and generator updates;"
-    yield f"{price:g} US dollars an hour of a GPU is an assumption (`python -m benchmarks.gpu_step --cost PRICE`). The other"
-    yield "recipes run on a CPU."
+    yield f"{price:g} US dollars an hour of a GPU is an assumption (`python -m benchmarks.gpu_step --cost PRICE`). The optimizer's time is"
+    yield "scaled with the batch, too, so that a recipe with a larger batch than the row's takes a little less. The other recipes run on a CPU."
     yield ""
     yield "| recipe | from the row | s an iteration | hours | rent, US dollars |"
     yield "|---|---|---|---|---|"
