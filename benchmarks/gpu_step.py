@@ -163,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = _measure_all(report, rows, given, time.monotonic() + 60 * given.minutes)
     if given.output.is_file():
         replace_text(
-            given.output.with_suffix(".md"), gpu_tables.markdown(report["rows"], plans, [r["name"] for r in ROWS])
+            given.output.with_suffix(".md"),
+            gpu_tables.markdown(_read(given.output, None)["rows"], plans, [r["name"] for r in ROWS]),
         )
     return int(failed)
 

@@ -117,7 +117,7 @@ def cost(rows: Sequence[Row], price: float = 2.5) -> Iterator[str]:
     """Hours and rent of 1,000 iterations of each recipe that needs a GPU, from measured rows, at ``price`` US dollars an hour of a GPU."""
     yield "1,000 iterations of each recipe, training alone, from measured seconds a picture of TA and generator updates;"
     yield f"{price:g} US dollars an hour of a GPU is an assumption (`python -m benchmarks.gpu_step --cost PRICE`). The optimizer's time is"
-    yield "scaled with the batch, too, so that a recipe with a larger batch than the row's takes a little less. The other recipes run on a CPU."
+    yield "scaled with the batch, too, so a larger batch than the row's takes a little less. Other recipes: on a CPU."
     yield ""
     yield "| recipe | from the row | s an iteration | hours | rent, US dollars |"
     yield "|---|---|---|---|---|"
