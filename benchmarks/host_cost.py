@@ -2,6 +2,7 @@
 
     python -m benchmarks.host_cost                       # every layout of roles; about three minutes
     python -m benchmarks.host_cost --layouts recipe full --rounds 9
+    python -m benchmarks.host_cost --layouts recipe "recipe, compiled"
 
 Each layout's TA micro-step (fresh sample, forward, backward) and generator micro-step (forward, proxy, TA's answer, backward) stand beside
 the bare network calls that they must make, taken in turns: CPU seconds of the process (which other programs do not change much) and
@@ -48,6 +49,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "lora": {"generator": "lora", "assistant": "lora"},
 }
 """Roles of sdxl_1gpu are "recipe": a full generator, the TA an adapter on the reference."""
+COMPILED = {f"{name}, compiled": roles for name, roles in LAYOUTS.items()}
+"""The same with `train.compile=blocks`: about a minute each before the first round. Operators are those dispatched around compiled blocks."""
 
 
 class Operators(TorchDispatchMode):
@@ -64,6 +67,7 @@ class Operators(TorchDispatchMode):
 
 def learner(layout: str, folder: Path) -> Learner:
     """SDXL's full depth at 1/20 of its width, float32, with the estimator `tweedie` and a toy reward."""
+    roles, compiled = (LAYOUTS | COMPILED)[layout], layout in COMPILED
     pipeline = published.write("sdxl", folder, unet=NARROW_UNET, vae=hollow_sdxl.TINY_VAE)
     tree = {
         "name": "host_cost",
@@ -74,8 +78,8 @@ def learner(layout: str, folder: Path) -> Learner:
         "guidance": {"reference": 8.0},
         "generator": {"lr": 5e-7},
         "assistant": {"lr": 5e-5},
-        "train": {"steps": 1000, "batch": 1, "assistant_updates": 1},
-        "roles": {**LAYOUTS[layout], "rank": 4} if "lora" in LAYOUTS[layout].values() else LAYOUTS[layout],
+        "train": {"steps": 1000, "batch": 1, "assistant_updates": 1, "compile": "blocks" if compiled else "none"},
+        "roles": {**roles, "rank": 4} if "lora" in roles.values() else roles,
         "data": {"prompts": "none"},
     }
     config = configs.validate(tree)
@@ -176,7 +180,7 @@ def measure(folder: Path, layouts: Sequence[str], rounds: int) -> list[dict[str,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line each row, write the JSON; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--layouts", nargs="+", choices=[*LAYOUTS, *COMPILED], default=list(LAYOUTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args(arguments)
