@@ -50,7 +50,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 """Roles of sdxl_1gpu are "recipe": a full generator, the TA an adapter on the reference."""
 COMPILED = {f"{name}, compiled": roles for name, roles in LAYOUTS.items()}
-"""The same with `train.compile=blocks`: about a minute each before the first round. Operators are those dispatched around compiled blocks."""
+"""The same with `train.compile=blocks`: about a minute each before the first round. Operators: those dispatched."""
 
 
 class Operators(TorchDispatchMode):

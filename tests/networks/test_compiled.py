@@ -1,8 +1,9 @@
-"""Compiled blocks: the eager update in every layout of roles, no graph more after the first updates, and a way back where compiling fails."""
+"""Compiled blocks: the eager update in every layout of roles, no graph more after the first updates, a way back where compiling fails."""
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from didr_core.networks.compiled import Blocks
 from didr_core.train.learner import Learner
 from didr_core.types import Batch
 from didr_core.world import random_models
+
+pytestmark = pytest.mark.timeout(300)
 
 FULL = {"generator": "full", "assistant": "full"}
 RECIPE = {"generator": "full", "assistant": "lora", "gradient_checkpointing": True}  # of sdxl_1gpu
@@ -42,6 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def no_graphs_yet() -> Iterator[None]:
+    logging.getLogger("torch.__trace").disabled = True  # pytest's handler would have every graph written out
     torch._dynamo.reset()
     counters.clear()
     yield
