@@ -42,9 +42,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
         raise
 
 
-def _train(
-    ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers: Sequence[Any], profile: bool
-) -> None:
+def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers: Sequence[Any], profile: bool) -> None:
     torch.set_num_threads(config.train.threads)
     first = ranks.rank == 0
     stage: Say = run.stage if first else lambda *_: None

@@ -161,9 +161,8 @@ def print_summary(
     """
     out = console(stream)
     if profile:
-        out.print(
-            f"\nmean of {len(profile['steps'])} steps, CPU seconds of the process {profile['cpu']:.4f}; the first took {profile['first']:.1f} s"
-        )
+        count, cpu, first = len(profile["steps"]), profile["cpu"], profile["first"]
+        out.print(f"\nmean of {count} steps, {cpu:.4f} CPU s of the process each; the first took {first:.1f} s")
         out.print(rich_table(*profile_table(profile), bold="step"))
     if scores:
         counts = scores["counts"]
