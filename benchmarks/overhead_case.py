@@ -85,7 +85,7 @@ def watch_object_store(found: dict[str, float]) -> None:
     while True:
         with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
             found |= bytes_a_prompt(answer.read().decode())
-        time.sleep(1.0)
+        time.sleep(5.0)  # answering costs Ray's agent CPU time
 
 
 def bytes_a_prompt(metrics: str) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from benchmarks import data
 from didr_core.data.feed import columns, to_batch
@@ -16,8 +15,7 @@ def test_growth_is_between_the_second_and_the_last_fifth() -> None:
     rows = [{"prompts": done, "driver": 50.0 if done < 20 else 100.0 + done} for done in range(0, 101, 5)]
     told = data.growth(rows, 100)
     assert told == {"driver": {"second_fifth": 127.5, "last_fifth": 190.0, "most": 200.0}}
-    with pytest.raises(ValueError, match="give more --prompts"):
-        data.growth(rows[:2], 100)
+    assert data.growth(rows[:2], 100) == {}  # over before it could be looked at
 
 
 def test_pace_counts_from_the_first_batch() -> None:
