@@ -5,6 +5,7 @@ Components (algorithm, backbone, reward) bring their own small ``Config``, found
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -22,6 +23,11 @@ class Data(Strict):
     heldout: str | None = Field(None, description="held-out prompts, for grids and scores")
     column: str = Field("prompt", description="text column")
     id_column: str = Field("id", description="optional id column; 'shard:row' when absent")
+    cache: str | None = Field(
+        None,
+        description="folder that prompt embeddings and baselines are kept in, for any number of runs; none = `cache` in `output` "
+        "where workers.precompute says so, else nothing is kept",
+    )
 
 
 class Guidance(Strict):
@@ -187,6 +193,11 @@ class Workers(Strict):
     reward_cpus: float = Field(0.5, ge=0)
     reward_gpus: float = Field(0, ge=0)
     actor_resources: dict[str, float] = Field(default_factory=dict)
+    precompute: bool | None = Field(
+        None,
+        description="encoder and reward actors make all that the run needs (data.cache) and leave before training starts; none = "
+        "where they would share the trainer's one GPU",
+    )
     local_cpus: int = Field(4, ge=2, description="CPUs that a Ray started on this machine is told it has")
     max_failures: int = Field(2, ge=0, description="restarts of the worker group from the last checkpoint")
 
@@ -289,6 +300,19 @@ class Config(Strict):
                 "device='cuda': this process sees no CUDA device. Use device=auto or cpu, or give the worker a GPU."
             )
         return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+    @property
+    def precomputed(self) -> bool:
+        """Whether prompts are encoded and baselines made before training starts."""
+        workers = self.workers
+        shared = workers.train == 1 and workers.train_gpus > 0 and workers.encoder_gpus + workers.reward_gpus > 0
+        return shared if workers.precompute is None else workers.precompute
+
+    @property
+    def cache(self) -> Path | None:
+        """The folder that they are kept in; None: they are not."""
+        folder = self.data.cache or (f"{self.output}/cache" if self.precomputed else None)
+        return Path(folder).expanduser().resolve() if folder else None
 
     @property
     def needs_reward(self) -> bool:
