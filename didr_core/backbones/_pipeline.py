@@ -182,8 +182,15 @@ class PipelineBackbone:
         if of == "text":
             parts = sorted(p for p in self.folder.iterdir() if p.name.startswith(("text_encoder", "tokenizer")))
         else:
-            own = self._network_folder(locate(options.generator)) if options.generator else self.folder / self.family.part
-            parts = [own, self._decoder_folder, self.folder / self.family.part / "config.json", self.folder / "scheduler"]
+            own = (
+                self._network_folder(locate(options.generator)) if options.generator else self.folder / self.family.part
+            )
+            parts = [
+                own,
+                self._decoder_folder,
+                self.folder / self.family.part / "config.json",
+                self.folder / "scheduler",
+            ]
         paths = {"pipeline", "generator", "vae", "decoder"}
         told = options.model_dump(mode="json", exclude=paths | (picture if of == "text" else set()))
         return fingerprint.digest(of, told, *parts)

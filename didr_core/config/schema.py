@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from didr_core.config import registry
 from didr_core.config.registry import Component, Strict, component
@@ -79,8 +79,10 @@ class Train(Strict):
 
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
-    micro_batch: int | None = Field(
-        None, ge=1, description="samples a forward pass; none = the whole share of a worker"
+    micro_batch: PositiveInt | Literal["auto"] | None = Field(
+        None,
+        description="samples a forward pass; auto = as many as fit on the GPU, decided before the run starts; none = the whole share "
+        "of a worker",
     )
     assistant_updates: int = Field(2, ge=1, description="TA updates a generator update")
     assistant_warmup: int = Field(0, ge=0, description="first iterations that train the TA alone")
@@ -90,9 +92,16 @@ class Train(Strict):
     anchor: Anchor | None = None
     threads: int = Field(1, ge=1, description="CPU threads of each worker")
 
+    @property
+    def at_once(self) -> int | None:
+        """`micro_batch` as a number; None = the whole share, and so is an "auto" that nobody has decided."""
+        return None if self.micro_batch == "auto" else self.micro_batch
+
 
 Kind = Literal["full", "lora"]
 Dtype = Literal["float32", "bfloat16"]
+Recompute = bool | Literal["generator", "auto"]
+"""Whose activations are recomputed in backward: no network's (nor by an "auto" still undecided), the generator's, those of all roles."""
 
 
 class Dtypes(Strict):
@@ -118,8 +127,10 @@ class Roles(Strict):
         "master",
         description="how bfloat16 weights move: a float32 master copy, or stochastic rounding (full networks only; less memory)",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in backward: less memory, one forward more"
+    gradient_checkpointing: Recompute = Field(
+        False,
+        description="recompute activations in backward: less memory, one forward more; generator = of its network alone; auto = where "
+        "memory asks for it, decided before the run starts",
     )
     fsdp: bool = Field(
         False,
@@ -282,7 +293,7 @@ class Config(Strict):
                 f"train.batch={self.train.batch} does not divide by workers.train={self.workers.train}; every worker takes an equal share"
             )
         share = self.train.batch // self.workers.train
-        if self.train.micro_batch and share % self.train.micro_batch:
+        if self.train.at_once and share % self.train.at_once:
             raise ValueError(
                 f"train.micro_batch={self.train.micro_batch} does not divide a worker's share of {share} samples"
             )
@@ -328,7 +339,7 @@ class Config(Strict):
     def sizes(self) -> Sizes:
         """Sizes that follow from the rest."""
         share = self.train.batch // self.workers.train
-        micro = self.train.micro_batch or share
+        micro = self.train.at_once or share
         method = registry.find("algorithms", self.algorithm.name)
         assistant_updates = self.train.assistant_updates if method.needs_assistant else 0
         warmup = min(self.train.assistant_warmup, self.train.steps) if assistant_updates else 0

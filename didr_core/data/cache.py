@@ -1,9 +1,9 @@
 """What prompts become, kept on disk: embeddings, the reward's text features, baselines of the start; and plain arrays.
 
-A stage of :mod:`didr_core.data.feed` takes a block, the samples of one rank and step. What it adds to a block is one Parquet file with tensor
-columns, named by a hash of all that it follows from: the stage's ``key`` (files of the text encoder, start, roles, reward, ...) and the
-block's prompts (baselines: and sample indices). So nothing is ever out of date, any number of runs may share a folder, and what is read
-is bit for bit what making it again would give. Files are written aside and renamed: two that make the same one at once write the same.
+A stage of :mod:`didr_core.data.feed` takes a block, the samples of one rank and step. What it adds to a block is one Parquet file with
+tensor columns, named by a hash of all that it follows from: the stage's ``key`` (files of the text encoder, start, roles, reward, ...) and
+the block's prompts (baselines: and sample indices). So nothing is ever out of date, any number of runs may share a folder, and what is
+read is bit for bit what was made in the same place. Files are written aside and renamed: two that make one at once write the same.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class RewardPreparer:
         """A hash of all that they follow from, beside the samples of a block. The start has the type and base that its role says."""
         tree = config.model_dump(mode="json")
         start = {"generator": tree["roles"]["generator"], "dtype": tree["roles"]["dtype"]}
-        drawn = {name: tree[name] for name in ("seed", "baseline")} | {"at once": config.train.micro_batch}
+        drawn = {name: tree[name] for name in ("seed", "baseline")} | {"at once": config.train.at_once}
         reward = config.reward and fingerprint.component("rewards", config.reward)
         return fingerprint.digest(
             "reward", PromptEncoder.key(config), _fingerprint(config, "start"), start, drawn, reward
@@ -86,7 +86,7 @@ class RewardPreparer:
         self.samples = config.baseline.samples
         self.noise = Noise(config.seed)
         self.backbone: Backbone = build("backbones", config.backbone)
-        self.size = config.train.micro_batch
+        self.size = config.train.at_once
         self.generator = roles.load_start(self.backbone, config.backbone, config.roles, self.device)
         self.backbone.load_decoder()
         self.backbone.to(self.device)

@@ -1,7 +1,7 @@
 """All that a run's prompts become, made before training starts, so that text encoder, start and reward leave the device to the trainer.
 
-Block by block into ``data.cache`` (:mod:`didr_core.data.cache`); nothing is held. What is there is not made again: after a kill, for a run or
-trial with the same prompts, or for one that goes on.
+Block by block into ``data.cache`` (:mod:`didr_core.data.cache`); nothing is held. What is there is not made again: after a kill, for a run
+or trial with the same prompts, or for one that goes on.
 """
 
 from __future__ import annotations

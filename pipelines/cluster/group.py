@@ -16,6 +16,7 @@ from ray.train.torch import TorchTrainer
 from didr_core.config import Config
 from didr_core.data import scales
 from didr_core.data.prompts import PromptIndex
+from didr_core.plan import fit
 from didr_core.train.loop import Observer
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError
@@ -24,6 +25,12 @@ from pipelines.cluster.remote import elsewhere, users_mistake
 from pipelines.cluster.resources import ClusterView, encoder_need, reward_need, train_need
 from pipelines.cluster.scoring import start_scorers
 from pipelines.cluster.worker import train_worker
+
+
+def fitted(config: Config, view: ClusterView, at_once: int = 1) -> tuple[Config, str]:
+    """:func:`didr_core.plan.fit.here` where training workers run."""
+    found: tuple[Config, str] = elsewhere(train_need(config.workers, view), fit.here, config, at_once)
+    return found
 
 
 def measured_scales(config: Config, view: ClusterView) -> Config:
