@@ -101,7 +101,7 @@ class Train(Strict):
 Kind = Literal["full", "lora"]
 Dtype = Literal["float32", "bfloat16"]
 Recompute = bool | Literal["generator", "auto"]
-"""Whose activations are recomputed in backward: no network's (nor by an "auto" still undecided), the generator's, those of all roles."""
+"""In which updates activations are recomputed: in none (nor by an "auto" still undecided), in the generator's, in the TA's too."""
 
 
 class Dtypes(Strict):
@@ -129,8 +129,8 @@ class Roles(Strict):
     )
     gradient_checkpointing: Recompute = Field(
         False,
-        description="recompute activations in backward: less memory, one forward more; generator = of its network alone; auto = where "
-        "memory asks for it, decided before the run starts",
+        description="recompute activations in backward: less memory, one forward more; generator = in its updates alone, not the TA's; "
+        "auto = where memory asks for it, decided before the run starts",
     )
     fsdp: bool = Field(
         False,

@@ -80,9 +80,11 @@ def networks(
         assistant = place(of_trained("assistant", roles.dtype.assistant))
     assistant.requires_grad_(True)
     reference = LoRA(base, None) if shared or roles.assistant == "lora" else base
-    recomputed = {"generator": [generator], True: [generator, assistant, reference, average]}
-    for network in {id(n): n for n in map(_root, recomputed.get(roles.gradient_checkpointing, []))}.values():
-        _checkpoint(network, roles.gradient_checkpointing)
+    if roles.gradient_checkpointing in (True, "generator"):
+        for network in {id(n): n for n in map(_root, (generator, assistant, reference, average))}.values():
+            _checkpoint(network, roles.gradient_checkpointing)
+    if roles.gradient_checkpointing == "generator":
+        Mode.of(_root(assistant)).keeps = ("assistant" if roles.assistant == "lora" else None,)
     return Networks(generator, assistant, reference, average)
 
 

@@ -14,7 +14,6 @@ from itertools import takewhile
 import torch
 
 from didr_core.config import Config, Recompute
-from didr_core.networks.roles import starts_as_reference
 from didr_core.plan import advice, memory
 from didr_core.plan.memory import GIB
 from didr_core.types import DIDRError
@@ -22,7 +21,7 @@ from didr_core.types import DIDRError
 ENOUGH = 4
 """Samples of a pass from which on the GPU, not the host, is the bound."""
 WAYS: tuple[Recompute, ...] = (False, "generator", True)
-"""Whose activations are recomputed, the least first."""
+"""In which updates activations are recomputed: in none, in the generator's, whose networks hold most, in the TA's too."""
 
 
 def undecided(config: Config) -> bool:
@@ -59,12 +58,10 @@ def decided(config: Config, free: float | None) -> tuple[Config, str]:
     if train.micro_batch != "auto":
         sizes = [config.sizes.micro_batch]
     ways = list(WAYS) if roles.gradient_checkpointing == "auto" else [roles.gradient_checkpointing]
-    if roles.generator == "lora" and starts_as_reference(config.backbone) and "generator" in ways:
-        ways.remove("generator")  # all roles share its base
     enough = min((n for n in sizes if n >= ENOUGH), default=sizes[-1])
     if free is None or not config.workers.train_gpus or memory.plan(_with(config, enough, ways[0])) is None:
         whole = None if train.micro_batch == "auto" else train.micro_batch
-        return _with(config, whole, ways[0]), f"micro-batch {whole or share}, no activations recomputed: nothing to fit"
+        return _with(config, whole, ways[0]), f"micro-batch {whole or share}: nothing has to fit on a GPU"
 
     def fits(size: int, way: Recompute) -> bool:
         return _used(_with(config, size, way)) <= free
@@ -75,9 +72,8 @@ def decided(config: Config, free: float | None) -> tuple[Config, str]:
     size = max(larger, default=0) or next(smaller, sizes[0])
     chosen = _with(config, size, way)
     recomputed = "the generator's" if way == "generator" else "all" if way else "no"
-    return chosen, (
-        f"micro-batch {size}: {_used(chosen) / GIB:.0f} of {free / GIB:.0f} GiB, {recomputed} activations recomputed"
-    )
+    used = f"micro-batch {size}: {_used(chosen) / GIB:.0f} of {free / GIB:.0f} GiB"
+    return chosen, f"{used}, activations recomputed in {recomputed} updates"
 
 
 def _with(config: Config, size: int | None, way: Recompute) -> Config:

@@ -13,7 +13,6 @@ from toy import toy_recipe
 
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.networks.lora import LoRA
 from didr_core.plan import fit, memory
 from didr_core.plan.memory import Line, Plan, Process
 from didr_core.types import DIDRError
@@ -72,9 +71,6 @@ def test_what_is_named_stays(toy: Path, counted: None) -> None:
     assert (whole.sizes.micro_batch, whole.roles.gradient_checkpointing) == (24, True)
     free, _ = fit.decided(auto(toy, "roles.gradient_checkpointing=false"), 23e9)
     assert (free.train.micro_batch, free.roles.gradient_checkpointing) == (3, False)
-    # the roles of one base have one network: there is no such thing as the generator's activations alone
-    shared, _ = fit.decided(auto(toy, "roles.generator=lora", "roles.assistant=lora"), 23e9)
-    assert (shared.train.micro_batch, shared.roles.gradient_checkpointing) == (12, True)
 
 
 def test_the_largest_that_the_real_plan_lets_in(toy: Path) -> None:
@@ -102,7 +98,7 @@ def test_a_cpu_and_small_families_take_the_whole_share(toy: Path) -> None:
     ):
         made, told = fit.decided(config, free)
         assert made.train.micro_batch is None and made.roles.gradient_checkpointing is False
-        assert told.startswith(f"micro-batch {config.sizes.share}, ")
+        assert told.startswith(f"micro-batch {config.sizes.share}: nothing")
 
 
 def test_the_gpu_with_least_room_decides_and_too_little_is_refused(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,19 +127,21 @@ def test_a_resumed_run_keeps_the_decision(toy: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("kinds", [("full", "lora"), ("full", "full"), ("lora", "lora")])
 def test_whose_activations_are_recomputed(tmp_path: Path, kinds: tuple[str, str]) -> None:
-    """The generator's alone where it has a network of its own; gradients are the same whoever recomputes."""
-    folder, found = sdxl_folder(tmp_path / "pipeline"), []
+    """By FLOPs of the two backward passes; gradients are the same whoever recomputes."""
+    folder, found, flops = sdxl_folder(tmp_path / "pipeline"), [], []
     for way in (False, "generator", True, "auto"):
-        roles = {"generator": kinds[0], "assistant": kinds[1], "gradient_checkpointing": way}
-        subject = learner(folder, roles=roles)
-        nets = (subject.generator_net, subject.assistant_net)
-        on = [getattr(n.base if isinstance(n, LoRA) else n, "is_gradient_checkpointing", None) for n in nets]
-        shared = kinds == ("lora", "lora")
-        assert on == {False: [False] * 2, "generator": [True, shared], True: [True] * 2, "auto": [False] * 2}[way]
+        roles = {"generator": kinds[0], "assistant": kinds[1], "gradient_checkpointing": way, "rank": 4}
+        subject = learner(folder, roles=roles, algorithm={"name": "diff_instruct"})
         subject.backward(batch(subject), "assistant", lambda part, s=subject: s.assistant_loss(part, "ta0"))  # type: ignore[misc]
         subject.backward(batch(subject), "generator", subject.generator_loss)
         weights = (*subject.generator_weights.values.values(), *subject.assistant_weights.values.values())
         found.append([w.grad for w in weights if w.grad is not None])
+        made = memory.plan(subject.config)
+        assert made is not None
+        flops.append([dict(made.flops)[f"{of}: backward"] for of in ("TA", "generator")])
     assert len(found[0]) > 20
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
+    none, generator, both, undecided = flops
+    assert generator == [none[0], both[1]] and undecided == none
+    assert both[0] > 1.2 * none[0] and both[1] > 1.2 * none[1]
