@@ -72,6 +72,9 @@ def align(
     if local or view:  # a cluster's GPUs are asked when it is there
         config, told = fit.here(config)
     run = old or RunFolder.create(config, output, command)
+    if config.cache:  # an absolute path, the same in all processes
+        cache = config.cache if config.data.cache else run.path.parent / "cache"
+        config = config.model_copy(update={"data": config.data.model_copy(update={"cache": str(cache)})})
     # Ray ends last: what run.json and MLflow say of a failure must not depend on how a broken Ray takes it
     with (
         stoppable(),  # of every moment in which run.json says "running"

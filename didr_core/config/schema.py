@@ -25,8 +25,8 @@ class Data(Strict):
     id_column: str = Field("id", description="optional id column; 'shard:row' when absent")
     cache: str | None = Field(
         None,
-        description="folder that prompt embeddings and baselines are kept in, for any number of runs; none = `cache` in `output` "
-        "where workers.precompute says so, else nothing is kept",
+        description="folder that prompt embeddings and baselines are kept in, for any number of runs; none = `cache` beside "
+        "the run where workers.precompute says so, else nothing is kept",
     )
 
 
@@ -321,7 +321,7 @@ class Config(Strict):
 
     @property
     def cache(self) -> Path | None:
-        """The folder that they are kept in; None: they are not."""
+        """The folder that they are kept in (not told: in `output`); None: they are not."""
         folder = self.data.cache or (f"{self.output}/cache" if self.precomputed else None)
         return Path(folder).expanduser().resolve() if folder else None
 

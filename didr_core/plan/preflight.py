@@ -52,6 +52,8 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
     if torch.cuda.is_available() and not fit.undecided(config):  # else :func:`fit.here` looks, too
         cards = range(torch.cuda.device_count())
         advice.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
+    if config.data.cache:
+        local_folder("data.cache", config.data.cache)
     _output(config)
     return index
 

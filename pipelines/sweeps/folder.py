@@ -157,8 +157,10 @@ class SweepFolder:
         if workers > 1:
             own["evaluation.prompts"] = 0  # the group's rank 0 does not judge: the sweep does
         config = configs.recorded(self.path / "config.yaml", values=point | own)
-        cache = str(config.cache or self.shared / "feed")
-        return config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})})
+        made = self.path.parent / "cache" if config.precomputed else self.shared / "feed"
+        return config.model_copy(
+            update={"data": config.data.model_copy(update={"cache": config.data.cache or str(made)})}
+        )
 
     def points(self) -> dict[int, Point]:
         """Number to settings of the trials that are known so far."""
