@@ -3,9 +3,9 @@
     python -m benchmarks.data                              # about five minutes on two idle cores
     python -m benchmarks.data --prompts 50000              # a shorter stream
 
-- Pools of 1, 2 and 4 encoder actors and as many reward actors, of recipe `tiny` and its models, one CPU thread an actor: prompts a second
-  from the first batch to the last. More actors than cores cannot be faster.
-- The same batches in one process, made (cache cold) and read back (cache warm): `didr_core/data/cache.py`.
+- Pools of 1, 2 and 4 encoder actors and as many reward actors, of recipe `tiny` and its models, one CPU thread an actor, and one process
+  alone: prompts a second from the first batch to the last, with an empty cache (`data.cache`), which is filled, and with a full one. More
+  actors than cores cannot be faster.
 - A stream of `--prompts` through the same reading tasks, repartitioning and actor pools, but with stub actors which only make 1 KiB a
   prompt: the models would take hours, and what is asked is whether anything grows. Memory of driver, actors and all else of Ray
   (each process's own), and of the object store, is sampled while the stream runs; growth is that between its second fifth and its last.
@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,7 @@ from benchmarks.machine import Tree, wait_until_idle
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.config.provenance import provenance
-from didr_core.data.cache import CachedFeed
-from didr_core.data.feed import Columns
+from didr_core.data.feed import Columns, LocalFeed
 from didr_core.data.prompts import open_prompts
 from pipelines.cluster.resources import Need
 from pipelines.cluster.session import ray_session
@@ -95,25 +94,27 @@ def pace(counts: Iterator[int]) -> dict[str, float]:
 
 
 def pools(count: int, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """A row a size of the two pools."""
+    """Rows of both states of a cache for each size of the two pools."""
     rows = []
     for size in sizes:
-        config = recipe(f"workers.encoders={size}", f"workers.rewards={size}", f"train.steps={-(-count // 24)}")
-        row = {"case": f"{size} encoder and {size} reward actor{'s' * (size > 1)}", **pace(stream(config))}
-        print(json.dumps(row), flush=True)
-        rows.append(row)
+        told = f"{size} encoder and {size} reward actor{'s' * (size > 1)}"
+        rows += cached(told, stream, count, f"workers.encoders={size}", f"workers.rewards={size}")
     return rows
 
 
-def cached(count: int) -> list[dict[str, Any]]:
-    """One process without a cache's help, then with it."""
-    config = recipe(f"train.steps={-(-count // 24)}")
+def alone(config: Config) -> Iterator[int]:
+    """Prompts that one process has made batches of so far."""
+    for done, batch in enumerate(LocalFeed(config), 1):
+        yield done * len(batch)
+
+
+def cached(told: str, counts: Callable[[Config], Iterator[int]], count: int, *changes: str) -> list[dict[str, Any]]:
+    """``counts`` with an empty cache, which it fills, then with a full one."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        config = recipe(f"data.cache={folder}", f"train.steps={-(-count // 24)}", *changes)
         for state in ("cold", "warm"):
-            feed = CachedFeed(config, Path(folder))
-            counts = (done * len(batch) for done, batch in enumerate(feed, 1))
-            rows.append({"case": f"one process, cache {state}", **pace(counts)})
+            rows.append({"case": f"{told}, cache {state}", **pace(counts(config))})
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -230,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     root = str(Path(__file__).parents[1])  # Ray's workers import the stubs from here
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    report["rows"] = cached(given.pool_prompts)
+    report["rows"] = cached("one process", alone, given.pool_prompts)
     with ray_session("local", 4):
         report["rows"] += pools(given.pool_prompts, given.pools)
         if given.prompts:

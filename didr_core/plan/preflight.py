@@ -11,7 +11,7 @@ from didr_core.config import Config, build
 from didr_core.data.prompts import PromptIndex, open_prompts
 from didr_core.export.folder import find_export
 from didr_core.networks import optim
-from didr_core.plan import advice
+from didr_core.plan import advice, fit
 from didr_core.train.run_folder import local_folder
 from didr_core.types import DIDRError
 
@@ -49,9 +49,11 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
             raise DIDRError(re.sub(r"\breward\.(?=[a-z]+[=:\[])", "judge.", str(error))) from error
     if config.evaluation.control:
         find_export(config.evaluation.control)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not fit.undecided(config):  # else :func:`fit.here` looks, too
         cards = range(torch.cuda.device_count())
         advice.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
+    if config.data.cache:
+        local_folder("data.cache", config.data.cache)
     _output(config)
     return index
 

@@ -18,6 +18,7 @@ from torch import nn
 from didr_core.config import Config
 from didr_core.data import scales
 from didr_core.data.feed import LocalFeed, ahead
+from didr_core.data.precompute import precompute
 from didr_core.data.prompts import PromptIndex
 from didr_core.train import checkpoint
 from didr_core.train.alarms import Alarms
@@ -189,6 +190,8 @@ def train(
         observer.stage("measuring the scales of the reward's parts")
         config = scales.resolve(config)
         run.write_config(config)
+    if config.precomputed:
+        precompute(config, index, run.last_step() * config.train.batch, observer.stage)
     observer.stage("loading networks")
     learner = Learner(config, device=config.torch_device)
     journal = Journal(run, config, learner, index.fingerprint)
@@ -196,7 +199,9 @@ def train(
     run.forget_after(learner.step_count)
     grid = grid_of(learner) if grid_of and config.evaluation.every else None
     feed: Iterable[Batch] = LocalFeed(config, learner.step_count * config.train.batch)
-    if learner.device.type == "cpu":  # a GPU that trains has nothing to spare for the next batch
+    if (
+        config.precomputed or learner.device.type == "cpu"
+    ):  # a GPU that trains has nothing to spare for making the next batch
         feed = ahead(feed)
     loop(learner, feed, journal, observer, grid=grid, profile=profile)
     return learner

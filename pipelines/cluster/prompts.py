@@ -12,7 +12,7 @@ Nothing materialises on the driver, and back-pressure bounds what is made ahead 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,10 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from didr_core.config import Config
+from didr_core.data import feed
+from didr_core.data.cache import Kept
 from didr_core.data.feed import Columns, PromptEncoder, RewardPreparer, columns, to_batch
+from didr_core.data.precompute import SAYS, absent, require_room
 from didr_core.data.prompts import PromptIndex
 from didr_core.types import Batch
 from pipelines.cluster.resources import Need
@@ -106,13 +109,27 @@ class RewardActor(RewardPreparer):
         super().__init__(config)
 
 
+class KeptEncoder(Kept):
+    """The same, for `data.cache`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(EncoderActor, config)
+
+
+class KeptReward(Kept):
+    """The same, for `data.cache`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(RewardActor, config)
+
+
 def prompt_stream(
     config: Config,
     index: PromptIndex,
     cursor: int,
     encoder: Need,
     reward: Need,
-    stages: tuple[type[Any], type[Any]] = (EncoderActor, RewardActor),
+    stages: tuple[type[Any], type[Any]] | None = None,
 ) -> Dataset:
     """The run's remaining samples as a dataset of training columns, one block a rank and step.
 
@@ -121,6 +138,7 @@ def prompt_stream(
         encoder: what an encoder actor reserves. reward: what a reward-model actor reserves.
         stages: the two actor classes, called with the config (tests put cheap ones here).
     """
+    stages = stages or ((KeptEncoder, KeptReward) if config.cache else (EncoderActor, RewardActor))
     # or a stage's error were lost in what Ray wraps it in
     ray.data.DataContext.get_current().raise_original_map_exception = True
     total = config.sizes.total_prompts
@@ -145,6 +163,27 @@ def _actors(stream: Dataset, stage: type[Any], config: Config, share: int, size:
         compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=IN_FLIGHT),
         **need.options(),
     )
+
+
+def precompute(
+    config: Config, index: PromptIndex, cursor: int, encoder: Need, reward: Need, say: Callable[[str, int, int], None]
+) -> None:
+    """:func:`didr_core.data.precompute.precompute` by the actors of :func:`prompt_stream`, which are gone when it returns.
+
+    Raises:
+        DIDRError: it would not fit on the disk. RayError: what a stage raised, or its death.
+    """
+    share, stages = config.sizes.share, feed.stages(config)
+    todo = list(absent(config, index, stages, share, cursor))
+    if not todo:
+        return
+    stream = prompt_stream(config, index, todo[0] * share, encoder, reward).select_columns(["index"])
+    stream.context.execution_options = execution_options()
+    last = config.sizes.total_prompts // share
+    for number, _ in zip(range(todo[0], last), stream.iter_batches(batch_size=share), strict=True):
+        if number == todo[0]:
+            require_room(config, stages, feed.samples(config, index, number * share, share), len(todo) - 1)
+        say(SAYS, number + 1 - todo[0], last - todo[0])
 
 
 def execution_options() -> ExecutionOptions:
