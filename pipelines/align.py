@@ -46,6 +46,7 @@ def align(
     local: bool = False,
     address: str | None = None,
     verbose: bool = False,
+    profile: bool = False,
     command: str = "",
 ) -> RunFolder:
     """A whole run, new or resumed.
@@ -55,6 +56,7 @@ def align(
         output: the run's folder itself; default ``<config.output>/<name>-<time>``.
         resume: folder or name of a run to go on with.
         local: one process, no Ray. address: a Ray cluster; see :func:`pipelines.cluster.session.ray_session`.
+        profile: print where the time of a step went, by part of the step (rank 0's), and keep it in the run folder.
         command: what the user typed, kept in run.json.
 
     Raises:
@@ -84,15 +86,16 @@ def align(
         stoppable(observer.ask_to_stop),
     ):
         run.write_config(config)
+        run.profile_path.unlink(missing_ok=True)  # of an earlier part of the run
         observer.note(told)
         if old and overrides:
             run.update(resumed=[*run.info().get("resumed", []), command])
         if local:
-            train_and_finish(config, run, index, observer, save_grid)
+            train_and_finish(config, run, index, observer, save_grid, profile)
         else:
             observer.stage("starting Ray")
             view = session.enter_context(ray_session(address, slots(config), verbose))
-            _on_ray(config, run, index, observer, view, verbose)
+            _on_ray(config, run, index, observer, view, verbose, profile)
             session.close()
         observer.stage("writing the report")
         write_report(run.path)
@@ -104,6 +107,7 @@ def align(
         alarms=observer.rang,
         steps=steps_told(read_history(run.path)),
         seconds=time.monotonic() - began,
+        profile=json.loads(run.profile_path.read_text()) if run.profile_path.is_file() else None,
     )
     return run
 
@@ -199,7 +203,13 @@ def _open_tracker(config: Config, run: RunFolder) -> tracking.Tracker:
 
 
 def _on_ray(
-    config: Config, run: RunFolder, index: PromptIndex, observer: RunObserver, view: ClusterView, verbose: bool
+    config: Config,
+    run: RunFolder,
+    index: PromptIndex,
+    observer: RunObserver,
+    view: ClusterView,
+    verbose: bool,
+    profile: bool,
 ) -> None:
     """Wait for room, train there, follow."""
     room = await_room(lambda v: demands_of(config, v), view, observer.stage)
@@ -219,7 +229,7 @@ def _on_ray(
         config = measured_scales(config, room.cluster)
         run.write_config(config)
     follower, check_alive = Follower(run, observer, run.last_step()), pulse()
-    training = in_thread(fit_until_done, config, run, index, observer, room.cluster)
+    training = in_thread(fit_until_done, config, run, index, observer, room.cluster, profile)
     try:
         while wait([training], POLL_S).not_done:
             follower.look()

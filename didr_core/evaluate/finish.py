@@ -65,7 +65,12 @@ class Gallery:
 
 
 def train_and_finish(
-    config: Config, run: RunFolder, index: PromptIndex, observer: Observer | None = None, draw: Draw | None = None
+    config: Config,
+    run: RunFolder,
+    index: PromptIndex,
+    observer: Observer | None = None,
+    draw: Draw | None = None,
+    profile: bool = False,
 ) -> None:
     """A whole run in this process: restore, steps, export and scores. Call it inside :func:`didr_core.train.loop.outcome`.
 
@@ -74,7 +79,7 @@ def train_and_finish(
     """
     observer = observer or Observer()
     grid_of = (lambda learner: Gallery(learner, learner.config, run, draw).after) if draw else None
-    learner = train(config, run, index, observer, grid_of)
+    learner = train(config, run, index, observer, grid_of, profile)
     finish(learner, learner.config, run, observer.stage, draw)
 
 

@@ -223,7 +223,8 @@ class Learner:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in weights]
         flags = torch.tensor(float(len(refused)), device=self.device)
         own = [g for g in gradients if not fsdp.is_sharded(g)]  # the others were averaged by their backward passes
-        self.parallel.mean_([flags, *means.values(), *own])
+        with self.phase("averaging"):
+            self.parallel.mean_([flags, *means.values(), *own])
         norm = torch.nn.utils.get_total_norm(gradients)
         size = fsdp.whole(norm).item()
         if flags > 0 or not math.isfinite(size):
@@ -364,8 +365,9 @@ class GeneratorPass:
         times = len(latent) // len(batch)
         inputs = {k: v.repeat(times, *([1] * (v.dim() - 1))) for k, v in batch.reward_inputs.items()}
         details = learner.reward.details if log else None
-        with learner.phase("decoder and reward"):
+        with learner.phase("decoder"):
             images = learner.backbone.decode(latent)
+        with learner.phase("reward"):
             if details:
                 raw, parts = details(images, inputs)
                 self.metrics |= {f"reward/{name}": value for name, value in parts.items()}

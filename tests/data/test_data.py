@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,7 @@ from toy import toy_recipe
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.data import prompts as data
-from didr_core.data.feed import LocalFeed, PromptEncoder, RewardPreparer, columns
+from didr_core.data.feed import LocalFeed, PromptEncoder, RewardPreparer, ahead, columns
 from didr_core.data.prompts import PromptIndex
 from didr_core.types import DIDRError
 
@@ -172,3 +174,30 @@ def test_the_local_feed_resumes_and_splits(config: Config) -> None:
     halves = [next(iter(LocalFeed(config, 40, rank=r, world_size=2))) for r in range(2)]
     assert [i for h in halves for i in h.index.tolist()] == whole[5].index.tolist()
     torch.testing.assert_close(torch.cat([h.spread for h in halves]), whole[5].spread, rtol=1e-4, atol=1e-5)
+
+
+def test_ahead_makes_one_batch_more_than_is_used_and_tells_errors_in_their_place() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[Any]:
+        for number in range(3):
+            made.append(number)
+            yield number
+        raise DIDRError("shard:4 is empty")
+
+    stream = ahead(source())
+    assert next(stream) == 0
+    settled(lambda: made == [0, 1])
+    assert next(stream) == 1
+    settled(lambda: made == [0, 1, 2])
+    assert next(stream) == 2
+    with pytest.raises(DIDRError, match="shard:4"):
+        next(stream)
+    assert list(ahead(iter(()))) == []
+
+
+def settled(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
