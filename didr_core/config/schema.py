@@ -101,11 +101,6 @@ class Train(Strict):
         """`micro_batch` as a number; None = the whole share, and so is an "auto" that nobody has decided."""
         return None if self.micro_batch == "auto" else self.micro_batch
 
-    @property
-    def at_once(self) -> int | None:
-        """`micro_batch` as a number; None = the whole share, and so is an "auto" that nobody has decided."""
-        return None if self.micro_batch == "auto" else self.micro_batch
-
 
 Kind = Literal["full", "lora"]
 Dtype = Literal["float32", "bfloat16"]

@@ -2,8 +2,8 @@
 
 A network's class names its blocks (diffusers' ``_repeated_blocks``), as for `compile_repeated_blocks`. Here one compiled function serves
 all blocks of a shape called in one way (role, frozen weights, gradients on or off), which keeps guards short and the number of graphs
-small and fixed. Blocks are compiled in place: names of weights, copies and checkpoints stay as they are. Everything outside of :meth:`Blocks.run`
-(pictures, scores, exports) calls them as they were, so that no odd batch size compiles anything.
+small and fixed. Blocks are compiled in place: names of weights, copies and checkpoints stay as they are. Everything outside of
+:meth:`Blocks.run` (pictures, scores, exports) calls them as they were, so that no odd batch size compiles anything.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _compile(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _switched(kind: type[nn.Module]) -> Any:
+def _switched(kind: Any) -> Any:
     """A class of blocks that asks its :class:`_Kind` how to compute."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
