@@ -35,6 +35,7 @@ from pipelines.report.console import Progress, print_summary
 from pipelines.report.figures import save_grid
 from pipelines.report.page import read_history, steps_told, write_report
 from pipelines.tracking import tracker as tracking
+from pipelines.tracking.address import look
 
 
 def align(
@@ -73,6 +74,7 @@ def align(
     told = ""
     if local or view:  # a cluster's GPUs are asked when it is there
         config, told = fit.here(config)
+    look(config.tracking, old.path.parent if old else Path(output).absolute().parent if output else Path(config.output))
     run = old or RunFolder.create(config, output, command)
     if config.cache:  # an absolute path, the same in all processes
         cache = config.cache if config.data.cache else run.path.parent / "cache"
