@@ -31,7 +31,7 @@ from didr_core.train.run_folder import RunFolder
 from didr_core.types import StepReport
 from pipelines.cluster.resources import ClusterView, check, demands_of
 from pipelines.cluster.session import await_room, pulse, ray_session, slots, view_of_this_machine
-from pipelines.report.console import Progress, print_summary
+from pipelines.report.console import Progress, print_summary, warn
 from pipelines.report.figures import save_grid
 from pipelines.report.page import read_history, steps_told, write_report
 from pipelines.tracking import tracker as tracking
@@ -67,7 +67,7 @@ def align(
     began = time.monotonic()
     old = RunFolder.find(resume, output or "runs") if resume else None
     config = old.config(overrides) if old else configs.load(recipe, overrides)
-    index = preflight(config, here=local)
+    index = preflight(config, here=local, note=warn)
     view = None if local else view_of_this_machine(config, address)
     if view:
         check(demands_of(config, view), view)
@@ -87,6 +87,8 @@ def align(
         _observer(config, run) as observer,
         stoppable(observer.ask_to_stop),
     ):
+        if changed := run.same_start(index.digest):
+            warn(changed)
         run.write_config(config)
         run.profile_path.unlink(missing_ok=True)  # of an earlier part of the run
         observer.note(told)

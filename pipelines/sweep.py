@@ -24,7 +24,7 @@ from didr_core.train.ending import stoppable
 from didr_core.types import DIDRError
 from pipelines.cluster.resources import ClusterView, Need, NoRoom
 from pipelines.cluster.session import await_room, prepare_environment, ray_session, view_of_this_machine
-from pipelines.report.console import clock, console, rich_table
+from pipelines.report.console import clock, console, rich_table, warn
 from pipelines.sweeps import bench, results, space
 from pipelines.sweeps.budget import estimate, plan_table, slots, sweep_demands, trial_need, trials_at_once
 from pipelines.sweeps.folder import SweepFolder, SweepOptions, trial_name
@@ -105,7 +105,7 @@ def _new(options: SweepOptions, output: str | None) -> SweepFolder:
         raise DIDRError(
             "workers.train_gpus=0 with device=cuda: a trial reserves no GPU. Say --set workers.train_gpus=1, or a fraction."
         )
-    preflight(config, here=False)
+    preflight(config, here=False, note=warn)
     options = replace(
         options,
         name=options.name or f"sweep-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}",

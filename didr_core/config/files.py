@@ -38,7 +38,7 @@ def replace_text(path: Path, text: str) -> None:
         partial.write_text(redacted(text), encoding="utf-8")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML as people type it: a key given twice is an error, and 010, 1:30 and 2026-01-01 are no numbers and dates but text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
             if name in lines:
                 raise yaml.YAMLError(f"{name!r} is given twice, in lines {lines[name]} and {line}; keep one of them")
             lines[name] = line
-        return super().construct_mapping(node, deep)
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -86,7 +86,7 @@ def typed(text: str) -> Any:
             return text  # a name with brackets in it
     tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False))
     plain = tag.rpartition(":")[2] in ("null", "bool", "int", "float")
-    return _Loader("").construct_object(yaml.ScalarNode(tag, text)) if plain else text  # type: ignore[no-untyped-call]
+    return _Loader("").construct_object(yaml.ScalarNode(tag, text)) if plain else text
 
 
 def mapping(text: bytes, where: str, fix: str = "", parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:

@@ -47,14 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.resume:
             run = RunFolder.find(given.resume)
             config = run.config(given.overrides)
-            index = preflight(config)
+            index = preflight(config, note=print)
         else:
             config = configs.load(given.recipe, given.overrides)
-            index = preflight(config)
+            index = preflight(config, note=print)
             config, told = fit.here(config)
             print(told, end="\n" if told else "")
             run = RunFolder.create(config, given.output, " ".join(["python -m didr_core.train", *sys.argv[1:]]))
         with stoppable(), outcome(run):
+            if changed := run.same_start(index.digest):
+                print(changed)
             run.write_config(config)
             train_and_finish(config, run, index, _Lines())
     except DIDRError as error:

@@ -132,8 +132,10 @@ def read(name: str, tree: Any, about: str = "") -> Space:
         try:
             json.dumps(value)
         except TypeError as error:  # an object of ray.tune, a function
-            form = _plain_form(value) or PLAIN
-            raise DIDRError(f"space {name!r}: {key}: {value!r} is no plain data ({error}); expected {form}") from None
+            form = f". This one is {form}" if (form := _plain_form(value)) else ""
+            raise DIDRError(
+                f"space {name!r}: {key}: {value!r} is no plain data ({error}); expected {PLAIN}{form}"
+            ) from None
     swept = {k: _domain(name, k, v) for k, v in tree.items() if _is_domain(v)}
     if not swept:
         raise DIDRError(f"space {name!r}: sweeps nothing. Give a key a domain, e.g. {{'loguniform': [0.05, 1.0]}}.")
