@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from didr_core.config import Component, files, fingerprint, locate
-from didr_core.diffusion.sampling import clamp_straight_through
+from didr_core.diffusion.sampling import clamp_to_rewards
 from didr_core.networks.loading import (
     assemble,
     check_folder,
@@ -263,12 +263,12 @@ class PipelineBackbone:
             self._text.to(device)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` in [0, 1], float32; the clamp is straight-through."""
+        """``[B, 3, H, W]`` in [0, 1], float32; rewards pull no pixel further out."""
         if self._vae is None:
             raise DIDRError(f"backbone {self._options.name}: load_decoder() comes before decode()")
         latent = latent.float() / self.vae_config["scaling_factor"] + (self.vae_config.get("shift_factor") or 0.0)
         pictures = self._vae.decode(latent.to(self._vae.dtype), return_dict=False)[0]
-        return clamp_straight_through(pictures.float() / 2 + 0.5)
+        return clamp_to_rewards(pictures.float() / 2 + 0.5)
 
     def _load_pipeline(self, dtype: torch.dtype, **parts: Any) -> Any:
         """The reference's pipeline, with ``parts`` in place of its own (None: left out)."""
