@@ -1,23 +1,25 @@
 """How near each estimator of the Diffused Reward Score, and the generator trained with it, comes to an exact answer.
 
-    python -m benchmarks.exactness [--dim 2] [--beta 1 0.3] \
-        [--estimator tweedie hybrid importance:32:64] [--seeds 3] [--updates 1500] [--json FILE]
+    python -m benchmarks.exactness [--dim 2] [--beta 1 0.3] [--schedule vp] \
+        [--estimator tweedie hybrid importance:32:64] [--seeds 3] [--updates 1500] [--json FILE] [--seconds 600]
 
 References are Gaussian mixtures, rewards quadratic: the DRS and DIDR's optimum p* have closed forms (:mod:`didr_core.diffusion.mixtures`).
 Two parts, each printed as it is measured:
 
 1. pointwise, by noise level, at x_t from the reference's law: bias ``|mean estimate - exact|``, spread (standard deviation of one draw),
-   both over the size of the exact DRS (root mean square over points), mean cosine, and denoiser calls a sample;
+   both over the size of the exact DRS (root mean square over points), mean cosine, denoiser calls, seconds and peak bytes;
 2. trained: generators from the Diff-Instruct start, through the same Learner as any recipe. Sliced Wasserstein-2 distance of samples to p*,
    reward beside the optimum's, share of samples off the reference's support.
 
 An estimator is NAME or NAME:K:M (steps, particles). `exact` is the closed form itself, `default` the config's own defaults, `none` trains
-nothing: the start. With --json, rows that are in FILE already are not trained again. Dimensions above 64 are pointwise only.
+nothing: the start. With --json, rows that are in FILE (or beside it) already are not made again, and after --seconds no new one is begun:
+the same command goes on. Dimensions above 64 are pointwise only; trainings are variance preserving.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -36,12 +38,17 @@ from didr_core import drs
 from didr_core.backbones.gaussian_mixture import GaussianMixture
 from didr_core.config import DRP, Config, build
 from didr_core.diffusion.mixtures import Mixture, Quadratic, diffused_reward_score
-from didr_core.diffusion.schedule import coeffs_like
+from didr_core.diffusion.schedule import Cosine, RectifiedFlow, coeffs_like
+from didr_core.plan.trace import Counter
 from didr_core.train.learner import Learner
+from didr_core.types import Schedule
 
 TIMES = (0.15, 0.3, 0.5, 0.7, 0.9)
-ESTIMATORS = ("exact", "default", "tweedie", "ode", "truncated", "stochastic", "importance", "hybrid")
+ESTIMATORS = ("exact", "default", "tweedie", "shift", "ode", "truncated", "stochastic", "importance", "hybrid")
+SHOWN = (*(name for name in ESTIMATORS if name != "default"), "hybrid:6:7")
+SCHEDULES: dict[str, Schedule] = {"vp": Cosine(), "flow": RectifiedFlow()}
 TRAINED_UP_TO = 64
+SAMPLES = 20_000  # of a trained generator
 CACHE = Path("runs/exactness")
 
 
@@ -94,9 +101,9 @@ class World:
             .item()
         )
 
-    def drs(self, x: Tensor, t: Tensor) -> Tensor:
+    def drs(self, x: Tensor, t: Tensor, schedule: Schedule = SCHEDULES["vp"]) -> Tensor:
         """The exact ``s_r(x_t)``."""
-        alpha, sigma = coeffs_like(build("backbones", self.config().backbone).schedule, t, x)
+        alpha, sigma = coeffs_like(schedule, t, x)
         return diffused_reward_score(self.reference, self.optimum, x, alpha, sigma)
 
     def exact(self, problem: drs.Problem) -> drs.Estimate:
@@ -126,10 +133,9 @@ def settings(name: str, beta: float) -> DRP:
     return DRP(estimator=key, beta=beta, **sizes)  # type: ignore[arg-type]
 
 
-def pointwise(world: World, name: str, points: int = 64, draws: int = 64) -> list[dict[str, Any]]:
-    """A row a noise level: bias, spread, cosine, and denoiser calls a sample."""
-    config, rows = settings(name, world.beta), []
-    schedule = build("backbones", world.config().backbone).schedule
+def pointwise(world: World, name: str, schedule: str = "vp", points: int = 64, draws: int = 64) -> list[dict[str, Any]]:
+    """A row a noise level: bias, spread, cosine; denoiser calls, processor seconds a thousand samples and peak bytes a sample."""
+    config, rows, forward = settings(name, world.beta), [], SCHEDULES[schedule]
     for at in TIMES:
         generator = torch.Generator().manual_seed(1)
         calls = 0
@@ -137,29 +143,36 @@ def pointwise(world: World, name: str, points: int = 64, draws: int = 64) -> lis
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             nonlocal calls
             calls += len(x)
-            return world.reference.denoise(x, *coeffs_like(schedule, t, x))
+            return world.reference.denoise(x, *coeffs_like(forward, t, x))
 
         def noise(tag: str, particles: int, source: torch.Generator = generator) -> Tensor:
             return torch.randn(particles * points * draws, world.dim, generator=source)
 
         x0 = world.reference.sample(points, generator)
-        alpha, sigma = coeffs_like(schedule, torch.full((points,), at), x0)
+        alpha, sigma = coeffs_like(forward, torch.full((points,), at), x0)
         x = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
-        exact = world.drs(x, torch.full((points,), at))
+        exact = world.drs(x, torch.full((points,), at), forward)
         t = torch.full((points * draws,), at)
-        problem = drs.Problem(x.repeat(draws, 1), t, schedule, denoise, world.reward, noise, world.beta)
+        problem = drs.Problem(x.repeat(draws, 1), t, forward, denoise, world.reward, noise, world.beta)
+        began = time.process_time()
         got = drs.estimate(config, problem).score.view(draws, points, -1)
+        seconds, counted = time.process_time() - began, calls
+        with Counter() as count:
+            drs.estimate(config, problem.take(torch.arange(points)))
         mean, size = got.mean(0), exact.square().sum().sqrt()
         rows.append(
             {
                 "dim": world.dim,
                 "beta": world.beta,
                 "estimator": name,
+                "schedule": schedule,
                 "t": at,
                 "bias": ((mean - exact).square().sum().sqrt() / size).item(),
                 "spread": ((got - mean).square().sum((1, 2)).mean().sqrt() / size).item(),
                 "cosine": torch.cosine_similarity(got, exact.expand_as(got), dim=-1).mean().item(),
-                "calls": calls / len(t),
+                "calls": counted / len(t),
+                "seconds": round(1000 * seconds / len(t), 4),
+                "bytes": round(count.phases[""].most / points),
             }
         )
     return rows
@@ -180,29 +193,40 @@ def train(world: World, name: str, seed: int, updates: int) -> dict[str, Any]:
     """One generator trained from the start, as a row of the table."""
     config = world.config([f"backbone.generator={start(world)}", f"seed={seed}", f"train.steps={max(updates, 1)}"])
     config = config.model_copy(update={"drp": settings(name, world.beta)})
-    Exact.answer = world.exact
-    learner, calls = Learner(config, noise=BatchNoise(seed)), [0]
-    learner.reference_net.register_forward_hook(lambda _m, args, _out: calls.__setitem__(0, calls[0] + len(args[0])))
-    began = time.perf_counter()
-    for batch in batches(config.train.batch, 0 if name == "none" else updates):
-        learner.step(batch)
-    seconds = time.perf_counter() - began
-    made = samples(learner, 20_000)
-    generator = torch.Generator().manual_seed(7)
+    made, calls, seconds = finished(world, config, seed, 0 if name == "none" else updates)
     return {
         "dim": world.dim,
         "beta": world.beta,
         "estimator": name,
         "seed": seed,
         "updates": updates,
-        "distance": sliced_wasserstein(made, world.optimum.sample(len(made), generator)),
+        **measured(world, made),
+        "distance": sliced_wasserstein(made, world.optimum.sample(len(made), torch.Generator().manual_seed(7))),
+        "reward_star": world.optimum.expected(world.reward),
+        "evaluations": calls,
+        "seconds": seconds,
+    }
+
+
+def finished(world: World, config: Config, seed: int, updates: int) -> tuple[Tensor, float, float]:
+    """Trains; ``SAMPLES`` samples ``[N, D]``, reference calls a sample of a generator update (all told), and seconds."""
+    Exact.answer = world.exact
+    learner, calls = Learner(config, noise=BatchNoise(seed)), [0]
+    learner.reference_net.register_forward_hook(lambda _m, args, _out: calls.__setitem__(0, calls[0] + len(args[0])))
+    began = time.perf_counter()
+    for batch in batches(config.train.batch, updates):
+        learner.step(batch)
+    seconds = round(time.perf_counter() - began, 1)
+    return samples(learner, SAMPLES), calls[0] / max(1, updates * config.train.batch), seconds
+
+
+def measured(world: World, made: Tensor) -> dict[str, float]:
+    """What can be said of samples without a beta."""
+    generator = torch.Generator().manual_seed(8)
+    return {
         "distance_to_reference": sliced_wasserstein(made, world.reference.sample(len(made), generator)),
         "reward": world.reward(made).mean().item(),
-        "reward_star": world.optimum.expected(world.reward),
         "off_support": (world.reference.log_prob(made) < world.support).float().mean().item(),
-        "evaluations": calls[0]
-        / max(1, updates * config.train.batch),  # reference calls a sample of a generator update, all told
-        "seconds": round(seconds, 1),
     }
 
 
@@ -225,45 +249,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exactness", description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--dim", type=int, nargs="+", default=[2])
     parser.add_argument("--beta", type=float, nargs="+", default=[1.0, 0.3])
-    parser.add_argument("--estimator", nargs="+", default=list(ESTIMATORS), metavar="NAME[:K:M]")
+    parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=["vp"], help="of the pointwise part")
+    parser.add_argument("--estimator", nargs="+", default=list(SHOWN), metavar="NAME[:K:M]")
     parser.add_argument("--seeds", type=int, default=3, help="trainings an estimator; 0 = pointwise only")
     parser.add_argument("--updates", type=int, default=1500)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after these, nothing new is begun")
     parser.add_argument(
         "--json", type=Path, help="file of training rows, read first and added to; pointwise rows lie beside it"
     )
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    points: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = json.loads(given.json.read_text()) if given.json and given.json.is_file() else []
+    until = time.monotonic() + given.seconds
+    beside = given.json and given.json.with_name(given.json.stem + "-pointwise.json")
+    points, rows = _read(beside), _read(given.json)
     worlds = [World(dim, beta) for dim in given.dim for beta in given.beta]
+    at = " ".join(f"{t:g}" for t in TIMES)
     print(
-        f"{'pointwise':24s} dim  beta  bias (spread) cosine at t = {' '.join(f'{t:g}' for t in TIMES)}; calls",
+        f"{'pointwise':24s} dim  beta  bias (spread) cosine at t = {at}; calls, s a 1,000, kB at {TIMES[-1]}",
         flush=True,
     )
-    for world in worlds:
-        for name in (n for n in given.estimator if n not in ("exact", "none")):
-            found = pointwise(world, name)
+    names = [n for n in given.estimator if n not in ("exact", "none")]
+    for world, schedule, name in itertools.product(worlds, given.schedule, names):
+        key = {"dim": world.dim, "beta": world.beta, "estimator": name, "schedule": schedule}
+        found = [r for r in points if key.items() <= r.items()]
+        if not found and time.monotonic() < until:
+            found = pointwise(world, name, schedule, draws=64 if world.dim <= TRAINED_UP_TO else 16)
             points += found
-            cells = "  ".join(f"{r['bias']:.2f} ({r['spread']:.2f}) {r['cosine']:.2f}" for r in found)
-            print(f"{name:24s} {world.dim:4d} {world.beta:4g}  {cells}; {found[0]['calls']:.0f}", flush=True)
-            _write(given.json and given.json.with_name(given.json.stem + "-pointwise.json"), points)
+            _write(beside, points)
+        if found:
+            cells, last = "  ".join(f"{r['bias']:.2f} ({r['spread']:.2f}) {r['cosine']:.2f}" for r in found), found[-1]
+            cost = f"{last['calls']:.0f}, {last['seconds']:.3f}, {last['bytes'] / 1000:.1f}"
+            print(f"{name:24s} {world.dim:4d} {world.beta:4g} {schedule:4s} {cells}; {cost}", flush=True)
     print(
         "\ntrained: distance to p*, reward (optimum), share off support, reference calls a sample, seconds", flush=True
     )
-    for world in (w for w in worlds if w.dim <= TRAINED_UP_TO):
-        for name in given.estimator:
-            for seed in range(given.seeds):
-                key = {"dim": world.dim, "beta": world.beta, "estimator": name, "seed": seed, "updates": given.updates}
-                row = next((r for r in rows if key.items() <= r.items()), None)
-                if row is None:
-                    row = train(world, name, seed, given.updates)
-                    rows.append(row)
-                    _write(given.json, rows)
-                print(
-                    f"{name:24s} {row['dim']:4d} {row['beta']:4g} seed {seed}: {row['distance']:.3f}  {row['reward']:.2f}"
-                    f" ({row['reward_star']:.2f})  {100 * row['off_support']:.1f} %  {row['evaluations']:.0f}  {row['seconds']:.0f} s",
-                    flush=True,
-                )
+    trainings = itertools.product((w for w in worlds if w.dim <= TRAINED_UP_TO), given.estimator, range(given.seeds))
+    for world, name, seed in trainings:
+        key = {"dim": world.dim, "beta": world.beta, "estimator": name, "seed": seed, "updates": given.updates}
+        row = next((r for r in rows if key.items() <= r.items()), None)
+        if row is None and time.monotonic() < until:
+            row = train(world, name, seed, given.updates)
+            rows.append(row)
+            _write(given.json, rows)
+        if row:
+            print(
+                f"{name:24s} {row['dim']:4d} {row['beta']:4g} seed {seed}: {row['distance']:.3f}  {row['reward']:.2f}"
+                f" ({row['reward_star']:.2f})  {100 * row['off_support']:.1f} %  {row['evaluations']:.0f}  {row['seconds']:.0f} s",
+                flush=True,
+            )
+
+
+def _read(path: Path | None) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path and path.is_file() else []
+    return rows
 
 
 def _write(path: Path | None, rows: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ Writes ``exactness.png`` and ``exactness.md``. Left: how far trained generators 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ RESULTS = Path("benchmarks/results")
 COLOURS = {
     "exact": INK,
     "hybrid": BLUE,
+    "shift": GREY,
     "importance": GREEN,
     "stochastic": ORANGE,
     "truncated": SKY,
@@ -55,6 +57,7 @@ def save(trained: Rows, pointwise: Rows, path: Path) -> Path:
     left.set_xlabel("distance of the trained generator to p* (sliced Wasserstein-2; less is better)", fontsize=11)
     left.set_title("2 dimensions, 1,500 updates, one mark a seed", fontsize=12, color=INK)
     left.legend(fontsize=11, frameon=False, loc="upper right")
+    pointwise = [r for r in pointwise if _schedule(r) == "vp"]
     dim = max(r["dim"] for r in pointwise if r["dim"] <= 64)
     for name in [n for n in COLOURS if n in {r["estimator"] for r in pointwise}]:
         rows = sorted(
@@ -122,12 +125,26 @@ def pointwise_table(rows: Rows) -> str:
     times = sorted({r["t"] for r in rows})
     out = []
     for dim, beta in sorted({(r["dim"], r["beta"]) for r in rows}, key=lambda k: (k[0], -k[1])):
-        for name in _names(rows):
-            mine = {r["t"]: r for r in rows if (r["dim"], r["beta"], r["estimator"]) == (dim, beta, name)}
+        for schedule, name in itertools.product(_schedules(rows), _names(rows)):
+            which = dim, beta, schedule, name
+            mine = {r["t"]: r for r in rows if (r["dim"], r["beta"], _schedule(r), r["estimator"]) == which}
             if mine:
-                cells = [f"{mine[t]['bias']:.2f} ({mine[t]['spread']:.2f})" for t in times]
-                out.append([str(dim), f"{beta:g}", f"`{name}`", f"{mine[times[0]]['calls']:.0f}", *cells])
-    return markdown(["dimensions", "beta", "estimator", "calls", *(f"t = {t:g}" for t in times)], out)
+                cells, last = [f"{mine[t]['bias']:.2f} ({mine[t]['spread']:.2f})" for t in times], mine[times[-1]]
+                cost = [
+                    f"{last['calls']:.0f}",
+                    *(f"{last[key]:.3g}" if key in last else "" for key in ("seconds", "bytes")),
+                ]
+                out.append([str(dim), f"{beta:g}", schedule, f"`{name}`", *cost, *cells])
+    header = ["dimensions", "beta", "schedule", "estimator", "calls", "s a 1,000", "bytes a sample"]
+    return markdown([*header, *(f"t = {t:g}" for t in times)], out)
+
+
+def _schedule(row: dict[str, Any]) -> str:
+    return str(row.get("schedule", "vp"))
+
+
+def _schedules(rows: Rows) -> list[str]:
+    return sorted({_schedule(r) for r in rows}, reverse=True)
 
 
 def _names(rows: Rows) -> list[str]:

@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from didr_core.algorithms import losses
 from didr_core.backbones.sdxl import SDXL
 from didr_core.config import Config
-from didr_core.diffusion.noise import Noise
+from didr_core.diffusion.noise import Noise, ahead
 from didr_core.diffusion.schedule import chain_times, coeffs_like, diffuse, step
 from didr_core.plan import hollow
 from didr_core.types import Batch, Condition
@@ -30,7 +30,7 @@ class Plain:
     def __init__(
         self, config: Config, folder: Path, device: torch.device, phase: Any = record_function, noise: Any = None
     ) -> None:
-        self.config, self.phase, self.noise = config, phase, noise or Noise(config.seed)
+        self.config, self.phase, self.noise = config, phase, noise or Noise(config.seed, device)
         self.backbone: SDXL = hollow.backbone(config.backbone, folder, str(device))
         dtype = getattr(torch, config.roles.dtype.generator)
         nets = [self.backbone.load_network(role).to(device, dtype) for role in ("generator", "assistant", "reference")]
@@ -75,7 +75,7 @@ class Plain:
         noise, shape, schedule = self.noise, self.backbone.latent_shape, self.backbone.schedule
         with torch.no_grad():
             x0 = self.backbone.generate(self.generator, noise.normal(part.index, shape, f"{tag}/z"), part.condition)
-        t = noise.uniform(part.index, f"{tag}/t", *self.config.times.assistant)
+        t = ahead(noise.uniform(part.index, f"{tag}/t", *self.config.times.assistant), x0.device)
         x_t = diffuse(schedule, x0, noise.normal(part.index, shape, f"{tag}/eps"), t)
         predicted = self.backbone.x0(self.assistant, x_t, t, part.condition)
         return losses.denoising_score_matching(predicted, x0, *coeffs_like(schedule, t, x_t))
@@ -84,7 +84,7 @@ class Plain:
         """DIDR's matching loss ``[B]``."""
         noise, shape, schedule = self.noise, self.backbone.latent_shape, self.backbone.schedule
         x0 = self.backbone.generate(self.generator, noise.normal(part.index, shape, "g/z"), part.condition)
-        t = noise.uniform(part.index, "g/t", *self.config.times.generator)
+        t = ahead(noise.uniform(part.index, "g/t", *self.config.times.generator), x0.device)
         x_t = diffuse(schedule, x0, noise.normal(part.index, shape, "g/eps"), t).detach()
         alpha, sigma = coeffs_like(schedule, t, x_t)
         with self.phase("proxy"):

@@ -39,7 +39,7 @@ class Condition:
         """Apply ``fn`` to every tensor."""
         return Condition({k: fn(v) for k, v in self.tensors.items()})
 
-    def __getitem__(self, rows: slice) -> Condition:
+    def __getitem__(self, rows: slice | Tensor) -> Condition:
         return self.map(lambda v: v[rows])
 
     def tile(self, times: int) -> Condition:
@@ -65,7 +65,7 @@ class Batch:
     makes for the prompt; they standardise rewards, so that beta means the same for every reward.
     """
 
-    index: Tensor  # [B] int64
+    index: Tensor  # [B] int64, on the host: random numbers are drawn there
     ids: Sequence[str]
     prompts: Sequence[str]
     condition: Condition
@@ -76,12 +76,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, rows: slice) -> Batch:
+    def __getitem__(self, rows: slice | Tensor) -> Batch:
+        """Some samples: a slice, or their numbers ``[b]``, on the host."""
+        numbers = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
         return replace(
             self,
             index=self.index[rows],
-            ids=self.ids[rows],
-            prompts=self.prompts[rows],
+            ids=[self.ids[i] for i in numbers],
+            prompts=[self.prompts[i] for i in numbers],
             condition=self.condition[rows],
             reward_inputs={k: v[rows] for k, v in self.reward_inputs.items()},
             baseline=None if self.baseline is None else self.baseline[rows],
@@ -89,10 +91,9 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """Move tensors to ``device``."""
+        """Move tensors to ``device``, all but ``index``."""
         return replace(
             self,
-            index=self.index.to(device),
             condition=self.condition.to(device),
             reward_inputs={k: v.to(device) for k, v in self.reward_inputs.items()},
             baseline=None if self.baseline is None else self.baseline.to(device),

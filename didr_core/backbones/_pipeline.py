@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from didr_core.backbones._parts import check_part, class_of, layout_of, load_part, refuse_other_files, shapes_after
 from didr_core.config import Component, files, fingerprint, locate
-from didr_core.diffusion.sampling import clamp_straight_through
+from didr_core.diffusion.sampling import clamp_to_rewards
 from didr_core.networks.loading import (
     assemble,
     check_folder,
@@ -307,12 +307,12 @@ class PipelineBackbone:
             self._text.to(device)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` in [0, 1], float32; the clamp is straight-through."""
+        """``[B, 3, H, W]`` in [0, 1], float32; rewards pull no pixel further out."""
         if self._vae is None:
             raise DIDRError(f"backbone {self._options.name}: load_decoder() comes before decode()")
         latent = self._unscaled(latent.float(), self._vae.config)
         pictures = self._vae.decode(latent.to(self._vae.dtype), return_dict=False)[0]
-        return clamp_straight_through(pictures.float() / 2 + 0.5)
+        return clamp_to_rewards(pictures.float() / 2 + 0.5)
 
     def _unscaled(self, latent: Tensor, vae: Any) -> Tensor:
         """From the network's scale to the VAE's, as the family's stock pipeline does with this configuration of a VAE."""

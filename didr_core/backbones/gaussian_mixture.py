@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from didr_core.config import Component, locate
 from didr_core.diffusion.mixtures import Mixture
-from didr_core.diffusion.sampling import clamp_straight_through
+from didr_core.diffusion.sampling import clamp_to_rewards
 from didr_core.diffusion.schedule import Cosine, coeffs_like
 from didr_core.types import Condition, DIDRError
 
@@ -128,7 +128,7 @@ class GaussianMixture:
         """``[B, D]`` to grey pictures ``[B, 3, H, W]``, a pixel a coordinate, as square as D allows."""
         high = next(h for h in range(math.isqrt(self.config.dim), 0, -1) if self.config.dim % h == 0)
         grey = (latent / self.config.extent / 2 + 0.5).view(len(latent), 1, high, -1)
-        return clamp_straight_through(grey.expand(-1, 3, -1, -1))
+        return clamp_to_rewards(grey.expand(-1, 3, -1, -1))
 
     def export(self, generator: nn.Module, folder: str) -> None:
         """The MLP's weights (float32), and ``model_index.json`` with the mixture; diffusers has no such pipeline."""

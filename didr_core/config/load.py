@@ -34,8 +34,11 @@ RENAMED = {
     "generator.clip": "generator.max_grad_norm",
     "assistant.clip": "assistant.max_grad_norm",
     "train.ema": "train.ema_decay",
+    "drp.split": "drp.split_noise",
 }
-"""Keys by the names they had before 0.2, and by today's."""
+"""Keys by the names they had before, and by today's."""
+REDEFINED = {"drp.split": " It was a time and is a noise level now, sigma / alpha: leave it out for the default."}
+"""Of these, what changed its meaning with its name, and how: old values are not carried over."""
 
 
 def load(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
@@ -60,7 +63,9 @@ def recorded(path: Path, overrides: Sequence[str] = (), values: Mapping[str, Any
     for old, new in RENAMED.items():
         section, _, key = old.partition(".")
         if isinstance(below := tree.get(section), dict) and key in below:
-            below[new.partition(".")[2]] = below.pop(key)
+            value = below.pop(key)
+            if old not in REDEFINED:
+                below[new.partition(".")[2]] = value
     if "evaluation" not in tree:  # the last section of an export: defaults would stand in for what a cut took
         raise DIDRError(f"{path}: cut short, 'evaluation' is not in it. {restore}.")
     return _validate_with(tree, overrides, values, str(path))
@@ -70,7 +75,8 @@ def validate(tree: Mapping[str, Any], where: str = "config") -> Config:
     """A plain tree to a Config, with errors in words."""
     given = flatten(tree)
     if old := next((key for key in RENAMED if key in given), None):
-        raise DIDRError(f"{where}: {old!r} (value {given[old]!r}) is now called {RENAMED[old]!r}.")
+        now = RENAMED[old] + "'." + REDEFINED.get(old, "")
+        raise DIDRError(f"{where}: {old!r} (value {given[old]!r}) is now called '{now}")
     try:
         return Config(**tree)
     except ValidationError as error:

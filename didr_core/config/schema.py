@@ -60,7 +60,7 @@ class Optim(Strict):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(10.0, gt=0, description="gradients are clipped to this norm")
-    warmup: int = Field(0, ge=0, description="updates of linear warm-up")
+    warmup: int = Field(0, ge=0, description="the network's own first updates, over which its rate rises linearly")
     decay: float = Field(
         0.0, ge=0, le=1, description="share of the run, at its end, over which the rate falls linearly to zero"
     )
@@ -167,10 +167,12 @@ class DRP(Strict):
     )
     steps: int = Field(ge=1, description="K, denoising steps from x_t to x0; default by estimator")
     particles: int = Field(ge=1, description="M, for stochastic, importance and hybrid; default by estimator")
-    split: float = Field(
-        0.2, gt=0, lt=1, description="hybrid: time at and below which the posterior is taken to have one mode"
+    split_noise: float = Field(
+        0.325, gt=0, description="hybrid: sigma / alpha at and below which the posterior is taken to have one mode"
     )
-    reach: float = Field(5.0, gt=0, description="hybrid: longest shift of x_t, in standard deviations of its noise")
+    reach: float = Field(
+        10.0, gt=0, description="shift, hybrid: longest shift of an x_t, in standard deviations of its noise"
+    )
     guidance: float | None = Field(None, ge=0, description="guidance scale inside the proxy; none = the reference's")
     snr_gate: bool = Field(False, description="multiply s_r by alpha_t^2: silent where the posterior has many modes")
     clip: float | None = Field(

@@ -36,14 +36,18 @@ class TeacherPairs:
             {k.removeprefix("condition."): v for k, v in tensors.items() if k.startswith("condition.")}
         )
 
-    def draw(self, seed: int, step: int, parallel: Parallel) -> tuple[Tensor, Tensor, Condition]:
-        """This rank's rows of the step's global batch, float32."""
+    def draw(self, seed: int, step: int, parallel: Parallel) -> tuple[Tensor, Tensor, Condition, float]:
+        """This rank's rows of the step's global batch, float32, and what its mean loss weighs, so that ranks average to the global mean.
+
+        A rank that has no row gets one that weighs nothing: its networks must run, too.
+        """
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = torch.randint(len(self.z), (self.config.batch,), generator=generator)[
-            parallel.rank :: parallel.world_size
-        ]
-        condition = self.condition.map(lambda v: v[rows].float())
-        return self.z[rows].float().to(self.device), self.x0[rows].float().to(self.device), condition.to(self.device)
+        rows = torch.randint(len(self.z), (self.config.batch,), generator=generator)
+        own = rows[parallel.rank :: parallel.world_size]
+        share = len(own) * parallel.world_size / len(rows)
+        own = own if len(own) else rows[:1]
+        z, x0 = (v[own].float().to(self.device) for v in (self.z, self.x0))
+        return z, x0, self.condition.map(lambda v: v[own].float()).to(self.device), share
 
     def loss(self, predicted: Tensor, x0: Tensor) -> Tensor:
         """``mean_i sqrt(MSE_i + 0.01)``: robust to the pairs whose layout the generator resolves otherwise."""

@@ -10,21 +10,31 @@ from torch import Tensor
 
 
 class Noise:
-    """Draws keyed by (seed, sample index, tag). Stateless: nothing to save in a checkpoint."""
+    """Draws on the host, keyed by (seed, sample index, tag). Stateless: nothing to save in a checkpoint.
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    ``index`` lies on the host, too. ``device`` is where normal numbers are sent to.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        self.seed, self.device = seed, device
 
     def _generator(self, index: int, tag: str) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed}/{index}/{tag}".encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def normal(self, index: Tensor | Sequence[int], shape: Sequence[int], tag: str) -> Tensor:
-        """``[B, *shape]`` standard normal, float32, on the index's device."""
+        """``[B, *shape]`` standard normal, float32."""
         rows = [torch.randn(tuple(shape), generator=self._generator(int(i), tag)) for i in index]
-        return torch.stack(rows).to(index.device if isinstance(index, Tensor) else "cpu")
+        return ahead(torch.stack(rows), self.device)
 
     def uniform(self, index: Tensor | Sequence[int], tag: str, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """``[B]`` uniform in [low, high), float32."""
+        """``[B]`` uniform in [low, high), float32, on the host: what hangs on times is decided there."""
         rows = [torch.rand((), generator=self._generator(int(i), tag)) for i in index]
-        return (low + (high - low) * torch.stack(rows)).to(index.device if isinstance(index, Tensor) else "cpu")
+        return low + (high - low) * torch.stack(rows)
+
+
+def ahead(values: Tensor, device: torch.device | str) -> Tensor:
+    """``values`` of the host on ``device``; a GPU goes on with what it has, and the host does not wait for it."""
+    if torch.device(device).type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

@@ -87,3 +87,14 @@ def reference(backbone: Backbone, network: nn.Module, steps: int = 50, guidance:
 def clamp_straight_through(images: Tensor) -> Tensor:
     """``clamp(0, 1)`` whose gradient is the identity: a saturated pixel can still come back."""
     return images + (images.detach().clamp(0, 1) - images.detach())
+
+
+def clamp_to_rewards(images: Tensor) -> Tensor:
+    """:func:`clamp_straight_through` that leads no saturated pixel further out, towards a reward that it cannot reach.
+
+    What comes back must be the gradient of a reward, followed uphill, not of a loss: everything here differentiates rewards themselves.
+    """
+    given, clamped = images.detach(), clamp_straight_through(images)
+    if clamped.requires_grad:
+        clamped.register_hook(lambda g: g.masked_fill(((given >= 1) & (g > 0)) | ((given <= 0) & (g < 0)), 0))
+    return clamped

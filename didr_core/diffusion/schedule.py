@@ -13,6 +13,9 @@ from torch import Tensor
 
 from didr_core.types import Schedule
 
+LATEST = 1 - 1e-3
+"""Up to here x_t holds something of x0 in every schedule; at 1 rectified flow's alpha is 0, and ``sigma^2 / alpha`` has no value."""
+
 
 class VariancePreserving:
     """The discrete VP schedule of SD/SDXL: ``alpha = sqrt(abar_i)``, ``i = floor(1000 t)``; networks are told ``i``."""
@@ -57,11 +60,11 @@ class RectifiedFlow:
         self.shift = shift
 
     def _sigma(self, t: Tensor) -> Tensor:
-        t = t.float().clamp_min(1e-3)
+        t = (t if t.dtype == torch.float64 else t.float()).clamp_min(1e-3)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``alpha, sigma [B]``, float32."""
+        """``alpha, sigma [B]``, float64 for float64 times, else float32."""
         s = self._sigma(t)
         return 1 - s, s
 
@@ -132,3 +135,9 @@ def step(
 def chain_times(t: Tensor, steps: int) -> list[Tensor]:
     """``[t, ...]``: the K times at which a chain from ``t`` to clean evaluates the denoiser, evenly spaced in t."""
     return [t * (1 - k / steps) for k in range(steps)]
+
+
+def time_at(schedule: Schedule, noise: float) -> float:
+    """The latest of the times 0, 0.001, .. 1 at which ``sigma / alpha`` is at most ``noise``."""
+    alpha, sigma = schedule.coeffs(torch.linspace(0, 1, 1001, dtype=torch.float64))
+    return max(0, int((sigma <= noise * alpha).sum()) - 1) / 1000

@@ -1,21 +1,20 @@
-"""The `hybrid` estimator of the Diffused Reward Score: gradients where the posterior has one mode, importance weights where it has many.
+"""The `hybrid` estimator of the Diffused Reward Score: `shift`, and what a shift leaves over, by weighted chains.
 
-Nothing is differentiated but the reward. Derived for this project (docs/method.md) from four facts about the reference's posterior
+Nothing is differentiated but the reward. Derived for this project (docs/method.md) from facts about the reference's posterior
 ``p(x0 | x_t) ∝ p(x0) q(x_t | x0)``, each exact:
 
-1. *Tilting is shifting.* For a linear reward, ``p(x0 | x_t) exp(g.x0) = Z p(x0 | x_t + (sigma_t^2 / alpha_t) g)``, because q is Gaussian in
-   x_t. So the reference, started from a shifted x_t, samples the tilted posterior itself, however many modes it has, and
-   ``(alpha/sigma^2) (D(x_t + (sigma^2/alpha) g) - D(x_t))`` is the exact score; Tweedie's ``J_D^T g`` is its first-order term.
-   Particles start from M shifts ``l_m g`` with ``0 < l_m < 1``, ``g = grad r(D(x_t)) / beta``, and the rest of the reward is weighted
-   (multiple importance sampling with the balance heuristic). The normalisers follow from ``d log Z / dl = g.D(x_t + l (sigma^2/alpha) g)``,
-   whose values are the chains' first evaluations.
-2. *Any level serves.* With ``a = alpha_t/alpha_s``, ``b^2 = sigma_t^2 - a^2 sigma_s^2``, ``S_s`` the reference's score, for every ``u``:
-   ``s_r(x_t) = k {E*[x_s + u S_s(x_s)] - E[x_s + u S_s(x_s)] + u E*[s_r(x_s)]}``, ``k = a / (b^2 + a^2 u)``, E* over the tilted and
-   E over the plain ``p(x_s | x_t)`` (denoising and target score identities mixed; the latter is arXiv 2402.08667). So chains stop at a
-   level s where one mode is left and fact 1 gives ``s_r(x_s)`` per particle: a gradient below s, importance weights above.
-3. *Within one mode, x_s + u S_s is constant* when u is that mode's variance: weights then add no noise but that of choosing among modes.
-   u is regressed from the particles.
-4. The plain expectation is known: ``E[x_s | x_t]`` is linear in ``x_t`` and ``D(x_t)``, and ``E[S_s | x_t] = a S_t(x_t)``.
+1. *Tilting is shifting* (shift.py). So ``s_r`` is the shift's own score, ``(D(x_t + kappa b) - D(x_t)) / kappa``, ``b = tau g``, and the
+   DRS of the rest ``rho = r / beta - b.x0`` at the shifted point. A constant reward has neither, a linear one no rest.
+2. *Any level serves.* With ``a = alpha_t/alpha_s``, ``v = sigma_t^2 - a^2 sigma_s^2``, ``y = x_s + u S_s(x_s)``, ``S_s`` the reference's
+   score: the DRS of rho is ``a / (v + a^2 u) {E*[y] - E[y] + u E*[s_rho(x_s)]}`` for every ``u``, E* over the tilted and E over the plain
+   ``p(x_s | x_t)``, both at the shifted point (denoising and target score identities mixed; the latter is arXiv 2402.08667). So chains
+   stop at a level s where one mode is left and fact 1 gives ``s_rho(x_s)`` per particle: a gradient below s, weights above.
+3. *Within one mode, y is constant* when u is its variance: weights then add no noise but that of choosing among modes. u is regressed.
+4. *Chains from M shifts* ``l_m g``, ``0 <= l_m < 1``, reach the modes that the tilt may choose; each is weighted over the mixture of all
+   (balance heuristic). Normalisers follow from ``d log Z / dl = g.D(x_t + l kappa g)``, whose values are the chains' first evaluations.
+5. *E[y] is known*, being linear in the shifted point and its ``D``; and the same particles estimate it, too. Beside the known one, strong
+   tilts have little noise and weak ones that of y. Beside the estimate, noise falls with rho, but the particles must have met every
+   mode. The two are blended by how far the reward bends over the shift.
 """
 
 from __future__ import annotations
@@ -23,93 +22,100 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from didr_core.diffusion.schedule import coeffs_like, expand, step
-from didr_core.drs.problem import Calls, Estimate, Estimator, Problem, repeat, reward_gradient, weights_like
+from didr_core.diffusion.noise import ahead
+from didr_core.diffusion.schedule import coeffs_like, expand, time_at
+from didr_core.drs.problem import Calls, Estimate, Estimator, Problem, bounded_tilt, chain, dot, repeat, weights_like
+from didr_core.drs.shift import shifted
+
+STRONG = 0.5  # nats of bend at which both values of E[y] count alike
 
 
 class Hybrid(Estimator):
-    """``steps`` K from t to ``split``, ``particles`` M; ``reach`` bounds the shift in units of sigma_t."""
+    """``steps`` K from t to the time where sigma / alpha is ``split_noise``, ``particles`` M. At and below it: `shift` alone."""
 
-    steps, particles = 6, 7
+    steps, particles = 2, 2
 
     @classmethod
     def calls(cls, steps: int, particles: int) -> Calls:
-        """The cost of one sample: chains, and two more calls at their ends."""
-        return Calls(differentiated=0, plain=1 + particles * (steps + 2), rewarded=1 + particles)
+        """The cost of one sample above the split level: a shift, chains, and two more calls at their ends; below it, of the shift."""
+        return Calls(differentiated=0, plain=3 + particles * (steps + 2), rewarded=2 + particles)
 
-    @torch.no_grad()
     def estimate(self, problem: Problem) -> Estimate:
         """See the module's docstring."""
-        config = self.config
-        x_t, m, schedule = problem.x, config.particles, problem.schedule
-        level = problem.t.clamp(max=config.split)
-        alpha_t, sigma_t = coeffs_like(schedule, problem.t, x_t)
-        alpha_s, sigma_s = coeffs_like(schedule, level, x_t)
-        first = problem.denoise(x_t, problem.t)
-        _, gradient = reward_gradient(problem, first)
-        gradient = gradient / problem.beta
-        norm = expand(gradient.flatten(1).norm(dim=1), x_t) * sigma_t / alpha_t  # of the shift, in noise deviations
-        gradient = gradient * (config.reach / norm.clamp_min(1e-12)).clamp_max(1)
-        shares = (torch.arange(m, device=x_t.device, dtype=x_t.dtype) + 0.5) / m  # l_m
-        shifts = weights_like(shares.view(m, 1), x_t) * (sigma_t**2 / alpha_t * gradient)  # [M, B, ...]
+        times = problem.t if problem.host_t is None else problem.host_t
+        above = times > time_at(problem.schedule, self.config.split_noise)
+        if above.all():
+            return self._with_rest(problem)
+        if not above.any():
+            return self._shift(problem)
+        late, early = (mask.nonzero().flatten() for mask in (above, ~above))
+        parts = vars(self._with_rest(problem.take(late))), vars(self._shift(problem.take(early)))
+        order = ahead(torch.cat([late, early]).argsort(), problem.x.device)
+        return Estimate(**{key: torch.cat([part[key] for part in parts])[order] for key in parts[0]})
 
-        start = repeat(x_t, m) + shifts.flatten(0, 1)
-        tilted_first = problem.denoise(start, repeat(problem.t, m))
-        log_z = _log_normalisers(gradient, first, tilted_first.view(m, *x_t.shape), shares)
-        end = _chain(problem, start, tilted_first, level, config.steps, m)
-        back = (alpha_t * sigma_s**2) / (
-            alpha_s * sigma_t**2
-        )  # of the bridge q(x_s | x0, x_t): the part that hangs on x_t
-        x_s = end - (back * shifts).flatten(0, 1)
+    def _shift(self, problem: Problem) -> Estimate:
+        """For samples at or below the split level."""
+        return shifted(problem, self.config.reach).estimate
 
-        s_m = repeat(level, m)
-        alpha, sigma = coeffs_like(schedule, s_m, x_s)
-        x0 = problem.denoise(x_s, s_m)
-        reward, local = reward_gradient(problem, x0)
-        local = local / problem.beta
-        moved = problem.denoise(x_s + sigma**2 / alpha * local, s_m) - x0  # E*[x0 | x_s] - E[x0 | x_s] by fact 1
-        log_h = reward / problem.beta + 0.5 * _dot(local, moved)  # log E[exp(r / beta) | x_s], to second order
-        width = _dot(local, moved) / _dot(local, local).clamp_min(1e-12)  # posterior variance along the gradient at x_s
-        linear = _dot(repeat(gradient, m), x0).view(m, -1)
-        square = (_dot(repeat(gradient, m), repeat(gradient, m)) * width).view(m, -1)
-        share = shares.view(m, 1, 1)
-        log_q = (share * linear + 0.5 * share**2 * square - log_z[:, None]).logsumexp(
-            0
-        )  # mixture of proposals over the plain posterior
-        weights = weights_like(torch.softmax(log_h.view(m, -1) - log_q, 0), x_t)
+    @torch.no_grad()
+    def _with_rest(self, problem: Problem) -> Estimate:
+        """For samples above the split level."""
+        m, k, x_t = self.config.particles, self.config.steps, problem.x
+        level = torch.full_like(problem.t, time_at(problem.schedule, self.config.split_noise))
+        alpha_t, sigma_t = coeffs_like(problem.schedule, problem.t, x_t)
+        alpha_s, sigma_s = coeffs_like(problem.schedule, level, x_t)
+        kappa_t, kappa_s = sigma_t**2 / alpha_t, sigma_s**2 / alpha_s
+        shift = shifted(problem, self.config.reach, wary=True)
+        gradient, base = shift.gradient, shift.share * shift.gradient
 
-        particles = x_s.view(m, *x_t.shape)
-        scores = ((alpha * x0 - x_s) / sigma**2).view(m, *x_t.shape)
-        pulls = (alpha / sigma**2 * moved).view(m, *x_t.shape)  # s_r(x_s)
-        u = torch.maximum(_mode_variance(particles, scores), sigma_s**2)
+        places = (torch.arange(m, device=x_t.device, dtype=x_t.dtype) + 0.5) / m
+        shares = places[:, None] * shift.trust  # l_m [M, B]
+        proposed = weights_like(shares, x_t) * gradient  # [M, B, ...]
+        start = (x_t + kappa_t * proposed).flatten(0, 1)
+        first = problem.denoise(start, repeat(problem.t, m))
+        times = [problem.t + (level - problem.t) * (i / k) for i in range(k)]
+        end = chain(problem, start, first, [*times, level], m, eta=1.0)
+        # the bridge q(x_s | x0, x_t) hangs on x_t: a shift by kappa_t b there is one by kappa_s b here
+        x_s = end + (kappa_s * (base - proposed)).flatten(0, 1)
+
+        s, base_m = repeat(level, m), repeat(base, m)
+        x0 = problem.denoise(x_s, s)
+        reward, local = bounded_tilt(problem, x0, repeat(self.config.reach * alpha_s / sigma_s, m))
+        local = local - base_m  # grad rho
+        moved = problem.denoise(x_s + repeat(kappa_s, m) * local, s) - x0  # kappa_s s_rho(x_s), by fact 1
+        within = dot(local, moved)
+        log_h = reward / problem.beta - dot(base_m, x0) + 0.5 * within  # log E[exp(rho) | x_s], to second order
+
+        further = shares - shift.share.flatten()  # [M, B] of proposal m's shift than the base
+        linear = dot(repeat(gradient, m), x0).view(m, -1)
+        width = within / dot(local, local).clamp_min(1e-30)  # posterior variance along grad rho at x_s
+        square = dot(gradient, gradient) * width.view(m, -1)
+        log_z = _log_normalisers(gradient, shift.estimate.x0, first.view(proposed.shape), shares)
+        log_q = (further[:, None] * linear + 0.5 * further[:, None] ** 2 * square - log_z[:, None]).logsumexp(0)
+        tilted = weights_like(torch.softmax(log_h.view(m, -1) - log_q, 0), x_t)
+        plain = weights_like(torch.softmax(-log_q, 0), x_t)
+
+        points, x0 = x_s.view(proposed.shape), x0.view(proposed.shape)
+        scores = (alpha_s * x0 - points) / sigma_s**2
+        u = torch.maximum(_mode_variance(points, scores), sigma_s**2)
+        y = points + u * scores
         a = alpha_t / alpha_s
-        b2 = (sigma_t**2 - a**2 * sigma_s**2).clamp_min(0)
-        plain = back * x_t + alpha_s * b2 / sigma_t**2 * first + u * a * (alpha_t * first - x_t) / sigma_t**2
-        choice = (weights * (particles + u * scores)).sum(0) - plain
-        below = expand(
-            (problem.t > level).to(x_t.dtype), x_t
-        )  # at or under the split level all particles are x_t: fact 1 alone
-        drs = a / (b2 + a**2 * u) * (below * choice + u * (weights * pulls).sum(0))
-        return Estimate(drs, first, reward.view(m, -1).mean(0))
-
-
-def _chain(problem: Problem, x: Tensor, x0: Tensor, level: Tensor, steps: int, particles: int) -> Tensor:
-    """K ancestral steps from t to ``level``, evenly spaced, ``x0`` being the prediction at the start: K - 1 further evaluations."""
-    times = [repeat(problem.t + (level - problem.t) * (k / steps), particles) for k in range(steps)] + [
-        repeat(level, particles)
-    ]
-    for k in range(steps):
-        x = step(problem.schedule, x, x0, times[k], times[k + 1], 1.0, problem.noise(f"drp/{k}", particles))
-        if k + 1 < steps:
-            x0 = problem.denoise(x, times[k + 1])
-    return x
+        v = sigma_t**2 - a**2 * sigma_s**2
+        origin = x_t + kappa_t * base
+        known = (a * sigma_s**2 * origin + alpha_s * v * shift.x0 + u * a * (alpha_t * shift.x0 - origin)) / sigma_t**2
+        against_known = (tilted * y).sum(0) - known
+        against_plain = ((tilted - plain) * y).sum(0) * (m / max(m - 1, 1))
+        choice = torch.lerp(against_known, against_plain, expand(1 / (1 + (shift.bend / STRONG) ** 2), x_t))
+        pull = (tilted * moved.view(proposed.shape)).sum(0) / kappa_s
+        rest = a / (v + a**2 * u) * (choice + u * pull)
+        return Estimate(shift.estimate.score + rest, shift.estimate.x0, reward.view(m, -1).mean(0))
 
 
 def _log_normalisers(gradient: Tensor, first: Tensor, tilted: Tensor, shares: Tensor) -> Tensor:
     """``log Z [M, B]`` of the M proposals: the trapezium rule over ``d log Z / dl``, from l = 0."""
-    slopes = torch.stack([_dot(gradient, d) for d in (first, *tilted)])  # [M + 1, B]
-    nodes = torch.cat([shares.new_zeros(1), shares])
-    return torch.cumsum(0.5 * (slopes[1:] + slopes[:-1]) * nodes.diff()[:, None], 0)
+    slopes = torch.stack([dot(gradient, d) for d in (first, *tilted)])  # [M + 1, B]
+    nodes = torch.cat([torch.zeros_like(shares[:1]), shares])
+    return torch.cumsum(0.5 * (slopes[1:] + slopes[:-1]) * nodes.diff(dim=0), 0)
 
 
 def _mode_variance(x: Tensor, scores: Tensor) -> Tensor:
@@ -117,8 +123,3 @@ def _mode_variance(x: Tensor, scores: Tensor) -> Tensor:
     x, scores = x - x.mean(0), scores - scores.mean(0)
     product = (x * scores).sum(0).flatten(1).sum(1)
     return expand(-product / scores.square().sum(0).flatten(1).sum(1).clamp_min(1e-12), x[0])
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product per sample ``[B]``."""
-    return (a * b).flatten(1).sum(1)

@@ -6,16 +6,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from didr_core.config import DRP, registry
-from didr_core.diffusion.schedule import chain_times, step
+from didr_core.diffusion.noise import ahead
+from didr_core.diffusion.schedule import LATEST, chain_times, expand, step
 from didr_core.types import Schedule
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+Reward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,23 @@ class Problem:
     x: Tensor  # [B, ...] noised latents x_t
     t: Tensor  # [B]
     schedule: Schedule
-    denoise: Callable[[Tensor, Tensor], Tensor]  # guided reference, x0 prediction
-    reward: Callable[[Tensor], Tensor]  # clean latents -> standardised reward, differentiable where the reward is
+    denoise: Denoise  # guided reference, x0 prediction
+    reward: Reward  # clean latents -> standardised reward, differentiable where the reward is
     noise: Callable[[str, int], Tensor]  # (tag, M) -> [M * B, ...] standard normal
     beta: float
+    host_t: Tensor | None = None  # t where the host reads it without waiting for a device; none: t
+    functions: Callable[[Tensor], tuple[Denoise, Reward]] | None = None  # both, for some rows; none: all have the same
+
+    def take(self, rows: Tensor) -> Problem:
+        """The problem of the samples ``rows [b]``, on the host, alone: with the random numbers that they have among all."""
+        denoise, reward = self.functions(rows) if self.functions else (self.denoise, self.reward)
+        there = ahead(rows, self.x.device)
+
+        def noise(tag: str, particles: int) -> Tensor:
+            return self.noise(tag, particles).view(particles, *self.x.shape)[:, there].flatten(0, 1)
+
+        host_t = None if self.host_t is None else self.host_t[rows]
+        return Problem(self.x[there], self.t[there], self.schedule, denoise, reward, noise, self.beta, host_t)
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ class Estimator:
 def estimate(config: DRP, problem: Problem) -> Estimate:
     """The DRS by the configured estimator, before gate and clip."""
     estimator: Estimator = registry.find("drs", config.estimator)(config)
-    return estimator.estimate(problem)
+    return estimator.estimate(replace(problem, t=problem.t.clamp(max=LATEST)))
 
 
 def first_call(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -96,13 +114,17 @@ def pull_back(x: Tensor, x0: Tensor, vector: Tensor) -> Tensor:
 def rollout(problem: Problem, x0: Tensor, steps: int, particles: int, eta: float) -> Tensor:
     """From ``x_t`` and its Tweedie estimate, K - 1 further evaluations to clean latents ``[M * B, ...]``."""
     times = chain_times(problem.t, steps)
-    x, x0_hat = repeat(problem.x, particles), repeat(x0.detach(), particles)
-    for k in range(1, steps):
-        now, before = repeat(times[k], particles), repeat(times[k - 1], particles)
-        noise = problem.noise(f"drp/{k}", particles) if eta > 0 else None
-        x = step(problem.schedule, x, x0_hat, before, now, eta, noise)
-        x0_hat = problem.denoise(x, now)
-    return x0_hat
+    x = chain(problem, repeat(problem.x, particles), repeat(x0.detach(), particles), times, particles, eta)
+    return problem.denoise(x, repeat(times[-1], particles)) if steps > 1 else repeat(x0.detach(), particles)
+
+
+def chain(problem: Problem, x: Tensor, x0: Tensor, times: Sequence[Tensor], particles: int, eta: float) -> Tensor:
+    """Particles ``[M * B, ...]`` at the last of ``times``, from those at the first and their ``x0``; evaluates at the times between."""
+    for k, pair in enumerate(pairwise(times), start=1):
+        before, now = (repeat(t, particles) for t in pair)
+        x0 = problem.denoise(x, before) if k > 1 else x0
+        x = step(problem.schedule, x, x0, before, now, eta, problem.noise(f"drp/{k}", particles) if eta > 0 else None)
+    return x
 
 
 def reward_gradient(problem: Problem, x0: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,3 +150,15 @@ def repeat(values: Tensor, particles: int) -> Tensor:
 def weights_like(weights: Tensor, x: Tensor) -> Tensor:
     """``[M, B] -> [M, B, 1, ...]``."""
     return weights.view(*weights.shape, *([1] * (x.dim() - 1)))
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product per sample ``[B]``."""
+    return (a * b).flatten(1).sum(1)
+
+
+def bounded_tilt(problem: Problem, x0: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """``r [N]`` and ``grad r / beta`` at ``x0 [N, ...]``, the latter scaled down to a norm of at most ``limit [N, 1, ...]``."""
+    reward, gradient = reward_gradient(problem, x0)
+    tilt = gradient / problem.beta
+    return reward, tilt * (limit / expand(tilt.flatten(1).norm(dim=1), tilt).clamp_min(1e-30)).clamp_max(1)

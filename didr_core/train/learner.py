@@ -21,9 +21,9 @@ from didr_core import drs
 from didr_core.algorithms import losses
 from didr_core.config import Config, Kind, Optim, build
 from didr_core.data.teacher_pairs import TeacherPairs
-from didr_core.diffusion.noise import Noise
+from didr_core.diffusion.noise import Noise, ahead
 from didr_core.diffusion.sampling import guided_x0
-from didr_core.diffusion.schedule import coeffs_like, diffuse
+from didr_core.diffusion.schedule import LATEST, coeffs_like, diffuse
 from didr_core.networks import fsdp, lora, optim, roles
 from didr_core.networks.compiled import Blocks
 from didr_core.train.distributed import Single
@@ -56,8 +56,8 @@ class Learner:
             phase: entered around each part of an update, with its name: by default a range in torch's profiler.
         """
         self.config = config
-        self.noise = noise or Noise(config.seed)
         self.device = torch.device(device)
+        self.noise = noise or Noise(config.seed, self.device)
         self.parallel: Parallel = parallel or Single()
         self.phase = phase
         self.backbone: Backbone = backbone or build("backbones", config.backbone)
@@ -126,10 +126,11 @@ class Learner:
         assistant_updates = self.config.sizes.assistant_updates
         for k in range(assistant_updates):
             with self.phase("TA update"):
-                metrics |= self._update_assistant(batch, f"ta{k}")
-        if self.step_count >= self.config.train.assistant_warmup or not assistant_updates:
+                metrics |= self._update_assistant(batch, f"ta{k}", self.step_count * assistant_updates + k)
+        updates = self.step_count - (self.config.train.steps - self.config.sizes.generator_updates)
+        if updates >= 0:
             with self.phase("generator update"):
-                metrics |= self._update_generator(batch)
+                metrics |= self._update_generator(batch, updates)
         self.step_count += 1
         return StepReport(self.step_count, metrics)
 
@@ -139,7 +140,7 @@ class Learner:
         with torch.no_grad(), self.phase("TA: fresh sample"):
             z = self.noise.normal(part.index, shape, f"{tag}/z")
             x0 = self.backbone.generate(self.generator_net, z, part.condition)
-        t = self.noise.uniform(part.index, f"{tag}/t", *self.config.times.assistant)
+        t = ahead(self.noise.uniform(part.index, f"{tag}/t", *self.config.times.assistant), self.device)
         x_t = diffuse(self.backbone.schedule, x0, self.noise.normal(part.index, shape, f"{tag}/eps"), t)
         with self.phase("TA: forward"):
             prediction = guided_x0(self.backbone, self.assistant_net, x_t, t, part.condition, 1.0)
@@ -156,17 +157,17 @@ class Learner:
         metrics |= ctx.metrics | {"latent/mean": x0.flatten(1).mean(1), "latent/std": x0.flatten(1).std(1)}
         return value, metrics
 
-    def _update_assistant(self, batch: Batch, tag: str) -> dict[str, float]:
+    def _update_assistant(self, batch: Batch, tag: str, updates: int) -> dict[str, float]:
         self.assistant_weights.zero_gradients()
         seen = self.backward(batch, "assistant", lambda part: self.assistant_loss(part, tag))
-        return self._update("assistant", self.assistant_opt, self.config.assistant, batch, *seen)
+        return self._update("assistant", self.assistant_opt, self.config.assistant, updates, batch, *seen)
 
-    def _update_generator(self, batch: Batch) -> dict[str, float]:
+    def _update_generator(self, batch: Batch, updates: int) -> dict[str, float]:
         self.generator_weights.zero_gradients()
         means, finite = self.backward(batch, "generator", self.generator_loss)
         if self.anchor:
             means["loss/anchor"] = self._backward_anchor(self.anchor)
-        metrics = self._update("generator", self.generator_opt, self.config.generator, batch, means, finite)
+        metrics = self._update("generator", self.generator_opt, self.config.generator, updates, batch, means, finite)
         for part in ("drs", "reward"):  # a ratio of means: single samples may match perfectly
             if f"{part}/rms" in metrics:
                 metrics[f"{part}/ratio"] = metrics[f"{part}/rms"] / max(metrics["matching/rms"], 1e-12)
@@ -200,10 +201,10 @@ class Learner:
         return means, torch.cat(finite)
 
     def _backward_anchor(self, anchor: TeacherPairs) -> Tensor:
-        """Weighted regression to this rank's share of stored pairs; the mean over the global anchor batch."""
-        z, x0, condition = anchor.draw(self.config.seed, self.step_count, self.parallel)
+        """Weighted regression to this rank's share of stored pairs; averaged over ranks, the mean over the global anchor batch."""
+        z, x0, condition, share = anchor.draw(self.config.seed, self.step_count, self.parallel)
         predicted = self.backbone.generate(self.generator_net, z, condition)
-        value = anchor.config.weight * anchor.loss(predicted, x0)
+        value = share * anchor.config.weight * anchor.loss(predicted, x0)
         value.backward()
         self.generator_weights.gather()
         return value.detach()
@@ -213,6 +214,7 @@ class Learner:
         name: str,
         optimizer: torch.optim.Optimizer,
         settings: Optim,
+        updates: int,
         batch: Batch,
         means: dict[str, Tensor],
         finite: Tensor,
@@ -235,7 +237,7 @@ class Learner:
             )
         torch.nn.utils.clip_grads_with_norm_(weights, settings.max_grad_norm, norm)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _rate(settings, self.step_count, self.config.train.steps)
+            group["lr"] = settings.lr * _rate(settings, updates, self.step_count / self.config.train.steps)
         optimizer.step()
         return {k: v.item() for k, v in means.items()} | {f"grad/{name}": size}
 
@@ -282,7 +284,8 @@ class GeneratorPass:
         z = noise.normal(batch.index, shape, "g/z")
         with learner.phase("generator: forward"):
             self.x0 = backbone.generate(learner.generator_net, z, batch.condition)
-        self.t = noise.uniform(batch.index, "g/t", *config.times.generator)
+        self.host_t = noise.uniform(batch.index, "g/t", *config.times.generator).clamp(max=LATEST)
+        self.t = ahead(self.host_t, learner.device)
         self.x_t = diffuse(backbone.schedule, self.x0, noise.normal(batch.index, shape, "g/eps"), self.t)
         self.alpha, self.sigma = coeffs_like(backbone.schedule, self.t, self.x_t)
         self.metrics: dict[str, Tensor] = {}
@@ -294,12 +297,12 @@ class GeneratorPass:
         with learner.phase("TA's answer"):
             if not grad:
                 with torch.no_grad():
-                    return self._evaluate(learner.assistant_net, self.x_t.detach(), self.t, w)
+                    return self._evaluate(learner.assistant_net, self.x_t.detach(), self.t, w, self.batch)
             with lora.frozen(learner.assistant_net):
-                return self._evaluate(learner.assistant_net, self.x_t, self.t, w)
+                return self._evaluate(learner.assistant_net, self.x_t, self.t, w, self.batch)
 
-    def _evaluate(self, network: nn.Module, x: Tensor, t: Tensor, guidance: float) -> Tensor:
-        condition = self.batch.condition.tile(len(x) // len(self.batch))
+    def _evaluate(self, network: nn.Module, x: Tensor, t: Tensor, guidance: float, batch: Batch) -> Tensor:
+        condition = batch.condition.tile(len(x) // len(batch))
         return guided_x0(self.learner.backbone, network, x, t, condition, guidance)
 
     def reference(self, grad: bool = False) -> Tensor:
@@ -309,9 +312,9 @@ class GeneratorPass:
             return self._reference
         with learner.phase("reference"):
             if grad:
-                return self._evaluate(learner.reference_net, self.x_t, self.t, w)
+                return self._evaluate(learner.reference_net, self.x_t, self.t, w, self.batch)
             with torch.no_grad():
-                self._reference = self._evaluate(learner.reference_net, self.x_t.detach(), self.t, w)
+                self._reference = self._evaluate(learner.reference_net, self.x_t.detach(), self.t, w, self.batch)
         return self._reference
 
     def drs(self) -> Tensor:
@@ -319,19 +322,21 @@ class GeneratorPass:
         config = self.learner.config
         inner = config.guidance.reference if config.drp.guidance is None else config.drp.guidance
 
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            if config.drp.gradient_checkpointing and torch.is_grad_enabled():
-                return checkpoint(self._evaluate, self.learner.reference_net, x, t, inner, use_reentrant=False)  # type: ignore[no-any-return]
-            return self._evaluate(self.learner.reference_net, x, t, inner)
+        def functions(rows: slice | Tensor) -> tuple[drs.Denoise, drs.Reward]:
+            batch = self.batch[rows]
 
+            def denoise(x: Tensor, t: Tensor) -> Tensor:
+                call = self.learner.reference_net, x, t, inner, batch
+                if config.drp.gradient_checkpointing and torch.is_grad_enabled():
+                    return checkpoint(self._evaluate, *call, use_reentrant=False)  # type: ignore[no-any-return]
+                return self._evaluate(*call)
+
+            return denoise, lambda latent: self._reward(latent, batch)[0]
+
+        (denoise, reward), schedule = functions(slice(None)), self.learner.backbone.schedule
+        x = self.x_t.detach()
         problem = drs.Problem(
-            x=self.x_t.detach(),
-            t=self.t,
-            schedule=self.learner.backbone.schedule,
-            denoise=denoise,
-            reward=self.reward,
-            noise=self._particles,
-            beta=config.drp.beta,
+            x, self.t, schedule, denoise, reward, self._particles, config.drp.beta, self.host_t, functions
         )
         with self.learner.phase("proxy"):
             estimate = drs.estimate(config.drp, problem)
@@ -350,17 +355,17 @@ class GeneratorPass:
 
     def reward(self, latent: Tensor) -> Tensor:
         """Standardised reward of clean latents ``[M * B]``: 0 is the starting generator's mean, 1 its standard deviation."""
-        return self._reward(latent)[0]
+        return self._reward(latent, self.batch)[0]
 
     @torch.no_grad()
     def watch(self, x0: Tensor) -> None:
         """Log the reward of the generator's own pictures; of a composite, ``reward/<part>/raw|scaled|weighted`` too."""
-        self.metrics["reward/gain"], self.metrics["reward/raw"], images = self._reward(x0, log=True)
+        self.metrics["reward/gain"], self.metrics["reward/raw"], images = self._reward(x0, self.batch, log=True)
         self.metrics["image/clipped"] = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
 
-    def _reward(self, latent: Tensor, log: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Standardised and raw reward ``[M * B]``, and the pictures."""
-        learner, batch = self.learner, self.batch
+    def _reward(self, latent: Tensor, batch: Batch, log: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Standardised and raw reward ``[M * B]`` of the latents of ``batch``, and the pictures."""
+        learner = self.learner
         assert learner.reward is not None, "the algorithm declares needs_reward"
         times = len(latent) // len(batch)
         inputs = {k: v.repeat(times, *([1] * (v.dim() - 1))) for k, v in batch.reward_inputs.items()}
@@ -381,8 +386,8 @@ class GeneratorPass:
         return torch.cat([self.noise.normal(self.batch.index, shape, f"{tag}/{m}") for m in range(times)])
 
 
-def _rate(settings: Optim, step: int, total: int) -> float:
-    """Share of the learning rate at ``step``: linear warm-up, then constant, then linear to zero over the last `decay` of the run."""
-    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-    left = (total - step) / (settings.decay * total) if settings.decay else 1.0
+def _rate(settings: Optim, updates: int, done: float) -> float:
+    """Share of the learning rate after ``updates`` of the network and the share ``done`` of the run: up, constant, down, all linear."""
+    warm = min(1.0, (updates + 1) / settings.warmup) if settings.warmup else 1.0
+    left = (1 - done) / settings.decay if settings.decay else 1.0
     return warm * min(1.0, left)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from didr_core.types import Parallel
+from didr_core.types import DIDRError, Parallel
 
 
 class RewardScale:
@@ -17,19 +17,26 @@ class RewardScale:
         )  # sum of batch means of the variance, number of batches
 
     def update(self, spread: Tensor | None, parallel: Parallel) -> None:
-        """Add a batch's variances ``[B]``. A non-finite one comes with a non-finite baseline, which is refused with its prompt id later."""
+        """Add a batch's variances ``[B]``. A non-finite one comes with a non-finite baseline, which is refused with its prompt id later.
+
+        Raises:
+            DIDRError: the reward is the same for all pictures of every prompt so far.
+        """
         if spread is None:
             return
-        mean = torch.where(spread.isfinite(), spread, 0.0).double().mean()
+        mean = torch.where(spread.isfinite(), spread, 1.0).double().mean()
         parallel.mean_([mean])
         self.total += torch.stack([mean, torch.ones_like(mean)])
+        if not self.total[0] > 0:
+            raise DIDRError(
+                "reward: the starting generator's pictures of a prompt all have the same one, in every prompt so far: it has no unit. A "
+                "reward that does not depend on the picture cannot be followed; if it rarely does, raise train.batch or baseline.samples."
+            )
 
     @property
     def value(self) -> Tensor:
         """Scalar standard deviation; 1 before any was seen."""
-        return torch.where(
-            self.total[1] > 0, (self.total[0] / self.total[1].clamp_min(1)).sqrt().clamp_min(1e-6), 1.0
-        ).float()
+        return torch.where(self.total[1] > 0, (self.total[0] / self.total[1].clamp_min(1)).sqrt(), 1.0).float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums."""

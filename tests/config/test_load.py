@@ -25,6 +25,14 @@ def test_an_old_key_names_the_new_one(old: str, new: str, tmp_path: Path) -> Non
         config.load(str(tmp_path / "config.yaml"))
 
 
+def test_a_key_with_a_new_meaning_says_so_and_keeps_no_old_value(tmp_path: Path) -> None:
+    with pytest.raises(DIDRError, match="now called 'drp.split_noise'.*a time and is a noise level now"):
+        config.load("tiny", ["drp.split=0.4"])
+    tree = config.dump(config.load("tiny"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"drp": {"estimator": "hybrid", "split": 0.4}}))
+    assert config.recorded(tmp_path / "config.yaml").drp.split_noise == 0.325
+
+
 def test_recipes_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert config.load("tiny").name == "tiny" and (config.RECIPES / "tiny.yaml").is_file()

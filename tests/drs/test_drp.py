@@ -132,7 +132,7 @@ def test_an_estimator_costs_what_it_says(name: str) -> None:
         counted["rewarded"] += len(x0)
         return p.reward(x0)
 
-    config = DRP(estimator=name) if name == "tweedie" else DRP(estimator=name, steps=3, particles=2)
+    config = DRP(estimator=name) if name in ("tweedie", "shift") else DRP(estimator=name, steps=3, particles=2)
     drs.estimate(config, drs.Problem(**{**vars(p), "denoise": denoise, "reward": reward}))
     said = registry.find("drs", name).calls(config.steps, config.particles)
     assert counted == {key: 3 * calls for key, calls in vars(said).items()}

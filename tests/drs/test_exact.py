@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from uneven_mixture import points, reward, uneven
 
 from benchmarks import exactness
 from benchmarks.exact_world import BatchNoise, batches
@@ -24,22 +25,6 @@ from didr_core.train.__main__ import main
 
 ALPHA, SIGMA = 0.6, 0.8
 SCHEDULE = Cosine()
-
-
-def uneven(dim: int = 3) -> Mixture:
-    """Unequal weights and widths, float64."""
-    generator = torch.Generator().manual_seed(0)
-    means = torch.randn(4, dim, generator=generator, dtype=torch.float64)
-    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
-    return Mixture(weights, means, torch.tensor([0.02, 0.1, 0.3, 0.05], dtype=torch.float64))
-
-
-def reward(dim: int = 3, curvature: float = 0.3) -> Quadratic:
-    return Quadratic(torch.linspace(1, -0.5, dim).double(), torch.linspace(-0.2, 0.4, dim).double(), curvature)
-
-
-def points(dim: int = 3, count: int = 6) -> Tensor:
-    return torch.randn(count, dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def test_score_and_denoiser_are_the_gradient_of_the_log_density() -> None:
@@ -120,7 +105,7 @@ def test_below_the_split_many_modes_and_a_linear_reward_are_exact() -> None:
     """Tilting is shifting: two denoiser values, no derivative, no matter how many modes."""
     law, x = uneven(), points()
     value = reward(curvature=0.0)
-    config = DRP(estimator="hybrid", steps=2, particles=2, split=0.6, reach=1e9)
+    config = DRP(estimator="hybrid", steps=2, particles=2, split_noise=1.5, reach=1e9)
     got = drs.estimate(config, problem(law, value, 0.5, 0.6, x)).score
     assert torch.allclose(got, exact_at(law, value, 0.5, 0.6, x), rtol=1e-6)
     tweedie = drs.estimate(DRP(estimator="tweedie"), problem(law, value, 0.5, 0.6, x)).score
@@ -163,7 +148,7 @@ def test_hybrid_costs_what_the_table_says_and_differentiates_the_reward_alone() 
         return p.denoise(x, t)
 
     drs.estimate(DRP(estimator="hybrid", steps=steps, particles=particles), replace(p, denoise=denoise))
-    assert calls[0] / 3 == 1 + particles * (steps + 2)
+    assert calls[0] / 3 == 3 + particles * (steps + 2)
 
 
 def test_backbone_pictures_show_the_coordinates() -> None:
@@ -201,8 +186,12 @@ def test_a_benchmark_row_holds_what_it_promises(tmp_path: Path, monkeypatch: pyt
         str(file),
     ]
     monkeypatch.setattr(
-        exactness, "pointwise", lambda world, name: [{"bias": 0.0, "spread": 0.0, "cosine": 1.0, "calls": 1}]
+        exactness,
+        "pointwise",
+        lambda *_, **__: [dict.fromkeys(("bias", "spread", "cosine", "calls", "seconds", "bytes"), 1.0)],
     )
+    exactness.main([*arguments, "--seconds", "0"])
+    assert not file.is_file(), "nothing new is begun after the time is up"
     exactness.main(arguments)
     rows = json.loads(file.read_text())
     assert [r["estimator"] for r in rows] == ["exact", "tweedie"]

@@ -83,7 +83,7 @@ def test_the_plan_is_what_a_learner_holds(folder: Path, name: str) -> None:
     assert planned(subject.config) == pytest.approx(held(subject), rel=1e-3)
 
 
-@pytest.mark.parametrize("estimator", ["ode", "stochastic"])
+@pytest.mark.parametrize("estimator", ["ode", "stochastic", "hybrid"])
 def test_the_plan_counts_the_flops_of_a_real_step(folder: Path, tmp_path: Path, estimator: str) -> None:
     """Every network of an update: TA, generator, proxy, decoder, reward; counted as it runs, against the sum of the plan's rows."""
     subject = learner(

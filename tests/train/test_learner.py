@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from random_models import clip_folder, sdxl_folder
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from benchmarks.exact_world import BatchNoise, batches
 from didr_core import config
 from didr_core.algorithms import losses
+from didr_core.config import Anchor
+from didr_core.data.teacher_pairs import TeacherPairs
+from didr_core.diffusion.schedule import RectifiedFlow
 from didr_core.train import checkpoint
 from didr_core.train.learner import Learner
 from didr_core.types import Batch, DIDRError, NonFiniteError
@@ -56,11 +63,11 @@ def weights(of: Learner) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in of.generator_net.parameters()])
 
 
-@pytest.mark.parametrize("estimator", ["tweedie", "stochastic", "importance", "hybrid"])
+@pytest.mark.parametrize("estimator", ["tweedie", "shift", "stochastic", "importance", "hybrid"])
 def test_micro_batches_do_not_change_the_update(folders: tuple[Path, Path], estimator: str) -> None:
     drp = {
         "estimator": estimator,
-        "steps": 1 if estimator == "tweedie" else 3,
+        "steps": 1 if estimator in ("tweedie", "shift") else 3,
         "particles": 2,
         "snr_gate": True,
         "clip": 0.5,
@@ -123,6 +130,61 @@ def test_beta_scales_the_drs_and_the_reward_scale_cancels_units(folders: tuple[P
     three = wide.step(batch(wide, spread=1.0)).metrics
     assert two["drs/rms"] == pytest.approx(2 * one["drs/rms"], rel=1e-3)
     assert three["drs/rms"] == pytest.approx(one["drs/rms"] * 0.5, rel=1e-3)
+
+
+def test_a_reward_without_a_spread_is_refused(folders: tuple[Path, Path]) -> None:
+    subject = learner(folders)
+    data = batch(subject, spread=0.0)
+    with pytest.raises(DIDRError, match=r"all have the same one.*raise train\.batch or baseline\.samples"):
+        subject.step(data)
+    assert data.spread is not None
+    data.spread[1], subject.scale.total[:] = 0.5, 0
+    subject.step(data)
+    assert subject.scale.value == pytest.approx((0.5 / 4) ** 0.5)
+
+
+def test_warm_up_counts_the_updates_of_each_network(folders: tuple[Path, Path]) -> None:
+    """Two a step for the TA from the first; for the generator none until it starts."""
+    warm = {"lr": 1.0, "warmup": 4}
+    subject = learner(
+        folders, generator=warm, assistant=warm, train={"assistant_updates": 2, "assistant_warmup": 2, "batch": 4}
+    )
+    seen: dict[str, list[float]] = {"generator": [], "assistant": []}
+    for name, rates in seen.items():
+        optimizer = getattr(subject, f"{name}_opt")
+        optimizer.step = lambda o=optimizer, to=rates: to.append(o.param_groups[0]["lr"])
+    for _ in range(5):
+        subject.step(batch(subject))
+    assert seen["assistant"] == [0.25, 0.5, 0.75] + 7 * [1.0]
+    assert seen["generator"] == [0.25, 0.5, 0.75]
+
+
+def test_pure_noise_of_rectified_flow_has_a_finite_update() -> None:
+    class Last(BatchNoise):
+        def uniform(self, index: Any, tag: str, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+            return torch.ones(len(index))
+
+    subject = Learner(config.load("exact_2d", ["train.batch=8", "drp.estimator=hybrid"]), noise=Last(0))
+    subject.backbone.schedule = RectifiedFlow()
+    assert all(math.isfinite(v) for v in subject.step(next(batches(8, 1))).metrics.values())
+
+
+@pytest.mark.parametrize("workers", [1, 3, 8])
+def test_anchor_pairs_average_over_ranks_to_the_mean_of_the_batch(workers: int, tmp_path: Path) -> None:
+    """Unequal shares, and ranks without a pair."""
+    torch.manual_seed(0)
+    save_file({"z": torch.randn(16, 3), "x0": torch.randn(16, 3), "condition.c": torch.randn(16, 2)}, tmp_path / "p")
+    pairs = TeacherPairs(Anchor(pairs=str(tmp_path / "p"), weight=1.0, batch=4), "cpu")
+
+    def mean(world: int) -> float:
+        values = []
+        for rank in range(world):
+            z, x0, condition, share = pairs.draw(5, 7, SimpleNamespace(rank=rank, world_size=world))  # type: ignore[arg-type]
+            assert len(z) == len(condition) > 0
+            values.append(share * pairs.loss(z, x0))
+        return torch.stack(values).mean().item()
+
+    assert mean(workers) == pytest.approx(mean(1), rel=1e-6)
 
 
 def test_diff_instruct_is_still_where_assistant_and_reference_agree(folders: tuple[Path, Path]) -> None:

@@ -1,0 +1,240 @@
+"""Which algorithm ends nearest the optimum that all of them ask for, where it is known? And what does each pay for its reward?
+
+    python -m benchmarks.exact_rivals [--seconds 600]     # again and again until nothing is left: what is finished is kept
+
+Every algorithm over ten weights, three seeds, in 2 and 64 dimensions: Gaussian mixtures with quadratic rewards
+(`benchmarks.exactness`), all from the same Diff-Instruct start, with the same teaching assistant and 1,500 updates. The weight of DIDR
+is ``1 / beta``; rivals' weights are multiples of a unit (1 / N, N the dimensions; for DI*, whose norm is a root mean square, 1 / sqrt(N)),
+and the margin of the reward alone lies so far up the way from the reference's mean reward to that of p* at beta 0.1.
+
+One file a training in ``--work``. Then, in ``--out``, ``exact_rivals.json``, a table (each algorithm's nearest weight to p* of each
+beta, by the median over seeds; "edge" where that is the first or last weight, so that a wider sweep might do better) and a figure:
+reward against distance to the reference, with the exact front, on which p* of every beta lies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.exactness import World, finished, measured, settings, sliced_wasserstein, start
+from benchmarks.tiny_world import markdown
+from didr_core.config import Config
+from didr_core.config.files import replace_text
+from pipelines.report.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION
+
+BETAS = (3.0, 1.0, 0.3)
+DIMENSIONS = (2, 64)
+TEMPERATURES = (10.0, 5.0, 3.0, 2.0, 1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
+MULTIPLES = tuple(round(0.02 * 10 ** (k / 3), 4) for k in range(10))  # 0.02 to 20
+SHARES = tuple(k / 10 for k in range(1, 11))
+FRONT = tuple(10 ** (k / 5) for k in range(7, -7, -1))  # betas of the exact front, 25 to 0.06
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is trained at a weight, and its colour."""
+
+    config: Callable[[int, float, Sequence[str]], Config]
+    weights: tuple[float, ...]
+    colour: str
+
+
+def _didr(estimator: str) -> Callable[[int, float, Sequence[str]], Config]:
+    def config(dim: int, weight: float, common: Sequence[str]) -> Config:
+        world = World(dim, 1 / weight)
+        return world.config(common).model_copy(update={"drp": settings(estimator, world.beta)})
+
+    return config
+
+
+def _rival(name: str, unit: Callable[[int], float]) -> Callable[[int, float, Sequence[str]], Config]:
+    def config(dim: int, weight: float, common: Sequence[str]) -> Config:
+        return World(dim, 1.0).config([*common, f"algorithm={name}", f"algorithm.weight={weight * unit(dim)}"])
+
+    return config
+
+
+def _margin(dim: int, share: float, common: Sequence[str]) -> Config:
+    world = World(dim, 0.1)
+    low, high = world.reference.expected(world.reward), world.optimum.expected(world.reward)
+    margin = low + share * (high - low)
+    return world.config([*common, "algorithm=reward_only", f"algorithm.margin={margin}"])
+
+
+INVERSE = tuple(1 / beta for beta in TEMPERATURES)
+METHODS = {
+    "didr exact": Method(_didr("exact"), INVERSE, INK),
+    "didr default": Method(_didr("default"), INVERSE, BLUE),
+    "didr shift": Method(_didr("shift"), INVERSE, SKY),
+    "didr tweedie": Method(_didr("tweedie"), INVERSE, "#7f9cc0"),
+    "didr ode": Method(_didr("ode"), INVERSE, GREY),
+    "diff_instruct_pp": Method(_rival("diff_instruct_pp", lambda n: 1 / n), MULTIPLES, ORANGE),
+    "diff_instruct_star": Method(_rival("diff_instruct_star", lambda n: 1 / math.sqrt(n)), MULTIPLES, GREEN),
+    "dmdr": Method(_rival("dmdr", lambda n: 1 / n), MULTIPLES, PURPLE),
+    "reward_only": Method(_margin, SHARES, VERMILION),
+}
+
+
+def train(method: str, dim: int, weight: float, seed: int, updates: int) -> dict[str, Any]:
+    """One training: its distances to p* of every beta, and to the reference; reward, share off support, seconds."""
+    world = World(dim, 1.0)
+    common = [f"backbone.generator={start(world)}", f"seed={seed}", f"train.steps={updates}"]
+    config = METHODS[method].config(dim, weight, common)
+    made, calls, seconds = finished(World(dim, config.drp.beta), config, seed, updates)
+    distance = {}
+    for beta in BETAS:
+        target = World(dim, beta).optimum.sample(len(made), torch.Generator().manual_seed(7))
+        distance[f"{beta:g}"] = sliced_wasserstein(made, target)
+    return {
+        "method": method,
+        "dim": dim,
+        "weight": weight,
+        "seed": seed,
+        "updates": updates,
+        **measured(world, made),
+        "distance": distance,
+        "evaluations": calls,
+        "seconds": seconds,
+    }
+
+
+@functools.cache
+def exact_front(dim: int) -> list[tuple[float, float]]:
+    """(distance to the reference, mean reward) of p* at every beta of ``FRONT``."""
+    generator, out = torch.Generator().manual_seed(7), []
+    plain = World(dim, 1.0).reference.sample(20_000, generator)
+    for beta in FRONT:
+        world = World(dim, beta)
+        made = world.optimum.sample(20_000, generator)
+        out.append((sliced_wasserstein(made, plain), world.optimum.expected(world.reward)))
+    return out
+
+
+def nearest(rows: Rows, beta: float) -> tuple[float, Rows]:
+    """The weight whose median distance to p* of ``beta`` is least, and its trainings."""
+    weights = sorted({r["weight"] for r in rows})
+    of = {w: [r for r in rows if r["weight"] == w] for w in weights}
+    best = min(weights, key=lambda w: statistics.median(r["distance"][f"{beta:g}"] for r in of[w]))
+    return best, of[best]
+
+
+def table(rows: Rows) -> str:
+    """Each method's nearest weight to p* of each beta: medians over seeds (lowest to highest)."""
+    header = ["dimensions", "beta", "method", "weight", "distance to p*", "off support, %", "reward (optimum)", "seeds"]
+    out = []
+    for dim in sorted({r["dim"] for r in rows}):
+        for beta in BETAS:
+            star = World(dim, beta)
+            for name in METHODS:
+                mine = [r for r in rows if (r["dim"], r["method"]) == (dim, name)]
+                if not mine:
+                    continue
+                weight, best = nearest(mine, beta)
+                tried = sorted({r["weight"] for r in mine})
+                d = [r["distance"][f"{beta:g}"] for r in best]
+                off, reward = (statistics.median(r[key] for r in best) for key in ("off_support", "reward"))
+                cells = [
+                    str(dim),
+                    f"{beta:g}",
+                    name,
+                    f"{weight:.3g}" + (" (edge)" if weight in (tried[0], tried[-1]) else ""),
+                ]
+                cells += [f"{statistics.median(d):.3f} ({min(d):.3f} to {max(d):.3f})", f"{100 * off:.1f}"]
+                out.append([*cells, f"{reward:.2f} ({star.optimum.expected(star.reward):.2f})", str(len(best))])
+    return markdown(header, out)
+
+
+def save(rows: Rows, path: Path) -> None:
+    """A panel a number of dimensions: every training a mark, medians joined by weight, the exact front behind them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    dims = sorted({r["dim"] for r in rows})
+    figure = Figure(figsize=(6.2 * len(dims), 5.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, dim in zip(figure.subplots(1, len(dims), squeeze=False)[0], dims, strict=True):
+        front = exact_front(dim)
+        axes.plot(*zip(*front, strict=True), color=INK, linewidth=5, alpha=0.25, label="exact front (p* by beta)")
+        for name, method in METHODS.items():
+            mine = [r for r in rows if (r["dim"], r["method"]) == (dim, name)]
+            middle = [[r for r in mine if r["weight"] == w] for w in method.weights]
+            ways = [
+                [statistics.median(r[k] for r in m) for k in ("distance_to_reference", "reward")] for m in middle if m
+            ]
+            if ways:
+                axes.plot(*zip(*ways, strict=True), "o-", color=method.colour, markersize=5, label=name)
+            axes.plot(
+                [r["distance_to_reference"] for r in mine],
+                [r["reward"] for r in mine],
+                ".",
+                color=method.colour,
+                alpha=0.4,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("distance to the reference (sliced Wasserstein-2; less is better)", fontsize=11)
+        axes.set_ylabel("mean reward", fontsize=11)
+        axes.set_title(f"{dim} dimensions", fontsize=12, color=INK)
+        low, high = min(r for _, r in front), max(r for _, r in front)
+        axes.set_ylim(low - 0.6 * (high - low), high + 0.6 * (high - low))
+        axes.grid(alpha=0.25)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=10, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.exact_rivals", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--dim", type=int, nargs="+", choices=DIMENSIONS, default=list(DIMENSIONS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=1500)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after these, no further training is begun")
+    parser.add_argument("--work", type=Path, default=Path("runs/exact_rivals"), help="one file a training")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    until = time.monotonic() + given.seconds
+    todo = [  # seed by seed, so that an interrupted benchmark is a smaller benchmark
+        (seed, dim, name, weight)
+        for seed in range(given.seeds)
+        for dim in given.dim
+        for name in given.methods
+        for weight in METHODS[name].weights
+    ]
+    rows: Rows = []
+    for seed, dim, name, weight in todo:
+        file = given.work / f"{dim}-{name.replace(' ', '_')}-{weight:.4g}-{seed}-{given.updates}.json"
+        if not file.is_file() and time.monotonic() < until:
+            row = train(name, dim, weight, seed, given.updates)
+            replace_text(file, json.dumps(row) + "\n")
+            near = ", ".join(f"{d:.3f}" for d in row["distance"].values())
+            print(f"{file.stem}: {near}; reward {row['reward']:.2f}, {row['seconds']:.0f} s", flush=True)
+        if file.is_file():
+            rows.append(json.loads(file.read_text()))
+    print(f"{len(rows)} of {len(todo)} trainings are there", flush=True)
+    if rows:
+        replace_text(given.out / "exact_rivals.json", json.dumps(rows, indent=1) + "\n")
+        save(rows, given.out / "exact_rivals.png")
+        text = table(rows)
+        replace_text(given.out / "exact_rivals.md", text + "\n")
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

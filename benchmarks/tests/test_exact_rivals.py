@@ -1,0 +1,42 @@
+"""The exact rivals: every method trains, what is there is kept, and the table picks the nearest weight."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from benchmarks import exact_rivals, exactness
+
+
+@pytest.mark.timeout(400)  # nine learners and a figure: half a minute on an idle core
+def test_every_method_trains_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact_rivals, "start", lambda world: "null")
+    monkeypatch.setattr(exactness, "SAMPLES", 200)
+    few = {name: exact_rivals.Method(m.config, m.weights[-1:], m.colour) for name, m in exact_rivals.METHODS.items()}
+    monkeypatch.setattr(exact_rivals, "METHODS", few)
+    folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    arguments = ["--dim", "2", "--seeds", "1", "--updates", "1", *folders]
+    exact_rivals.main([*arguments, "--seconds", "0"])
+    assert not (tmp_path / "work").exists(), "nothing is begun after the time is up"
+    exact_rivals.main(arguments)
+    assert len(list((tmp_path / "work").iterdir())) == len(few)
+    assert (tmp_path / "out/exact_rivals.png").stat().st_size > 10_000
+    assert (tmp_path / "out/exact_rivals.md").read_text().count("diff_instruct_pp") == len(exact_rivals.BETAS)
+    monkeypatch.setattr(exact_rivals, "train", lambda *_: pytest.fail("a training that is there was made again"))
+    exact_rivals.main(arguments)
+
+
+def test_the_table_takes_the_weight_with_the_smallest_median() -> None:
+    def row(weight: float, seed: int, distance: float) -> dict[str, object]:
+        return {"weight": weight, "seed": seed, "distance": {"1": distance}}
+
+    rows = [row(1.0, 0, 0.1), row(1.0, 1, 0.5), row(1.0, 2, 0.6), row(2.0, 0, 0.3), row(2.0, 1, 0.4), row(2.0, 2, 0.2)]
+    weight, best = exact_rivals.nearest(rows, 1.0)
+    assert weight == 2.0 and [r["seed"] for r in best] == [0, 1, 2]
+
+
+def test_the_exact_front_pays_for_reward_with_distance() -> None:
+    front = exact_rivals.exact_front(2)
+    assert all(b[0] > a[0] and b[1] > a[1] for a, b in pairwise(front[3:]))
