@@ -20,9 +20,11 @@ from didr_core.networks.loading import (
     check_folder,
     check_layout,
     check_weights,
+    of_diffusers,
     quiet,
     read_state,
     shapes_of,
+    uncollected,
     variant,
     without_prefix,
 )
@@ -104,12 +106,6 @@ class PipelineBackbone:
     @property
     def _decoder_folder(self) -> Path:
         return locate(self._options.decoder) if self._options.decoder else self._vae_folder
-
-    @property
-    def _diffusers(self) -> Any:
-        import diffusers
-
-        return diffusers
 
     def check(self) -> None:
         """Headers and configs only.
@@ -218,23 +214,21 @@ class PipelineBackbone:
         return network.eval()
 
     def _pretrained(self, name: str, folder: Path, dtype: torch.dtype) -> Any:
-        return getattr(self._diffusers, name).from_pretrained(folder, torch_dtype=dtype, variant=variant(folder))
+        return of_diffusers(name).from_pretrained(folder, dtype=dtype, variant=variant(folder))
 
     def _empty(self) -> nn.Module:
         """The generator's architecture, without weights where the caller says so."""
         config = self.network_config
         if self._options.generator is not None and (path := locate(self._options.generator)).is_dir():
             config = read_json(self._network_folder(path) / "config.json")
-        network: nn.Module = getattr(self._diffusers, self.family.network).from_config(config)
+        network: nn.Module = of_diffusers(self.family.network).from_config(config)
         return network
 
     def _from_file(self, path: Path) -> nn.Module:
         state = read_state("backbone.generator", path)
         if self._is_original(state):
-            make = getattr(self._diffusers, self.family.network).from_single_file
-            converted: nn.Module = make(
-                state, config=str(self.folder), subfolder=self.family.part, torch_dtype=torch.float32
-            )
+            make = of_diffusers(self.family.network).from_single_file
+            converted: nn.Module = make(state, config=str(self.folder), subfolder=self.family.part, dtype=torch.float32)
             return converted
         state = without_prefix(state, self.family.marker)
         with torch.device("meta"):
@@ -251,7 +245,7 @@ class PipelineBackbone:
         quiet()
         dtype = getattr(torch, self._options.decode_dtype)
         vae = self._pretrained(self.vae_config["_class_name"], self._decoder_folder, dtype)
-        if self._options.decode_gradient_checkpointing and isinstance(vae, self._diffusers.AutoencoderKL):
+        if self._options.decode_gradient_checkpointing and isinstance(vae, of_diffusers("AutoencoderKL")):
             vae.enable_gradient_checkpointing()
         self._vae = vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
@@ -273,10 +267,11 @@ class PipelineBackbone:
     def _load_pipeline(self, dtype: torch.dtype, **parts: Any) -> Any:
         """The reference's pipeline, with ``parts`` in place of its own (None: left out)."""
         quiet()
-        make = getattr(self._diffusers, self.family.pipeline)
-        return make.from_pretrained(
-            self.folder, torch_dtype=dtype, variant=variant(self.folder / self.family.part), **parts
-        )
+        make = of_diffusers(self.family.pipeline)
+        with uncollected():  # the classes of its parts are imported
+            return make.from_pretrained(
+                self.folder, dtype=dtype, variant=variant(self.folder / self.family.part), **parts
+            )
 
     def load_text(self) -> None:
         """Load tokenizers and text encoders."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from didr_core.backbones._pipeline import Family, PipelineBackbone, PipelineConfig, dtype_of
 from didr_core.diffusion.schedule import VariancePreserving
+from didr_core.networks.loading import of_diffusers
 from didr_core.types import Condition, DIDRError
 
 
@@ -123,5 +124,5 @@ class SDXL(PipelineBackbone):
 
     def export(self, generator: nn.Module, folder: str) -> None:
         """A StableDiffusionXLPipeline folder with the generator and an LCMScheduler, plus the bare single-file UNet, all fp16."""
-        scheduler = self._diffusers.LCMScheduler.from_config(self.scheduler_config)
+        scheduler = of_diffusers("LCMScheduler").from_config(self.scheduler_config)
         self._export(generator, folder, scheduler, "didr_1step_unet_fp16.safetensors")
