@@ -19,6 +19,8 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # small models: threads cost more than they give, on a shared machine above all
 
+os.environ.setdefault("DIDR_CACHE", "")  # tests plan anew
+
 LIMIT_S = 120.0
 LONG_LIMIT_S = 300.0
 

@@ -18,7 +18,7 @@ from didr_core.types import Batch
 PROMPTS = ["red", "a green circle", "blue above", "two squares"]
 
 
-def learner(folder: Path, parallel: Any = None, **changes: Any) -> Learner:
+def small_config(folder: Path, **changes: Any) -> config.Config:
     tree: dict[str, Any] = {
         "name": "test",
         "seed": 3,
@@ -32,7 +32,11 @@ def learner(folder: Path, parallel: Any = None, **changes: Any) -> Learner:
     }
     for key, value in changes.items():
         tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
-    return Learner(config.validate(tree), parallel=parallel)
+    return config.validate(tree)
+
+
+def learner(folder: Path, parallel: Any = None, **changes: Any) -> Learner:
+    return Learner(small_config(folder, **changes), parallel=parallel)
 
 
 def batch(of: Learner) -> Batch:

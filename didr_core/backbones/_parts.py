@@ -15,6 +15,7 @@ from didr_core.networks.loading import (
     Shapes,
     check_layout,
     check_weights,
+    class_of,
     load_pretrained,
     quiet,
     read_json,
@@ -28,14 +29,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Of attention layers in VAEs of 2022, which diffusers renames."""
 OLD_NAME = re.compile(r"(?<=attentions\.\d\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)")
-
-
-def class_of(name: str) -> Any:
-    """A class of diffusers or transformers."""
-    import diffusers
-    import transformers
-
-    return getattr(diffusers, name, None) or getattr(transformers, name)
 
 
 def _is_text(make: Any) -> bool:
@@ -90,7 +83,7 @@ def load_part(key: str, folder: Path, name: str, dtype: torch.dtype) -> Any:
         network = load_pretrained(key, make, folder, dtype=dtype)
     else:
         try:
-            network = make.from_pretrained(folder, torch_dtype=dtype, variant=variant(folder)).eval()
+            network = make.from_pretrained(folder, dtype=dtype, variant=variant(folder)).eval()
         except Exception as error:  # whatever a configuration or a torch file leads it to
             raise DIDRError(
                 f"{key}={str(folder)!r}: diffusers cannot load it ({reason(error)}). Expected a whole {name}."

@@ -14,18 +14,20 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from didr_core.backbones._parts import check_part, class_of, layout_of, load_part, refuse_other_files, shapes_after
+from didr_core.backbones._parts import check_part, layout_of, load_part, refuse_other_files, shapes_after
 from didr_core.config import Component, files, fingerprint, locate
 from didr_core.diffusion.sampling import clamp_to_rewards
 from didr_core.networks.loading import (
     assemble,
     check_folder,
     check_layout,
+    class_of,
     hub_hint,
     quiet,
     read_state,
     refuse_nan,
     shapes_of,
+    uncollected,
     without_prefix,
 )
 from didr_core.networks.tokenizers import check_tokenizer, tokens_read
@@ -107,12 +109,6 @@ class PipelineBackbone:
     @property
     def _decoder_folder(self) -> Path:
         return locate(self._options.decoder) if self._options.decoder else self._vae_folder
-
-    @property
-    def _diffusers(self) -> Any:
-        import diffusers
-
-        return diffusers
 
     def _check_configs(self) -> None:
         """Raises DIDRError where folders are missing, or their configurations do not fit together."""
@@ -269,7 +265,7 @@ class PipelineBackbone:
         config = self.network_config
         if self._options.generator is not None and (path := locate(self._options.generator)).is_dir():
             config = read_json(self._network_folder(path) / "config.json")
-        network: nn.Module = getattr(self._diffusers, self.family.network).from_config(config)
+        network: nn.Module = class_of(self.family.network).from_config(config)
         return network
 
     def _from_file(self, path: Path) -> nn.Module:
@@ -277,10 +273,8 @@ class PipelineBackbone:
         refuse_other_files("backbone.generator", path, state, self.family.pipeline, str(self.folder))
         refuse_nan("backbone.generator", path, state)
         if self._is_original(state):
-            make = getattr(self._diffusers, self.family.network).from_single_file
-            converted: nn.Module = make(
-                state, config=str(self.folder), subfolder=self.family.part, torch_dtype=torch.float32
-            )
+            make = class_of(self.family.network).from_single_file
+            converted: nn.Module = make(state, config=str(self.folder), subfolder=self.family.part, dtype=torch.float32)
             return converted
         state = without_prefix(state, self.family.marker)
         self._check_layout(path, state)
@@ -295,7 +289,7 @@ class PipelineBackbone:
         quiet()
         dtype = getattr(torch, self._options.decode_dtype)
         vae = self._pretrained(self.vae_config["_class_name"], self._decoder_folder, dtype)
-        if self._options.decode_gradient_checkpointing and isinstance(vae, self._diffusers.AutoencoderKL):
+        if self._options.decode_gradient_checkpointing and isinstance(vae, class_of("AutoencoderKL")):
             vae.enable_gradient_checkpointing()
         self._vae = vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
@@ -323,7 +317,8 @@ class PipelineBackbone:
         quiet()
         others = [k for k in self._parts if k not in parts and (self.folder / k / "config.json").is_file()]
         parts |= {k: self._pretrained(self._parts[k], self.folder / k, dtype) for k in others}
-        return getattr(self._diffusers, self.family.pipeline).from_pretrained(self.folder, torch_dtype=dtype, **parts)
+        with uncollected():  # the classes of its parts are imported
+            return class_of(self.family.pipeline).from_pretrained(self.folder, dtype=dtype, **parts)
 
     def load_text(self) -> None:
         """Load tokenizers and text encoders."""

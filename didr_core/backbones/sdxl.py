@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from didr_core.backbones._pipeline import Family, PipelineBackbone, PipelineConfig, dtype_of, read_json
 from didr_core.diffusion.schedule import VariancePreserving
+from didr_core.networks.loading import class_of
 from didr_core.types import Condition, DIDRError
 
 
@@ -141,7 +142,7 @@ class SDXL(PipelineBackbone):
     def export(self, generator: nn.Module, folder: str) -> None:
         """A StableDiffusionXLPipeline folder with the generator and an LCMScheduler, plus the bare single-file UNet, all fp16."""
         plain = {"clip_sample": False, "thresholding": False}
-        scheduler = self._diffusers.LCMScheduler.from_config(self.scheduler_config, **plain)
+        scheduler = class_of("LCMScheduler").from_config(self.scheduler_config, **plain)
         self._export(generator, folder, scheduler, "didr_1step_unet_fp16.safetensors")
 
 

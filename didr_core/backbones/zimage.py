@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from didr_core.backbones._pipeline import Dtype, Family, PipelineBackbone, PipelineConfig, dtype_of, read_json
 from didr_core.config import locate
 from didr_core.diffusion.schedule import RectifiedFlow, expand
+from didr_core.networks.loading import class_of
 from didr_core.types import Condition, DIDRError
 
 ODD_SIGMAS = (
@@ -182,7 +183,7 @@ class ZImage(PipelineBackbone):
 
     def export(self, generator: nn.Module, folder: str) -> None:
         """A ZImagePipeline folder with the generator and its scheduler, plus the bare single-file transformer, all bf16."""
-        make = self._diffusers.FlowMatchEulerDiscreteScheduler
+        make = class_of("FlowMatchEulerDiscreteScheduler")
         scheduler = make.from_config(self.scheduler_config, shift=self.shift, use_dynamic_shifting=False)
         self._export(generator, folder, scheduler, f"didr_{self.config.steps}step_transformer_bf16.safetensors")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -307,13 +309,36 @@ def load_pretrained(key: str, make: type[Any], folder: Path, **options: Any) -> 
 
 def quiet() -> None:
     """Switch off the loading bars and advice of transformers and diffusers: our own lines say what is happening."""
-    import diffusers
-    import transformers
+    with uncollected():
+        import diffusers
+        import transformers
 
     warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
+
+
+def class_of(name: str) -> Any:
+    """A class of diffusers or transformers; the module that it is in is imported."""
+    with uncollected():
+        import diffusers
+        import transformers
+
+        return getattr(diffusers, name, None) or getattr(transformers, name)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection inside. Imports and plans make hundreds of thousands of objects that stay: looking at them again and again
+    takes a fourth of their time."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _refuse_pointers(key: str, path: Path) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from didr_core.config import Config
 from didr_core.diffusion.noise import Noise
 from didr_core.networks import fsdp, optim
+from didr_core.networks.loading import uncollected
 from didr_core.networks.lora import LoRA
 from didr_core.networks.roles import load_start
-from didr_core.plan import hollow
+from didr_core.plan import cache, hollow
 from didr_core.plan.trace import Counter, flash_attention
 from didr_core.train.learner import Learner
 from didr_core.types import Batch, Reward
@@ -100,20 +101,28 @@ class Plan:
 
 
 def plan(config: Config) -> Plan | None:
-    """The plan of ``config``, made once in a process; None for families that are not diffusers pipelines: they are small.
+    """The plan of ``config``, made once (:mod:`didr_core.plan.cache`); None for families that are not diffusers pipelines: they are small.
 
     Raises:
         DIDRError: LoRA targets that no layer matches.
     """
-    key = config.model_dump_json()
-    if key not in _PLANS:
-        with tempfile.TemporaryDirectory() as folder:
-            backbone = hollow.backbone(config.backbone, Path(folder))
-            _PLANS[key] = None if backbone is None else _plan(config, backbone)
-    return _PLANS[key]
+    made = cache.kept(config, lambda: _told(config))
+    return _read(made) if made else None
 
 
-_PLANS: dict[str, Plan | None] = {}
+def _told(config: Config) -> dict[str, Any]:
+    """The plan of ``config`` as JSON; empty: none."""
+    with tempfile.TemporaryDirectory() as folder, uncollected():
+        backbone = hollow.backbone(config.backbone, Path(folder))
+        return {} if backbone is None else asdict(_plan(config, backbone))
+
+
+def _read(told: Mapping[str, Any]) -> Plan:
+    processes = [
+        Process(**p | {kind: [Line(**line) for line in p[kind]] for kind in ("held", "phases")})
+        for p in told["processes"]
+    ]
+    return Plan(processes, [(phase, flops) for phase, flops in told["flops"]], told["samples"], told["notes"])
 
 
 def _plan(config: Config, backbone: Any) -> Plan:
@@ -234,7 +243,7 @@ def _trained(learner: Learner) -> dict[str, tuple[optim.Weights, torch.optim.Opt
 
 def _held(learner: Learner, config: Config) -> list[Line]:
     """Weights, masters, gradients, moments and average: each tensor once; adapters before the bases that they lie in."""
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}  # kept alive: another tensor would get its address
     lines: list[Line] = []
 
     def add(owner: str, what: str, tensors: Iterable[Tensor], parts: int = 1, small: bool = False) -> None:

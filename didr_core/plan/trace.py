@@ -60,6 +60,10 @@ class Counter(TorchDispatchMode):
         finally:
             self._name = outer
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's guard against it costs a tenth of a plan
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _makes_new(function):
@@ -68,7 +72,7 @@ class Counter(TorchDispatchMode):
             for a in (*args, *kwargs.values()):
                 for t in a if isinstance(a, list) else (a,):
                     if isinstance(t, Tensor):
-                        self._seen.add(t.untyped_storage()._cdata)
+                        self._know(t.untyped_storage())
             out, flops = _in_place(function, args, kwargs), 0.0
         phase = self.phases.setdefault(self._name, Phase())
         phase.flops += flops
@@ -78,18 +82,23 @@ class Counter(TorchDispatchMode):
         phase.most = max(phase.most, self.now)
         return out
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _know(self, storage: torch.UntypedStorage) -> bool:
+        """Whether it is new, and not counted: it is known until it is freed, when another may get its address."""
+        key = storage._cdata
         if key in self._seen:
-            return
+            return False
         self._seen.add(key)
-        self.now += size
+        weakref.finalize(storage, self._seen.discard, key)
+        return True
 
-        def freed() -> None:
-            self._seen.discard(key)
-            self.now -= size
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if self._know(storage):
+            size = storage.nbytes()
+            self.now += size
+            weakref.finalize(storage, self._free, size)
 
-        weakref.finalize(storage, freed)
+    def _free(self, size: int) -> None:
+        self.now -= size
 
 
 @functools.cache

@@ -39,6 +39,9 @@ ALWAYS_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # or relative paths of the recipe would mean something else on a trainer than in the preflight
 }
+HERE_ENV = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and its process costs seconds of the start
+}
 QUIET_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # one run wrote 7,000 lines without
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -153,6 +156,8 @@ def ray_session(address: str | None = None, num_cpus: int = 4, verbose: bool = F
         if not verbose:
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.")
         if place.kind == "here":
+            for key, value in HERE_ENV.items():
+                os.environ.setdefault(key, value)
             _start(num_cpus, verbose, level)
         else:
             _attach(place, verbose, level)

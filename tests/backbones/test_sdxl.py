@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from didr_core.backbones.sdxl import SDXL
 from didr_core.diffusion.schedule import diffuse
 from didr_core.types import DIDRError
 from didr_core.world import random_models
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -335,3 +339,17 @@ def test_schedulers_that_mean_something_else_are_refused(folder: Path, tmp_path:
     file.write_text(file.read_text().replace('"prediction_type": "epsilon"', '"prediction_type": "v_prediction"'))
     with pytest.raises(DIDRError, match="prediction_type='v_prediction'"):
         backbone(tmp_path / "v")
+
+
+def test_loading_says_nothing(folder: Path) -> None:
+    """No library's advice or deprecation of what we call it with reaches the user."""
+    load = f"""
+import warnings
+warnings.simplefilter("error", FutureWarning)
+from didr_core.config import build, registry
+backbone = registry.find("backbones", "sdxl")
+backbone = backbone(backbone.Config(pipeline={str(folder)!r}))
+backbone.load_text(), backbone.load_decoder(), backbone.load_network("reference")
+"""
+    done = subprocess.run([sys.executable, "-c", load], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

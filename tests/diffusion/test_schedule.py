@@ -22,7 +22,7 @@ from didr_core.types import Schedule
 FAMILIES = [VariancePreserving.scaled_linear(), RectifiedFlow(), RectifiedFlow(3.0)]
 
 
-def test_alphas_are_those_of_diffusers() -> None:
+def test_alphas_are_those_class_of() -> None:
     from diffusers import DDIMScheduler
 
     ours = VariancePreserving.scaled_linear().alphas_cumprod

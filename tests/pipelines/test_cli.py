@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 from pipelines.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -14,3 +20,34 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"didr {version('didr')}\n"
+
+
+HEAVY = "torch", "ray", "mlflow", "diffusers", "transformers", "numpy", "didr_core.config"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["align", "--help"], ["doctor", "--help"], ["--version"]])
+def test_help_needs_no_heavy_library(arguments: list[str]) -> None:
+    look = f"import sys, atexit; atexit.register(lambda: print('LOADED', *[m for m in {HEAVY} if m in sys.modules]))"
+    run = f"{look}; from pipelines.cli.main import main; main({arguments})"
+    done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["LOADED"]
+
+
+def test_doctor_reads_a_plan_without_the_libraries_that_made_it(tmp_path: Path) -> None:
+    look = "import sys, atexit; atexit.register(lambda: print('LOADED', *[m for m in ('diffusers', 'peft') if m in sys.modules]))"
+    run = f"{look}; from pipelines.cli.main import main; main(['doctor', '--recipe', 'tiny'])"
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", run],
+            cwd=ROOT,
+            env={**os.environ, "DIDR_CACHE": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        for _ in range(2)
+    ]
+    assert said[0][-1] == "LOADED diffusers peft"
+    assert said[1][-1] == "LOADED"
+    assert said[0][:-1] == said[1][:-1]
