@@ -13,7 +13,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -28,6 +28,7 @@ from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import StepReport
+from pipelines.cluster.leftovers import looked_after
 from pipelines.cluster.resources import ClusterView, check, demands_of
 from pipelines.cluster.session import await_room, pulse, ray_session, slots, view_of_this_machine
 from pipelines.report.console import Progress, print_summary
@@ -76,6 +77,7 @@ def align(
         _observer(config, run) as observer,
         stoppable(observer.ask_to_stop),
     ):
+        record = looked_after(run.path)
         run.write_config(config)
         if old and overrides:
             run.update(resumed=[*run.info().get("resumed", []), command])
@@ -84,7 +86,7 @@ def align(
         else:
             observer.stage("starting Ray")
             view = session.enter_context(ray_session(address, slots(config), verbose))
-            _on_ray(config, run, index, observer, view, verbose)
+            _on_ray(config, run, index, observer, view, verbose, record)
             session.close()
         observer.stage("writing the report")
         write_report(run.path)
@@ -190,9 +192,16 @@ def _open_tracker(config: Config, run: RunFolder) -> tracking.Tracker:
 
 
 def _on_ray(
-    config: Config, run: RunFolder, index: PromptIndex, observer: RunObserver, view: ClusterView, verbose: bool
+    config: Config,
+    run: RunFolder,
+    index: PromptIndex,
+    observer: RunObserver,
+    view: ClusterView,
+    verbose: bool,
+    record: Callable[[], None],
 ) -> None:
-    """Wait for room, train there, follow."""
+    """Wait for room, train there, follow; ``record`` what was started."""
+    record()
     room = await_room(lambda v: demands_of(config, v), view, observer.stage)
     if verbose:
         observer.progress.console.print(room.table())
@@ -211,6 +220,7 @@ def _on_ray(
         while wait([training], POLL_S).not_done:
             follower.look()
             check_alive()
+            record()
         training.result()
     finally:
         follower.look()
