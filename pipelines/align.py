@@ -10,6 +10,7 @@ workers die. Ctrl-C and SIGTERM let the step end and keep a checkpoint of it.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -78,6 +79,7 @@ def align(
         stoppable(observer.ask_to_stop),
     ):
         record = looked_after(run.path)
+        shutil.rmtree(run.path / "ray", ignore_errors=True)
         run.write_config(config)
         if old and overrides:
             run.update(resumed=[*run.info().get("resumed", []), command])

@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from didr_core.config.files import clear_partials
 from didr_core.data import scales
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
@@ -71,6 +72,7 @@ def sweep(
         folder = _new(options, output, address)
     with folder.lock():
         record = looked_after(folder.path)
+        clear_partials(folder.path)
         try:
             with stoppable():
                 _run(folder, address, verbose, began, record)

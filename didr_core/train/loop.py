@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from didr_core.config import Config
+from didr_core.config.files import clear_partials
 from didr_core.data import scales
 from didr_core.data.feed import LocalFeed
 from didr_core.data.prompts import PromptIndex
@@ -189,6 +190,7 @@ def train(
 def outcome(run: RunFolder) -> Iterator[None]:
     """Keeps ``run.json``'s status true: running inside the block, then finished, failed or interrupted. One process at a time.
 
+    What a killed process left half-written in the folder is removed first.
     ``seconds`` adds up how long all such blocks of the run took; those that were killed are not in it.
 
     Raises:
@@ -196,6 +198,8 @@ def outcome(run: RunFolder) -> Iterator[None]:
     """
     with run.lock():
         run.stop_path.unlink(missing_ok=True)
+        for folder in (run.path, run.path / "grids"):
+            clear_partials(folder)
         since, before = time.time(), float(run.info().get("seconds", 0.0))
         run.update(status="running", message=None, since=since)
         try:
