@@ -21,17 +21,19 @@ from pathlib import Path
 
 from didr_core import config as configs
 from didr_core.config import Config
+from didr_core.config.provenance import changed
 from didr_core.data import scales
 from didr_core.data.prompts import PromptIndex
 from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
-from didr_core.train.run_folder import RunFolder
+from didr_core.train.run_folder import RunFolder, local_folder
 from didr_core.types import StepReport
+from pipelines.cluster.disks import check_disks
 from pipelines.cluster.leftovers import looked_after
 from pipelines.cluster.resources import ClusterView, check, demands_of
-from pipelines.cluster.session import await_room, pulse, ray_session, slots, view_of_this_machine
+from pipelines.cluster.session import await_room, pulse, ray_session, slots, view_of_this_machine, where_to_run
 from pipelines.report.console import Progress, print_summary
 from pipelines.report.figures import save_grid
 from pipelines.report.page import read_history, steps_told, write_report
@@ -65,7 +67,10 @@ def align(
     began = time.monotonic()
     old = RunFolder.find(resume, output or "runs") if resume else None
     config = old.config(overrides) if old else configs.load(recipe, overrides)
-    index = preflight(config, here=local)
+    folder = old.path if old else local_folder("--output", output) if output else None
+    index = preflight(config, here=local, output=folder)
+    runs = (folder or local_folder("output", config.output) / "run").parent
+    check_disks(config.tracking, runs, ray=not local and where_to_run(address).kind == "here")
     view = None if local else view_of_this_machine(config, address)
     if view:
         check(demands_of(config, view), view)
@@ -80,6 +85,8 @@ def align(
     ):
         record = looked_after(run.path)
         shutil.rmtree(run.path / "ray", ignore_errors=True)
+        if old and (others := changed(run.info())):
+            observer.note(others, "yellow")
         run.write_config(config)
         if old and overrides:
             run.update(resumed=[*run.info().get("resumed", []), command])

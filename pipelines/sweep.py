@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from didr_core.config.files import clear_partials
+from didr_core.config.provenance import changed
 from didr_core.data import scales
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
+from didr_core.train.run_folder import local_folder
 from didr_core.types import DIDRError
+from pipelines.cluster.disks import check_disks
 from pipelines.cluster.leftovers import looked_after
 from pipelines.cluster.resources import ClusterView, Need, NoRoom
 from pipelines.cluster.session import await_room, prepare_environment, ray_session, view_of_this_machine, where_to_run
@@ -110,6 +113,8 @@ def _new(options: SweepOptions, output: str | None, address: str | None) -> Swee
             "workers.train_gpus=0 with device=cuda: a trial reserves no GPU. Say --set workers.train_gpus=1, or a fraction."
         )
     preflight(config, here=False)
+    here = where_to_run(address).kind == "here"
+    check_disks(config.tracking, local_folder("output", config.output) / options.name, ray=here)
     options = replace(
         options,
         name=options.name or f"sweep-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}",
@@ -123,9 +128,7 @@ def _new(options: SweepOptions, output: str | None, address: str | None) -> Swee
     return SweepFolder.create(options, config, points)
 
 
-def _run(
-    folder: SweepFolder, address: str | None, verbose: bool, began: float, record: Callable[[], None]
-) -> None:
+def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float, record: Callable[[], None]) -> None:
     for key, value in TUNE_ENV.items():
         os.environ.setdefault(key, value)
     prepare_environment(verbose, here=where_to_run(address).kind == "here")
@@ -133,6 +136,8 @@ def _run(
     if folder.info()["status"] == "finished":
         _say(folder, began)  # nothing to go on with
         return
+    if others := changed(options.facts):
+        console().print(others, style="yellow")
     folder.update(status="running")
     folder.forget_lost()
     at_once = options.concurrent or 1

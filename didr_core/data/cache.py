@@ -27,7 +27,7 @@ def feed_key(config: Config) -> str:
     """A hash of all that the columns of a batch depend on."""
     tree = dump(config)
     parts: dict[str, Any] = {name: tree[name] for name in ("data", "seed", "device", "backbone")}
-    parts |= {"batch": config.train.batch, "corpus": open_prompts(config).fingerprint}
+    parts |= {"batch": config.train.batch, "corpus": open_prompts(config).contents}
     if (
         config.needs_reward
     ):  # then there are baselines: pictures of the start, which has the type and base that its role says

@@ -38,6 +38,10 @@ WINDOW = 65_536
 """Rows that are shuffled among themselves. A reading process keeps two windows: about 100 bytes a row more than the text."""
 
 
+HASHED_ROWS = 200_000
+"""Rows whose text :attr:`PromptIndex.contents` reads: a fraction of a second."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One sample: its place in the stream, the id of its prompt in the corpus, and the text."""
@@ -114,6 +118,23 @@ class PromptIndex:
         if len(self) > WINDOW:  # before 0.2 windows ended with row groups; one window had today's order
             text += f" windows of {WINDOW}"
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    @property
+    def contents(self) -> str:
+        """:attr:`fingerprint`, "-", and a hash of the text: of the first :data:`HASHED_ROWS` rows as it stands, of later row groups as
+        sizes, smallest and largest text in their footers. Reads these rows."""
+        text, seen = hashlib.blake2b(digest_size=8), 0
+        for shard, groups in itertools.groupby(self.groups, lambda group: group.shard):
+            footer: Any = None
+            for group in groups:
+                if seen < HASHED_ROWS:
+                    rows = self._rows(group).column("prompt").to_pylist()
+                    text.update("\0".join(map(str, rows)).encode("utf-8", "surrogatepass") + b"\0")
+                else:
+                    footer = footer or _open(self.shards[shard], self.key).metadata
+                    text.update(repr(_facts(footer.row_group(group.number), self.column)).encode())
+                seen += group.rows
+        return f"{self.fingerprint}-{text.hexdigest()}"
 
     def read(self, indices: Sequence[int] | NDArray[np.int64], seed: int) -> list[Prompt]:
         """The samples at stream positions ``indices``, in that order.
@@ -285,6 +306,14 @@ def _footer(shard: str, column: str, id_column: str, key: str) -> tuple[list[int
             f"data.column={column!r}: in shard {shard} it holds {kind}, expected text. Text columns there: {', '.join(texts) or 'none'}."
         )
     return groups, id_column in schema.names
+
+
+def _facts(group: Any, column: str) -> tuple[Any, ...]:
+    """What a footer knows of the text of a row group."""
+    columns = (group.column(n) for n in range(group.num_columns))
+    found = next(c for c in columns if c.path_in_schema == column)
+    known = found.statistics
+    return found.num_values, found.total_uncompressed_size, known and known.has_min_max and (known.min, known.max)
 
 
 def _read_group(shard: str, group: int, columns: Sequence[str], key: str) -> pa.Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -19,11 +20,12 @@ SCAN_ROWS = 200_000
 LEAST_FREE = 64 * 2**20
 
 
-def preflight(config: Config, *, here: bool = True) -> PromptIndex:
+def preflight(config: Config, *, here: bool = True, output: Path | None = None) -> PromptIndex:
     """Look at prompts (footers, and the text of the first :data:`SCAN_ROWS` rows), weights folders and output folder.
 
     Args:
         here: this process trains, so ``device`` must exist on this machine.
+        output: the run's folder, where it is not to be made in ``config.output``; it may hold checkpoints already.
 
     Returns:
         The training corpus.
@@ -52,17 +54,27 @@ def preflight(config: Config, *, here: bool = True) -> PromptIndex:
     if torch.cuda.is_available():
         cards = range(torch.cuda.device_count())
         advice.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
-    _output(config)
+    if output is None:
+        room("output", local_folder("output", config.output))
+    else:
+        last = max(
+            output.glob("checkpoints/step-*"), default=None
+        )  # the next one is as large, beside it until it is whole
+        size = sum(file.stat().st_size for file in last.glob("*")) if last else 0
+        room("--output", output, max(LEAST_FREE, size))
     return index
 
 
-def _output(config: Config) -> None:
-    folder = local_folder("output", config.output)
-    while not folder.exists():
-        folder = folder.parent
+def room(key: str, path: Path, needed: int = LEAST_FREE) -> None:
+    """Whether the disk where ``path`` is, or will be made, has ``needed`` bytes.
+
+    Raises:
+        DIDRError: it has not, or a file is in the way; names ``key``, path, needed and free.
+    """
+    folder = next(p for p in (path, *path.parents) if p.exists())
     if not folder.is_dir():
-        raise DIDRError(f"output={config.output!r}: {folder} is a file. Expected a folder.")
-    if (free := shutil.disk_usage(folder).free) < LEAST_FREE:
+        raise DIDRError(f"{key}={str(path)!r}: {folder} is a file. Expected a folder.")
+    if (free := shutil.disk_usage(folder).free) < needed:
         raise DIDRError(
-            f"output={config.output!r}: {free:,} bytes free on its disk; a run needs at least {LEAST_FREE:,}."
+            f"{key}={str(path)!r}: {free:,} bytes free on its disk; a run needs at least {needed:,}. Free some, or choose another folder."
         )

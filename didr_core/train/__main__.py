@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from didr_core import config as configs
+from didr_core.config.provenance import changed
 from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
-from didr_core.train.run_folder import RunFolder
+from didr_core.train.run_folder import RunFolder, local_folder
 from didr_core.types import DIDRError, StepReport
 
 
@@ -46,10 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.resume:
             run = RunFolder.find(given.resume)
             config = run.config(given.overrides)
-            index = preflight(config)
+            if others := changed(run.info()):
+                print(others)
+            index = preflight(config, output=run.path)
         else:
             config = configs.load(given.recipe, given.overrides)
-            index = preflight(config)
+            index = preflight(config, output=local_folder("--output", given.output) if given.output else None)
             run = RunFolder.create(config, given.output, " ".join(["python -m didr_core.train", *sys.argv[1:]]))
         with stoppable(), outcome(run):
             run.write_config(config)

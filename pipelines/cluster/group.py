@@ -78,7 +78,7 @@ def _trainer(
         datasets["train"] = prompt_stream(config, index, cursor, encoder, reward)
     return TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "run": run, "corpus": index.fingerprint, "scorers": scorers},
+        train_loop_config={"config": config, "run": run, "corpus": index.contents, "scorers": scorers},
         scaling_config=ScalingConfig(
             num_workers=workers.train,
             use_gpu=need.gpus > 0,

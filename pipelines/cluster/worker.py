@@ -32,7 +32,7 @@ class Reporter(Observer):
 
 
 def train_worker(settings: Mapping[str, Any]) -> None:
-    """`train_loop_per_worker`. ``settings``: config, run folder, the corpus's fingerprint, scoring actors."""
+    """`train_loop_per_worker`. ``settings``: config, run folder, the corpus's contents, scoring actors."""
     ranks = distributed.current()
     try:
         _train(ranks, **settings)

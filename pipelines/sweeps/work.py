@@ -116,7 +116,7 @@ def legs(folder: SweepFolder, number: int) -> Iterator[dict[str, Any]]:
     began, looks = time.time(), folder.options().scheduler != "none"
     with opened(folder, number) as (config, run):
         learner = Learner(config, device=config.torch_device)
-        journal = Journal(run, config, learner, open_prompts(config).fingerprint)
+        journal = Journal(run, config, learner, open_prompts(config).contents)
         journal.restore()
         run.forget_after(learner.step_count)
         feed = iter(CachedFeed(config, folder.shared / "feed", learner.step_count * config.train.batch))

@@ -172,3 +172,25 @@ def test_the_local_feed_resumes_and_splits(config: Config) -> None:
     halves = [next(iter(LocalFeed(config, 40, rank=r, world_size=2))) for r in range(2)]
     assert [i for h in halves for i in h.index.tolist()] == whole[5].index.tolist()
     torch.testing.assert_close(torch.cat([h.spread for h in halves]), whole[5].spread, rtol=1e-4, atol=1e-5)
+
+
+def test_contents_cover_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of shards with the same names and row counts: of the first rows any letter, of later ones what footers tell."""
+
+    def contents(values: list[str], **how: object) -> str:
+        pq.write_table(pa.table({"prompt": values}), tmp_path / "a.parquet", row_group_size=10, **how)
+        index = PromptIndex.open(str(tmp_path))
+        assert index.contents.startswith(f"{index.fingerprint}-")
+        return index.contents
+
+    words = [f"prompt {n:02d}" for n in range(40)]
+    before = contents(words)
+    assert contents(words, compression="none", version="1.0") == before, "the same text in another file"
+    assert contents(words[::-1]) != before
+    for place in (0, 25, 39):
+        assert contents([*words[:place], "prompt XX", *words[place + 1 :]]) != before
+    assert contents(["ab", "c", *words[2:]]) != contents(["a", "bc", *words[2:]])
+    monkeypatch.setattr(data, "HASHED_ROWS", 15)
+    before = contents(words)
+    assert contents([*words[:12], "prompt 1X", *words[13:]]) != before
+    assert contents([*words[:39], "prompt 40"]) != before and contents([*words[:39], "longer than before"]) != before
