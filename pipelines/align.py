@@ -28,8 +28,9 @@ from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
+from didr_core.train.patience import Patience
 from didr_core.train.run_folder import RunFolder, local_folder
-from didr_core.types import StepReport
+from didr_core.types import DIDRError, StepReport
 from pipelines.cluster.disks import check_disks
 from pipelines.cluster.leftovers import looked_after
 from pipelines.cluster.resources import ClusterView, check, demands_of
@@ -162,6 +163,12 @@ class RunObserver(Observer):
         self.note("stopping after this step, with a checkpoint; once more ends it at once", "yellow")
         self.tracker.status("KILLED")
 
+    def stuck(self, error: DIDRError) -> None:
+        """What the end of the process would leave unsaid."""
+        self.run.update(status="failed", message=str(error), ended=time.time())
+        self.progress.note(f"error: {error}", style="red")
+        self.tracker.close("FAILED")
+
     def keep(self, *names: str) -> None:
         """Hand files of the run folder to MLflow."""
         for name in names:
@@ -219,21 +226,25 @@ def _on_ray(
     from pipelines.cluster.remote import in_thread
     from pipelines.cluster.watch import POLL_S, Follower
 
+    shutil.rmtree(run.calls_path, ignore_errors=True)
+    patience = Patience(observer, config.workers.patience_s, run.calls_path)
     if scales.missing(config):
         observer.stage("measuring the scales of the reward's parts")
-        config = measured_scales(config, room.cluster)
+        config = measured_scales(config, room.cluster, patience.look)
         run.write_config(config)
-    follower, check_alive = Follower(run, observer, run.last_step()), pulse()
-    training = in_thread(fit_until_done, config, run, index, observer, room.cluster)
+    follower, check_alive = Follower(run, patience, run.last_step()), pulse()
+    training = in_thread(fit_until_done, config, run, index, patience, room.cluster)
     try:
         while wait([training], POLL_S).not_done:
             follower.look()
             check_alive()
+            patience.look()
             record()
         training.result()
     finally:
         follower.look()
         run.stage_path.unlink(missing_ok=True)
+        shutil.rmtree(run.calls_path, ignore_errors=True)
 
 
 if __name__ == "__main__":

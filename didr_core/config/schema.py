@@ -188,6 +188,9 @@ class Workers(Strict):
     reward_gpus: float = Field(0, ge=0)
     actor_resources: dict[str, float] = Field(default_factory=dict)
     local_cpus: int = Field(4, ge=2, description="CPUs that a Ray started on this machine is told it has")
+    patience_s: float = Field(
+        1800, gt=0, description="seconds without an answer of a process after which the run names it and stops"
+    )
     max_failures: int = Field(2, ge=0, description="restarts of the worker group from the last checkpoint")
 
 

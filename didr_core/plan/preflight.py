@@ -54,8 +54,9 @@ def preflight(config: Config, *, here: bool = True, output: Path | None = None) 
     if torch.cuda.is_available():
         cards = range(torch.cuda.device_count())
         advice.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
+    recorded = local_folder("output", config.output)
     if output is None:
-        room("output", local_folder("output", config.output))
+        room("output", recorded)
     else:
         last = max(
             output.glob("checkpoints/step-*"), default=None

@@ -46,6 +46,9 @@ class Observer:
     def note(self, text: str, style: str = "") -> None:
         """What stays to be read."""
 
+    def stuck(self, error: DIDRError) -> None:
+        """The process hangs where no exception reaches it, and ends after this call, which comes from another thread."""
+
 
 class Journal:
     """Checkpoints, metrics and alarms: written by rank 0 (split networks: by all ranks), restored by all ranks."""
@@ -65,7 +68,7 @@ class Journal:
         if not step:
             return
         extra = checkpoint.load(self.run.checkpoint(step), self.learner)
-        if not self.corpus.startswith(began := extra["corpus"]):  # before 0.4 without the text's part
+        if not self.corpus.startswith(began := extra["corpus"]):  # until 0.3 without the text's part
             prompts = f"data.prompts={self.config.data.prompts!r}"
             if began.partition("-")[0] == self.corpus.partition("-")[0]:
                 raise DIDRError(

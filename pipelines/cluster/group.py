@@ -7,7 +7,7 @@ What would go wrong again (a NaN reward, a full disk, an exception in a reward's
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -26,9 +26,9 @@ from pipelines.cluster.scoring import start_scorers
 from pipelines.cluster.worker import train_worker
 
 
-def measured_scales(config: Config, view: ClusterView) -> Config:
+def measured_scales(config: Config, view: ClusterView, meanwhile: Callable[[], None] = lambda: None) -> Config:
     """:func:`didr_core.data.scales.resolve` where reward models run: this process may have no GPU."""
-    resolved: Config = elsewhere(reward_need(config.workers, view), scales.resolve, config)
+    resolved: Config = elsewhere(reward_need(config.workers, view), scales.resolve, config, meanwhile=meanwhile)
     return resolved
 
 
@@ -40,7 +40,7 @@ def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, observer:
         KeyboardInterrupt: the run was asked to stop, and has.
     """
     most = config.workers.max_failures
-    scorers = start_scorers(config, reward_need(config.workers, view)) if config.black_box else []
+    scorers = start_scorers(config, reward_need(config.workers, view), run.calls_path) if config.black_box else []
     for failures in range(most + 1):
         step = run.last_step()
         run.forget_after(step)
@@ -75,7 +75,7 @@ def _trainer(
     if step < config.train.steps:
         cursor = step * config.train.batch
         encoder, reward = encoder_need(workers, view), reward_need(workers, view)
-        datasets["train"] = prompt_stream(config, index, cursor, encoder, reward)
+        datasets["train"] = prompt_stream(config, index, cursor, encoder, reward, calls=run.calls_path)
     return TorchTrainer(
         train_worker,
         train_loop_config={"config": config, "run": run, "corpus": index.contents, "scorers": scorers},

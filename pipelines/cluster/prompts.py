@@ -13,6 +13,7 @@ Nothing materialises on the driver, and back-pressure bounds what is made ahead 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from ray.data.datasource import Datasource, ReadTask
 from didr_core.config import Config
 from didr_core.data.feed import Columns, PromptEncoder, RewardPreparer, columns, to_batch
 from didr_core.data.prompts import PromptIndex
+from didr_core.train.patience import Calls
 from didr_core.types import Batch
 from pipelines.cluster.resources import Need
 
@@ -93,17 +95,31 @@ class _Reader:
 class EncoderActor(PromptEncoder):
     """:class:`didr_core.data.feed.PromptEncoder` as a Ray Data actor."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, calls: Path | None = None) -> None:
         torch.set_num_threads(1)
-        super().__init__(config)
+        self.calls = Calls(calls, "a prompt encoder")
+        with self.calls.at("loading"):
+            super().__init__(config)
+
+    def __call__(self, batch: Columns) -> Columns:
+        """See there."""
+        with self.calls.at(f"encoding {len(batch['prompt'])} prompts"):
+            return super().__call__(batch)
 
 
 class RewardActor(RewardPreparer):
     """:class:`didr_core.data.feed.RewardPreparer` as a Ray Data actor."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, calls: Path | None = None) -> None:
         torch.set_num_threads(1)
-        super().__init__(config)
+        self.calls = Calls(calls, f"the reward actor of {config.reward and config.reward.name!r}")
+        with self.calls.at("loading"):
+            super().__init__(config)
+
+    def __call__(self, batch: Columns) -> Columns:
+        """See there."""
+        with self.calls.at(f"scoring the start's pictures of {len(batch['prompt'])} prompts"):
+            return super().__call__(batch)
 
 
 def prompt_stream(
@@ -113,6 +129,7 @@ def prompt_stream(
     encoder: Need,
     reward: Need,
     stages: tuple[type[Any], type[Any]] = (EncoderActor, RewardActor),
+    calls: Path | None = None,
 ) -> Dataset:
     """The run's remaining samples as a dataset of training columns, one block a rank and step.
 
@@ -120,6 +137,7 @@ def prompt_stream(
         cursor: samples that all ranks together have consumed; a multiple of ``train.batch``.
         encoder: what an encoder actor reserves. reward: what a reward-model actor reserves.
         stages: the two actor classes, called with the config (tests put cheap ones here).
+        calls: folder in which they say what they are at; given to them, too.
     """
     # or a stage's error were lost in what Ray wraps it in
     ray.data.DataContext.get_current().raise_original_map_exception = True
@@ -128,16 +146,18 @@ def prompt_stream(
     share = config.sizes.share
     stream = ray.data.read_datasource(source, override_num_blocks=max(1, source.tasks))
     stream = stream.repartition(target_num_rows_per_block=share)
-    stream = _actors(stream, stages[0], config, share, config.workers.encoders, encoder)
+    stream = _actors(stream, stages[0], config, share, config.workers.encoders, encoder, calls)
     if config.needs_reward:
-        stream = _actors(stream, stages[1], config, share, config.workers.rewards, reward)
+        stream = _actors(stream, stages[1], config, share, config.workers.rewards, reward, calls)
     return stream
 
 
-def _actors(stream: Dataset, stage: type[Any], config: Config, share: int, size: int, need: Need) -> Dataset:
+def _actors(
+    stream: Dataset, stage: type[Any], config: Config, share: int, size: int, need: Need, calls: Path | None
+) -> Dataset:
     return stream.map_batches(
         stage,
-        fn_constructor_args=(config,),
+        fn_constructor_args=(config, calls) if calls else (config,),
         batch_size=share,
         batch_format="numpy",
         zero_copy_batch=False,
