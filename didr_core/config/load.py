@@ -72,7 +72,7 @@ def validate(tree: Mapping[str, Any], where: str = "config") -> Config:
     if old := next((key for key in RENAMED if key in given), None):
         raise DIDRError(f"{where}: {old!r} (value {given[old]!r}) is now called {RENAMED[old]!r}.")
     try:
-        return Config(**tree)
+        return Config.model_validate(tree)
     except ValidationError as error:
         raise DIDRError(redacted("\n".join(_explain(e, where) for e in error.errors()))) from error
 
@@ -96,6 +96,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    if not isinstance(recipe, str):
+        raise DIDRError(
+            f"recipe {seen[-1]!r}: `base:` is {recipe!r}; expected a recipe's name or a path ending in .yaml"
+        )
     if recipe in seen:
         raise DIDRError(f"recipe {recipe!r}: `base:` goes in a circle: {' -> '.join((*seen, recipe))}")
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
@@ -116,10 +120,17 @@ def _validate_with(
         key, sep, text = item.partition("=")
         if not sep or not key:
             raise DIDRError(f"--set {item!r}: expected KEY=VALUE, e.g. --set drp.beta=0.5")
-        _assign(tree, key.strip(), yaml.safe_load(text))
+        _assign(tree, key.strip(), _value(item, text))
     for key, value in (values or {}).items():
         _assign(tree, key, copy.deepcopy(value))  # a later key may lie inside this value
     return validate(tree, where)
+
+
+def _value(item: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise DIDRError(f"--set {item!r}: the value is not valid YAML ({' '.join(str(error).split())})") from error
 
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def find(kind: str, name: str) -> type[Any]:
         DIDRError: unknown key (names the nearest), or a module without a component class.
     """
     key = "drp.estimator" if kind == "drs" else kind
+    if not isinstance(name, str):
+        raise DIDRError(f"{key}: expected a name, got {name!r}")
     if ":" in name:
         return stand_in(name) or _outside(kind, key, name)
     known = names(kind)

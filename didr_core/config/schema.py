@@ -163,7 +163,9 @@ class DRP(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _by_estimator(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _by_estimator(cls, given: Any) -> Any:
+        if not isinstance(given, dict):  # told below
+            return given
         method = registry.find("drs", given.get("estimator", cls.model_fields["estimator"].default))
         return {"steps": method.steps, "particles": method.particles} | given
 

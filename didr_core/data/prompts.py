@@ -18,8 +18,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -276,18 +277,25 @@ def _filesystem(path: str) -> tuple[Any, str]:
 
 def _open(shard: str, key: str) -> pq.ParquetFile:
     filesystem, path = _filesystem(shard)
-    try:
+    with _in_words(f"{key}: shard {shard} is not a readable Parquet file"):
         return pq.ParquetFile(filesystem.open_input_file(path))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DIDRError(
-            f"{key}: shard {shard} is not a readable Parquet file ({str(error).splitlines()[0]}). Was it cut short? Replace or remove it."
-        ) from error
+
+
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    """Damage may show as any of these errors: a text that is no UTF-8, a length that memory has no room for."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DIDRError(f"{what} ({reason}). Was it cut short? Replace or remove it.") from error
 
 
 def _footer(shard: str, column: str, id_column: str, key: str) -> tuple[list[int], bool]:
     """Rows of each row group, and whether the id column is there."""
-    with _open(shard, key) as file:
+    with _open(shard, key) as file, _in_words(f"{key}: shard {shard} is not a readable Parquet file"):
         schema = file.schema_arrow
+        schema.names  # noqa: B018  (they are decoded here)
         groups = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
     if column not in schema.names:
         near = difflib.get_close_matches(column, schema.names, 1) or difflib.get_close_matches(
@@ -317,10 +325,7 @@ def _facts(group: Any, column: str) -> tuple[Any, ...]:
 
 
 def _read_group(shard: str, group: int, columns: Sequence[str], key: str) -> pa.Table:
-    with _open(shard, key) as file:
-        try:
-            return file.read_row_group(group, columns=list(columns))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DIDRError(
-                f"{key}: row group {group} of shard {shard} cannot be read ({str(error).splitlines()[0]})."
-            ) from error
+    with _open(shard, key) as file, _in_words(f"{key}: row group {group} of shard {shard} cannot be read"):
+        table = file.read_row_group(group, columns=list(columns))
+        table.validate(full=True)
+        return table

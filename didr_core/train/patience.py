@@ -1,7 +1,8 @@
 """Who does not answer, and for how long: a run whose encoder, reward or trainer hangs names it and stops.
 
-News are steps and stages, as every :class:`Observer` hears them. Beside them each actor keeps a file that says which call it is at
-(:class:`Calls`), locked as long as its process lives, so that neither a stopped process nor a dead one is mistaken for the other.
+News are steps and stages, as every :class:`Observer` hears them, and calls of actors that come and go: each actor keeps a file that says
+which call it is at (:class:`Calls`), locked as long as its process lives, so that neither a stopped process nor a dead one is mistaken for
+the other.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Calls:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{platform.node()}-{os.getpid()}"
-            self._file = Path(f"{path}.new").open("w")
+            self._file = Path(f"{path}.new").open("w")  # noqa: SIM115  (open as long as the process lives)
             fcntl.flock(self._file, fcntl.LOCK_EX)
             os.rename(self._file.name, path)  # seen from now on, and locked
 
@@ -108,7 +109,10 @@ class Patience(Observer):
             return
         self._looked = now
         # by this clock: those of other machines may differ
-        self._seen = {call: self._seen.get(call, now) for call in (running(self.folder) if self.folder else ())}
+        calls = set(running(self.folder)) if self.folder else set()
+        if calls != self._seen.keys():  # those that the training waits for are at work
+            self._news = now
+        self._seen = {call: self._seen.get(call, now) for call in calls}
         who, since = f"the training (its last news: {self._last})", self._news
         if self._seen and now - (first := min(self._seen.values())) >= self.seconds / 2:
             who, since = next(call[0] for call, began in self._seen.items() if began == first), first

@@ -202,7 +202,8 @@ def test_a_hang_under_ray_names_the_actor(toy: Path, tmp_path: Path) -> None:
         assert time.monotonic() < deadline and process.poll() is None, run.info().get("message")
         time.sleep(0.5)
     doors = {door for p in psutil.Process(process.pid).children(recursive=True) for door in listening(p)}
-    assert len(doors) > 5 and {host for host, _ in doors if "127.0.0.1" not in host} <= {"::1"}, doors
+    outside = [door for door in doors if door[0].removeprefix("::ffff:") not in ("127.0.0.1", "::1")]
+    assert len(doors) > 5 and len(outside) <= 1, outside  # where torch's workers find each other: docs/cluster.md
     assert (tmp_path / "home" / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
     ended_by_patience(
         process, run, 90, "the reward actor of ", "hangs.py:Hangs' (process ", "pictures of 4 prompts, has not"
