@@ -205,9 +205,7 @@ def test_a_hang_under_ray_names_the_actor(toy: Path, tmp_path: Path) -> None:
     outside = [door for door in doors if door[0].removeprefix("::ffff:") not in ("127.0.0.1", "::1")]
     assert len(doors) > 5 and len(outside) <= 1, outside  # where torch's workers find each other: docs/cluster.md
     assert (tmp_path / "home" / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
-    ended_by_patience(
-        process, run, 90, "the reward actor of ", "hangs.py:Hangs' (process ", "pictures of 4 prompts, has not"
-    )
+    ended_by_patience(process, run, 90, "the reward actor of ", "hangs.py:Hangs' (process ")
 
 
 def listening(process: psutil.Process) -> set[tuple[str, int]]:
