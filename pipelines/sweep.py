@@ -92,7 +92,7 @@ def sweep(
     return folder
 
 
-def _new(options: SweepOptions, output: str | None, address: str | None) -> SweepFolder:
+def _new(options: SweepOptions, output: str | None, address: str | None = None) -> SweepFolder:
     """Check everything that can be checked, then make the folder."""
     prepare_environment(here=where_to_run(address).kind == "here")
     from pipelines.sweeps.search import SCHEDULERS, SEARCHES, need_optuna

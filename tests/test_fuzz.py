@@ -33,6 +33,7 @@ from didr_core.types import DIDRError
 from pipelines.sweeps import space
 
 TIMES = float(os.environ.get("DIDR_FUZZ", "1"))
+pytestmark = pytest.mark.timeout(120 * max(1.0, TIMES))
 
 
 def examples(count: int) -> Callable[[Any], Any]:

@@ -131,7 +131,7 @@ def component(kind: str) -> BeforeValidator:
         if not isinstance(value, Mapping) or "name" not in value:
             raise ValueError(f"expected a name or a mapping with 'name', got {value!r}")
         try:
-            return (own := find(kind, value["name"]).Config)(**value)
+            return (own := find(kind, value["name"]).Config).model_validate(dict(value))
         except ValidationError as error:
             raise ValueError("; ".join(_explain_own(e, own, value["name"]) for e in error.errors())) from None
 
