@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,8 @@ class Backbone(Protocol):
     latent_shape: tuple[int, ...]
     lora_targets: tuple[str, ...] | None  # layers that adapters go on; None: every linear and convolution layer
     usage: str  # the model card's code; empty: none
+    fingerprint: Callable[[Literal["text", "start"]], str] | None
+    """A hash of what :meth:`encode`, or the starting generator's pictures, follow from; None: of all that the config names."""
 
     def to(self, device: torch.device | str) -> None:
         """Move decoder and text towers; networks are moved by those who hold them."""
@@ -241,7 +243,14 @@ def _nothing(*_: Any) -> None:
 
 OPTIONAL: Mapping[str, Mapping[str, Any]] = {
     "algorithms": {"needs_reward_gradient": False, "needs_assistant": True, "uses_drs": False},
-    "backbones": {"lora_targets": None, "usage": "", "to": _nothing, "check": _nothing, "free_text": _nothing},
+    "backbones": {
+        "lora_targets": None,
+        "usage": "",
+        "fingerprint": None,
+        "to": _nothing,
+        "check": _nothing,
+        "free_text": _nothing,
+    },
     "rewards": {"details": None, "features": None, "check": _nothing},
     "drs": {},
 }

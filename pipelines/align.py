@@ -25,6 +25,7 @@ from didr_core.config.provenance import changed
 from didr_core.data import scales
 from didr_core.data.prompts import PromptIndex
 from didr_core.evaluate.finish import train_and_finish
+from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
@@ -75,7 +76,13 @@ def align(
     view = None if local else view_of_this_machine(config, address)
     if view:
         check(demands_of(config, view), view)
+    told = ""
+    if local or view:  # a cluster's GPUs are asked when it is there
+        config, told = fit.here(config)
     run = old or RunFolder.create(config, output, command)
+    if config.cache:  # an absolute path, the same in all processes
+        cache = config.cache if config.data.cache else run.path.parent / "cache"
+        config = config.model_copy(update={"data": config.data.model_copy(update={"cache": str(cache)})})
     # Ray ends last: what run.json and MLflow say of a failure must not depend on how a broken Ray takes it
     with (
         stoppable(),  # of every moment in which run.json says "running"
@@ -89,6 +96,7 @@ def align(
         if old and (others := changed(run.info())):
             observer.note(others, "yellow")
         run.write_config(config)
+        observer.note(told)
         if old and overrides:
             run.update(resumed=[*run.info().get("resumed", []), command])
         if local:
@@ -139,8 +147,9 @@ class RunObserver(Observer):
         self.progress.phase(text, done, total)
 
     def note(self, text: str, style: str = "") -> None:
-        """A line above the progress line."""
-        self.progress.note(text, style=style)
+        """A line above the progress line, where there is something to say."""
+        if text:
+            self.progress.note(text, style=style)
 
     def step(self, report: StepReport) -> None:
         """Onto the progress line and to MLflow."""
@@ -222,12 +231,16 @@ def _on_ray(
     if verbose:
         observer.progress.console.print(room.table())
     # Ray's libraries read their environment when they are imported: the session has set it
-    from pipelines.cluster.group import fit_until_done, measured_scales
+    from pipelines.cluster.group import fit_until_done, fitted, measured_scales
     from pipelines.cluster.remote import in_thread
     from pipelines.cluster.watch import POLL_S, Follower
 
     shutil.rmtree(run.calls_path, ignore_errors=True)
     patience = Patience(observer, config.workers.patience_s, run.calls_path)
+    if fit.undecided(config):
+        config, told = fitted(config, room.cluster)
+        run.write_config(config)
+        observer.note(told)
     if scales.missing(config):
         observer.stage("measuring the scales of the reward's parts")
         config = measured_scales(config, room.cluster, patience.look)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from didr_core.config.files import clear_partials
 from didr_core.config.provenance import changed
 from didr_core.data import scales
+from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.run_folder import local_folder
@@ -175,6 +176,13 @@ def _on_ray(folder: SweepFolder, cluster: ClusterView, opening: Future[str], beg
     from pipelines.sweeps.monitor import SweepMonitor
 
     config, options = folder.config(), folder.options()
+    if fit.undecided(config):
+        from pipelines.cluster.group import fitted
+
+        gpus = config.workers.train_gpus
+        config, told = fitted(config, cluster, max(1, int(1 / gpus)) if gpus else 1)
+        folder.set_config(config)
+        console().print(told)
     if scales.missing(config):
         from pipelines.cluster.group import measured_scales
 

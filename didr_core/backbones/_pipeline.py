@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from didr_core.config import Component, files, locate
+from didr_core.config import Component, files, fingerprint, locate
 from didr_core.diffusion.sampling import clamp_straight_through
 from didr_core.networks.loading import (
     assemble,
@@ -175,6 +175,25 @@ class PipelineBackbone:
                 f"backbone.decode_dtype='float16': the VAE in {str(self._decoder_folder)!r} overflows in float16 (its config says "
                 "force_upcast). Use float32, or set backbone.vae to the fp16-fix VAE, or backbone.decoder to a TAESD."
             )
+
+    def fingerprint(self, of: Literal["text", "start"]) -> str:
+        """A hash of what :meth:`encode` ("text"), or the starting generator's pictures ("start"), follow from."""
+        options, picture = self._options, {"resolution", "decode_dtype", "decode_gradient_checkpointing"}
+        if of == "text":
+            parts = sorted(p for p in self.folder.iterdir() if p.name.startswith(("text_encoder", "tokenizer")))
+        else:
+            own = (
+                self._network_folder(locate(options.generator)) if options.generator else self.folder / self.family.part
+            )
+            parts = [
+                own,
+                self._decoder_folder,
+                self.folder / self.family.part / "config.json",
+                self.folder / "scheduler",
+            ]
+        paths = {"pipeline", "generator", "vae", "decoder"}
+        told = options.model_dump(mode="json", exclude=paths | (picture if of == "text" else set()))
+        return fingerprint.digest(of, told, *parts)
 
     def _network_folder(self, path: Path) -> Path:
         """``path`` is a network's folder, or a pipeline's that holds one."""

@@ -5,10 +5,11 @@ Components (algorithm, backbone, reward) bring their own small ``Config``, found
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from didr_core.config import registry
 from didr_core.config.registry import Component, Strict, component
@@ -22,6 +23,11 @@ class Data(Strict):
     heldout: str | None = Field(None, description="held-out prompts, for grids and scores")
     column: str = Field("prompt", description="text column")
     id_column: str = Field("id", description="optional id column; 'shard:row' when absent")
+    cache: str | None = Field(
+        None,
+        description="folder that prompt embeddings and baselines are kept in, for any number of runs; none = `cache` beside "
+        "the run where workers.precompute says so, else nothing is kept",
+    )
 
 
 class Guidance(Strict):
@@ -73,8 +79,10 @@ class Train(Strict):
 
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
-    micro_batch: int | None = Field(
-        None, ge=1, description="samples a forward pass; none = the whole share of a worker"
+    micro_batch: PositiveInt | Literal["auto"] | None = Field(
+        None,
+        description="samples a forward pass; auto = as many as fit on the GPU, decided before the run starts; none = the whole share "
+        "of a worker",
     )
     assistant_updates: int = Field(2, ge=1, description="TA updates a generator update")
     assistant_warmup: int = Field(0, ge=0, description="first iterations that train the TA alone")
@@ -84,9 +92,16 @@ class Train(Strict):
     anchor: Anchor | None = None
     threads: int = Field(1, ge=1, description="CPU threads of each worker")
 
+    @property
+    def at_once(self) -> int | None:
+        """`micro_batch` as a number; None = the whole share, and so is an "auto" that nobody has decided."""
+        return None if self.micro_batch == "auto" else self.micro_batch
+
 
 Kind = Literal["full", "lora"]
 Dtype = Literal["float32", "bfloat16"]
+Recompute = bool | Literal["generator", "auto"]
+"""In which updates activations are recomputed: in none (nor by an "auto" still undecided), in the generator's, in the TA's too."""
 
 
 class Dtypes(Strict):
@@ -112,8 +127,10 @@ class Roles(Strict):
         "master",
         description="how bfloat16 weights move: a float32 master copy, or stochastic rounding (full networks only; less memory)",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in backward: less memory, one forward more"
+    gradient_checkpointing: Recompute = Field(
+        False,
+        description="recompute activations in backward: less memory, one forward more; generator = in its updates alone, not the TA's; "
+        "auto = where memory asks for it, decided before the run starts",
     )
     fsdp: bool = Field(
         False,
@@ -189,6 +206,11 @@ class Workers(Strict):
     reward_cpus: float = Field(0.5, ge=0)
     reward_gpus: float = Field(0, ge=0)
     actor_resources: dict[str, float] = Field(default_factory=dict)
+    precompute: bool | None = Field(
+        None,
+        description="encoder and reward actors make all that the run needs (data.cache) and leave before training starts; none = "
+        "where they would share the trainer's one GPU",
+    )
     local_cpus: int = Field(4, ge=2, description="CPUs that a Ray started on this machine is told it has")
     patience_s: float = Field(
         1800, gt=0, description="seconds without an answer of a process after which the run names it and stops"
@@ -276,7 +298,7 @@ class Config(Strict):
                 f"train.batch={self.train.batch} does not divide by workers.train={self.workers.train}; every worker takes an equal share"
             )
         share = self.train.batch // self.workers.train
-        if self.train.micro_batch and share % self.train.micro_batch:
+        if self.train.at_once and share % self.train.at_once:
             raise ValueError(
                 f"train.micro_batch={self.train.micro_batch} does not divide a worker's share of {share} samples"
             )
@@ -296,6 +318,19 @@ class Config(Strict):
         return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
 
     @property
+    def precomputed(self) -> bool:
+        """Whether prompts are encoded and baselines made before training starts."""
+        workers = self.workers
+        shared = workers.train == 1 and workers.train_gpus > 0 and workers.encoder_gpus + workers.reward_gpus > 0
+        return shared if workers.precompute is None else workers.precompute
+
+    @property
+    def cache(self) -> Path | None:
+        """The folder that they are kept in (not told: in `output`); None: they are not."""
+        folder = self.data.cache or (f"{self.output}/cache" if self.precomputed else None)
+        return Path(folder).expanduser().resolve() if folder else None
+
+    @property
     def needs_reward(self) -> bool:
         """Whether the algorithm asks for rewards, and so for what is prepared for them."""
         return bool(registry.find("algorithms", self.algorithm.name).needs_reward)
@@ -309,7 +344,7 @@ class Config(Strict):
     def sizes(self) -> Sizes:
         """Sizes that follow from the rest."""
         share = self.train.batch // self.workers.train
-        micro = self.train.micro_batch or share
+        micro = self.train.at_once or share
         method = registry.find("algorithms", self.algorithm.name)
         assistant_updates = self.train.assistant_updates if method.needs_assistant else 0
         warmup = min(self.train.assistant_warmup, self.train.steps) if assistant_updates else 0

@@ -1,58 +1,100 @@
-"""Training batches kept on disk, for runs that read the same prompts in the same order: the trials of a sweep.
+"""What prompts become, kept on disk: embeddings, the reward's text features, baselines of the start; and plain arrays.
 
-What a batch holds (prompt embeddings, the reward's text features, the starting generator's baseline) follows from a few sections of the
-config alone, so trials that differ in `drp`, `guidance` or learning rates share it. The first trial that needs a step's batch makes it and
-writes it; two that make it at once write the same bytes.
+A stage of :mod:`didr_core.data.feed` takes a block, the samples of one rank and step. What it adds to a block is one Parquet file with
+tensor columns, named by a hash of all that it follows from: the stage's ``key`` (files of the text encoder, start, roles, reward, ...) and
+the block's prompts (baselines: and sample indices). So nothing is ever out of date, any number of runs may share a folder, and what is
+read is bit for bit what was made in the same place. Files are written aside and renamed: two that make one at once write the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from didr_core.config import Config, dump
+from didr_core.config import Config
 from didr_core.config.files import replaced
-from didr_core.data.feed import Columns, LocalFeed, to_batch
-from didr_core.data.prompts import open_prompts
-from didr_core.types import Batch
+
+Columns = dict[str, Any]
+"""Name to numpy array; all of one length."""
+
+_DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError)
 
 
-def feed_key(config: Config) -> str:
-    """A hash of all that the columns of a batch depend on."""
-    tree = dump(config)
-    parts: dict[str, Any] = {name: tree[name] for name in ("data", "seed", "device", "backbone")}
-    parts |= {"batch": config.train.batch, "corpus": open_prompts(config).contents}
-    if (
-        config.needs_reward
-    ):  # then there are baselines: pictures of the start, which has the type and base that its role says
-        roles = {"generator": tree["roles"]["generator"], "dtype": tree["roles"]["dtype"]}
-        parts |= {"reward": tree["reward"], "baseline": tree["baseline"], "roles": roles}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+class Kept:
+    """A stage, whose columns are read from ``config.cache`` where they are there; its models are loaded when the first are not."""
+
+    def __init__(self, stage: type[Any], config: Config, *more: Any) -> None:
+        """``stage``: built as ``stage(config, *more)``; has ``key(config)``, and ``reads``: columns of samples that its work follows from."""
+        assert config.cache is not None
+        self.stage, self.config, self.more = stage, config, more
+        self.folder = config.cache / stage.key(config)
+        self._made: Any = None
+
+    def __call__(self, batch: Columns) -> Columns:
+        """``batch`` with the stage's columns; a damaged file is made again."""
+        path = self.path(batch)
+        added = self._read(path)
+        if added is None:
+            self._made = self._made or self.stage(self.config, *self.more)
+            added = {name: value for name, value in self._made(batch).items() if name not in batch}
+            write_columns(path, added)
+        return {**batch, **added}
+
+    def path(self, batch: Columns) -> Path:
+        """The file of this block."""
+        read = [np.asarray(batch[name]).tolist() for name in self.stage.reads]
+        name = hashlib.sha256(json.dumps(read).encode()).hexdigest()[:32]
+        return self.folder / name[:2] / f"{name}.parquet"
+
+    def has(self, batch: Columns) -> bool:
+        """Whether the block's file is there, with its footer: what a cut takes."""
+        try:
+            return bool(pq.read_metadata(self.path(batch)).num_rows)
+        except _DAMAGE:
+            return False
+
+    def _read(self, path: Path) -> Columns | None:
+        try:
+            return read_columns(path)
+        except FileNotFoundError:
+            return None
+        except _DAMAGE as error:
+            logging.warning("data.cache: %s is damaged (%s); it is made again", path, str(error).splitlines()[0])
+            return None
 
 
-class CachedFeed:
-    """The same batches as :class:`LocalFeed` (one rank), read from ``folder`` where they are there already."""
+def write_columns(path: Path, columns: Columns) -> None:
+    """Numeric arrays ``[B, ...]`` as ``path`` (.parquet), whole or not at all: a tensor column each, plain where it is ``[B]``."""
+    whole = {name: np.ascontiguousarray(value) for name, value in columns.items()}
+    table = {k: v if v.ndim == 1 else pa.FixedShapeTensorArray.from_numpy_ndarray(v) for k, v in whole.items()}
+    with replaced(path) as partial:
+        # padding packs well, and a page that rots on the disk is noticed
+        pq.write_table(pa.table(table), partial, compression="zstd", use_dictionary=False, write_page_checksum=True)
 
-    def __init__(self, config: Config, folder: Path, start: int = 0) -> None:
-        self.config, self.start = config, start
-        self.folder = folder / feed_key(config)
 
-    def __iter__(self) -> Iterator[Batch]:
-        size, made = self.config.train.batch, None
-        for step in range(self.start // size, self.config.train.steps):
-            path = self.folder / f"{step:06d}.npz"
-            columns = read_arrays(path)
-            if columns is None:
-                made = made or LocalFeed(self.config)
-                columns = made.columns(step)
-                write_arrays(path, columns)
-            yield to_batch(columns)
+def read_columns(path: Path) -> Columns:
+    """Inverse of :func:`write_columns`.
+
+    Raises:
+        FileNotFoundError, or another of ``OSError``, ``ValueError`` and ``ArrowException``: it is missing, or damaged.
+    """
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        table = file.read(use_threads=False).combine_chunks()
+    return {name: _array(table.column(name).chunk(0)) for name in table.column_names}
+
+
+def _array(column: pa.Array) -> Any:
+    if isinstance(column, pa.FixedShapeTensorArray):  # whose own way to numpy knows no booleans
+        return _array(column.storage.flatten()).reshape(-1, *column.type.shape)
+    return column.to_numpy(zero_copy_only=False)
 
 
 def read_arrays(path: Path) -> Columns | None:
@@ -65,7 +107,6 @@ def read_arrays(path: Path) -> Columns | None:
 
 
 def write_arrays(path: Path, arrays: Columns) -> None:
-    """Write ``path`` (.npz), whole or not at all; texts become fixed-width."""
-    plain = {k: np.asarray(v, str) if np.asarray(v).dtype == object else v for k, v in arrays.items()}
+    """Write ``path`` (.npz), whole or not at all."""
     with replaced(path) as partial:
-        np.savez(partial, **plain)  # type: ignore[arg-type]
+        np.savez(partial, **arrays)  # type: ignore[arg-type]

@@ -9,20 +9,19 @@ Columns are numpy arrays with a leading axis of samples. `pipelines/cluster/prom
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from didr_core.config import Config, build
-from didr_core.data.prompts import Prompt, open_prompts
+from didr_core.config import Config, build, fingerprint
+from didr_core.config.provenance import versions
+from didr_core.data.cache import Columns, Kept
+from didr_core.data.prompts import Prompt, PromptIndex, open_prompts
 from didr_core.diffusion.noise import Noise
 from didr_core.networks import roles
 from didr_core.types import Backbone, Batch, Condition, DIDRError
-
-Columns = dict[str, Any]
-"""Name to numpy array; all of one length."""
 
 CONDITION, REWARD = "condition/", "reward/"
 
@@ -38,6 +37,14 @@ def columns(prompts: Sequence[Prompt]) -> Columns:
 
 class PromptEncoder:
     """Adds ``condition/<name>`` columns. Holds the text towers, which never sit on a trainer."""
+
+    reads = ("prompt",)
+
+    @staticmethod
+    def key(config: Config) -> str:
+        """A hash of all that they follow from, beside the prompts encoded together."""
+        code = {name: versions().get(name) for name in ("didr", "torch", "diffusers", "transformers")}
+        return fingerprint.digest("encoder", code, config.device, _fingerprint(config, "text"))
 
     def __init__(self, config: Config) -> None:
         self.device = config.torch_device
@@ -59,6 +66,19 @@ class RewardPreparer:
     generator, whose noise is tied to ``(config.seed, sample index)``. Holds that generator, the decoder and the reward model.
     """
 
+    reads = ("index", "prompt")
+
+    @staticmethod
+    def key(config: Config) -> str:
+        """A hash of all that they follow from, beside the samples of a block. The start has the type and base that its role says."""
+        tree = config.model_dump(mode="json")
+        start = {"generator": tree["roles"]["generator"], "dtype": tree["roles"]["dtype"]}
+        drawn = {name: tree[name] for name in ("seed", "baseline")} | {"at once": config.train.at_once}
+        reward = config.reward and fingerprint.component("rewards", config.reward)
+        return fingerprint.digest(
+            "reward", PromptEncoder.key(config), _fingerprint(config, "start"), start, drawn, reward
+        )
+
     def __init__(self, config: Config) -> None:
         if config.reward is None:
             raise DIDRError("reward: none is configured, so there is nothing to prepare")
@@ -66,7 +86,7 @@ class RewardPreparer:
         self.samples = config.baseline.samples
         self.noise = Noise(config.seed)
         self.backbone: Backbone = build("backbones", config.backbone)
-        self.size = config.train.micro_batch
+        self.size = config.train.at_once
         self.generator = roles.load_start(self.backbone, config.backbone, config.roles, self.device)
         self.backbone.load_decoder()
         self.backbone.to(self.device)
@@ -128,7 +148,7 @@ class LocalFeed:
         self.config = config
         self.start, self.rank, self.share = start, rank, config.train.batch // world_size
         self.index = open_prompts(config)
-        self._stages: list[Any] | None = None
+        self._stages: Sequence[Any] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         for step in range(self.start // self.config.train.batch, self.config.train.steps):
@@ -136,14 +156,29 @@ class LocalFeed:
 
     def columns(self, step: int) -> Columns:
         """This rank's share of the batch of ``step`` (0 is the first), as numpy columns."""
-        config, share = self.config, self.share
         if self._stages is None:
-            self._stages = [PromptEncoder(config), *([RewardPreparer(config)] if config.needs_reward else [])]
-        first = step * config.train.batch + self.rank * share
-        batch = columns(self.index.read(np.arange(first, first + share), config.seed))
+            self._stages = stages(self.config)
+        first = step * self.config.train.batch + self.rank * self.share
+        batch = samples(self.config, self.index, first, self.share)
         for stage in self._stages:
             batch = stage(batch)
         return batch
+
+
+def stages(config: Config) -> Sequence[Any]:
+    """What makes a batch of prompts, in order. With ``data.cache`` they load nothing as long as all is there."""
+    kinds = [PromptEncoder, *([RewardPreparer] if config.needs_reward else [])]
+    return [Kept(kind, config) if config.cache else kind(config) for kind in kinds]
+
+
+def samples(config: Config, index: PromptIndex, first: int, count: int) -> Columns:
+    """Samples ``first ...`` of the stream, before any stage."""
+    return columns(index.read(np.arange(first, first + count), config.seed))
+
+
+def _fingerprint(config: Config, of: Literal["text", "start"]) -> str:
+    own = build("backbones", config.backbone).fingerprint
+    return own(of) if own else fingerprint.component("backbones", config.backbone)
 
 
 def _arrays(prefix: str, tensors: Mapping[str, Tensor]) -> Columns:

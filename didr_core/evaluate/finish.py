@@ -46,7 +46,7 @@ class Gallery:
         """``[N, 3, H, W]`` in [0, 1], CPU."""
         backbone = self.learner.backbone
         z = sampling.noise(GRID_SEED, range(len(self.captions)), backbone.latent_shape).to(self.learner.device)
-        size = self.config.train.micro_batch or len(z)
+        size = self.config.train.at_once or len(z)
         rows = (slice(start, start + size) for start in range(0, len(z), size))
         made = (backbone.decode(backbone.generate(network, z[r], self.condition[r])).float().cpu() for r in rows)
         return torch.cat(list(made))
@@ -144,7 +144,7 @@ def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
         learner.device,
         backbone=learner.backbone,
         reward=learner.reward,
-        batch=config.train.micro_batch or 64,
+        batch=config.train.at_once or 64,
     )
     scores = evaluator.compare(
         contestants(config, learner.backbone, generators, learner.generator("reference")),

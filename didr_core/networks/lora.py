@@ -37,6 +37,7 @@ class Mode:
     def __init__(self) -> None:
         self.switch: list[str | None] = [None]  # the role, in the hands of every LoRA layer
         self.frozen: tuple[nn.Parameter, ...] = ()
+        self.keeps: tuple[str | None, ...] = ()  # roles whose own updates keep their activations: nothing is recomputed
         self._weights: weakref.WeakKeyDictionary[nn.Module, list[nn.Parameter]] = weakref.WeakKeyDictionary()
         self.sharded: weakref.ref[nn.Module] | None = None  # the network, where it is split over workers
 
@@ -73,6 +74,8 @@ class Mode:
     def checkpoint(self, function: Any, *args: Any) -> Any:
         """For ``enable_gradient_checkpointing``: recomputed in the mode of now, whatever is on when backward comes by."""
         role, frozen = self.role, self.frozen
+        if role in self.keeps and not frozen:
+            return function(*args)
 
         def run(*inputs: Any) -> Any:
             with self(role, frozen):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from didr_core.config import Component, Dtype, Roles
+from didr_core.config import Component, Dtype, Recompute, Roles
 from didr_core.networks.fsdp import shard
 from didr_core.networks.lora import LoRA, Mode, add_adapter
 from didr_core.types import Backbone, DIDRError
@@ -80,9 +80,11 @@ def networks(
         assistant = place(of_trained("assistant", roles.dtype.assistant))
     assistant.requires_grad_(True)
     reference = LoRA(base, None) if shared or roles.assistant == "lora" else base
-    for network in {id(n): n for n in (_root(generator), _root(assistant), _root(reference), _root(average))}.values():
-        if roles.gradient_checkpointing:
-            _checkpoint(network)
+    if roles.gradient_checkpointing in (True, "generator"):
+        for network in {id(n): n for n in map(_root, (generator, assistant, reference, average))}.values():
+            _checkpoint(network, roles.gradient_checkpointing)
+    if roles.gradient_checkpointing == "generator":
+        Mode.of(_root(assistant)).keeps = ("assistant" if roles.assistant == "lora" else None,)
     return Networks(generator, assistant, reference, average)
 
 
@@ -128,11 +130,11 @@ def _root(network: nn.Module) -> nn.Module:
     return network.base if isinstance(network, LoRA) else network
 
 
-def _checkpoint(network: nn.Module) -> None:
+def _checkpoint(network: nn.Module, asked: Recompute) -> None:
     enable = getattr(network, "enable_gradient_checkpointing", None)
     if enable is None:
         raise DIDRError(
-            f"roles.gradient_checkpointing=true: {type(network).__name__} has no activation checkpointing. "
+            f"roles.gradient_checkpointing={str(asked).lower()}: {type(network).__name__} has no activation checkpointing. "
             "Use roles.gradient_checkpointing=false."
         )
     enable(gradient_checkpointing_func=Mode.of(network).checkpoint)

@@ -52,6 +52,7 @@ class Process:
     gpus: float
     held: list[Line]
     phases: list[Line]
+    before: bool = False  # is over when training starts
 
     @property
     def total(self) -> float:
@@ -71,7 +72,14 @@ class Plan:
 
     def gpu_bytes(self) -> tuple[str, float]:
         """What may lie on one GPU together at worst, and its bytes: Ray puts processes on a GPU as long as their shares add up to one."""
-        on = [p for p in self.processes if p.gpus > 0]
+        worst: tuple[str, float] = ("", 0.0)
+        for before in (True, False):
+            on = [p for p in self.processes if p.gpus > 0 and p.before is before]
+            worst = max(worst, self._together(on), key=lambda found: found[1])
+        return worst
+
+    @staticmethod
+    def _together(on: Sequence[Process]) -> tuple[str, float]:
         worst: tuple[str, float] = ("", 0.0)
         for counts in itertools.product(*(range(min(p.count, max(1, int(1 / p.gpus + EPS))) + 1) for p in on)):
             share = sum(n * min(p.gpus, 1.0) for n, p in zip(counts, on, strict=True))
@@ -109,7 +117,7 @@ _PLANS: dict[str, Plan | None] = {}
 
 
 def _plan(config: Config, backbone: Any) -> Plan:
-    workers, size, batch = config.workers, config.sizes.micro_batch, config.train.micro_batch or 64
+    workers, size, batch = config.workers, config.sizes.micro_batch, config.train.at_once or 64
     count = Counter()
     rewards = hollow.Reward(config.reward if config.needs_reward else None)
     with Counter():  # for its short cuts on meta: weights are not drawn
@@ -139,10 +147,27 @@ def _plan(config: Config, backbone: Any) -> Plan:
         start = _weights("generator", load_start(backbone, config.backbone, config.roles, torch.device("meta")))
         seen = Line("reward", "pictures of the start, scored", f"{size} samples", _scored(learner, size))
         processes.append(
-            Process("reward actor", workers.rewards, workers.reward_gpus, [*start, *judges, context], [seen])
+            Process(
+                "reward actor",
+                workers.rewards,
+                workers.reward_gpus,
+                [*start, *judges, context],
+                [seen],
+                before=config.precomputed
+                and not config.black_box,  # which is scored by actors as long as training lasts
+            )
         )
     if text:
-        processes.append(Process("encoder actor", workers.encoders, workers.encoder_gpus, [*text, context], []))
+        processes.append(
+            Process(
+                "encoder actor",
+                workers.encoders,
+                workers.encoder_gpus,
+                [*text, context],
+                [],
+                before=config.precomputed,
+            )
+        )
     notes = [
         f"latents {' x '.join(map(str, backbone.latent_shape))}, micro-batch {size}",
         f"flash attention; {MARGIN:.0%} added for fragmentation and workspaces; GB = 1e9 bytes",

@@ -12,7 +12,7 @@ from didr_core.config import Config, build
 from didr_core.data.prompts import PromptIndex, open_prompts
 from didr_core.export.folder import find_export
 from didr_core.networks import optim
-from didr_core.plan import advice
+from didr_core.plan import advice, fit
 from didr_core.train.run_folder import local_folder
 from didr_core.types import DIDRError
 
@@ -51,16 +51,16 @@ def preflight(config: Config, *, here: bool = True, output: Path | None = None) 
             raise DIDRError(re.sub(r"\breward\.(?=[a-z]+[=:\[])", "judge.", str(error))) from error
     if config.evaluation.control:
         find_export(config.evaluation.control)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not fit.undecided(config):  # else :func:`fit.here` looks, too
         cards = range(torch.cuda.device_count())
         advice.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
+    if config.data.cache:
+        room("data.cache", local_folder("data.cache", config.data.cache))
     recorded = local_folder("output", config.output)
     if output is None:
         room("output", recorded)
-    else:
-        last = max(
-            output.glob("checkpoints/step-*"), default=None
-        )  # the next one is as large, beside it until it is whole
+    else:  # the next checkpoint is as large as the last, beside it until it is whole
+        last = max(output.glob("checkpoints/step-*"), default=None)
         size = sum(file.stat().st_size for file in last.glob("*")) if last else 0
         room("--output", output, max(LEAST_FREE, size))
     return index

@@ -128,6 +128,12 @@ WRITING = {
 }
 """Operators that change the values of their first argument and nothing else; their in-place names end in ``_``."""
 
+for _way in ("", "_backward"):  # torch's formulas leave out attention on a CPU: the same as on a GPU
+    _on_cpu = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{_way}")
+    flop_registry.setdefault(
+        _on_cpu, flop_registry[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{_way}")]
+    )
+
 _KNOWN: dict[Any, tuple[list[Any], float]] = {}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from didr_core import config as configs
 from didr_core.config.provenance import changed
 from didr_core.evaluate.finish import train_and_finish
+from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             config = configs.load(given.recipe, given.overrides)
             index = preflight(config, output=local_folder("--output", given.output) if given.output else None)
+            config, told = fit.here(config)
+            print(told, end="\n" if told else "")
             run = RunFolder.create(config, given.output, " ".join(["python -m didr_core.train", *sys.argv[1:]]))
         with stoppable(), outcome(run):
             run.write_config(config)

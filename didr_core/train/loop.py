@@ -19,6 +19,7 @@ from didr_core.config import Config
 from didr_core.config.files import clear_partials
 from didr_core.data import scales
 from didr_core.data.feed import LocalFeed
+from didr_core.data.precompute import precompute
 from didr_core.data.prompts import PromptIndex
 from didr_core.train import checkpoint
 from didr_core.train.alarms import Alarms
@@ -184,6 +185,8 @@ def train(
         observer.stage("measuring the scales of the reward's parts")
         config = scales.resolve(config)
         run.write_config(config)
+    if config.precomputed:
+        precompute(config, index, run.last_step() * config.train.batch, observer.stage)
     observer.stage("loading networks")
     learner = Learner(config, device=config.torch_device)
     journal = Journal(run, config, learner, index.contents)

@@ -37,6 +37,7 @@ from didr_core.types import DIDRError, StepReport
 Status = Literal["running", "finished", "failed", "interrupted"]
 FREE_TO_CHANGE = (
     "workers",
+    "data.cache",
     "tracking",
     "evaluation",
     "train.steps",

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from didr_core import config as configs
 from didr_core.config import Config, registry
-from didr_core.plan import advice, memory
+from didr_core.plan import advice, fit, memory
 from didr_core.plan.memory import GIB, Line, Plan
 from didr_core.types import DIDRError
 from pipelines.cli.show import say_unread
@@ -95,6 +95,7 @@ def _gpu_table(cards: Sequence[tuple[str, float]]) -> Table:
 
 
 def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> bool:
+    config, told = fit.decided(config, gigabytes * 1e9)
     made = memory.plan(config)
     if made is None:
         out.print(
@@ -104,6 +105,8 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
     for table in _processes(made):
         out.print(table)
     out.print(_flops(made))
+    if told:
+        out.print(f"auto: {told}")
     for note in made.notes:
         out.print(f"assumed: {note}")
     where = "the smallest GPU here" if measured else "a GPU"

@@ -79,7 +79,11 @@ def _sizes(config: Config) -> Table:
     workers = config.workers.train
     table.add_row("samples a worker and step", f"{sizes.share}", f"train.batch {train.batch} / workers.train {workers}")
     table.add_row(
-        "forward passes an update", f"{sizes.accumulation}", f"share {sizes.share} / micro-batch {sizes.micro_batch}"
+        "forward passes an update",
+        f"{sizes.accumulation}",
+        f"share {sizes.share} / micro-batch {sizes.micro_batch}"
+        if train.micro_batch != "auto"
+        else "train.micro_batch=auto: when the run starts, or see `didr doctor`",
     )
     table.add_row(
         "updates a step", f"{sizes.updates_per_step}", f"{sizes.assistant_updates} of the TA, 1 of the generator"

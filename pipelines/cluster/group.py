@@ -16,14 +16,21 @@ from ray.train.torch import TorchTrainer
 from didr_core.config import Config
 from didr_core.data import scales
 from didr_core.data.prompts import PromptIndex
+from didr_core.plan import fit
 from didr_core.train.loop import Observer
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError
-from pipelines.cluster.prompts import execution_options, prompt_stream
-from pipelines.cluster.remote import elsewhere
+from pipelines.cluster.prompts import execution_options, precompute, prompt_stream
+from pipelines.cluster.remote import elsewhere, users_mistake
 from pipelines.cluster.resources import ClusterView, encoder_need, reward_need, train_need
 from pipelines.cluster.scoring import start_scorers
 from pipelines.cluster.worker import train_worker
+
+
+def fitted(config: Config, view: ClusterView, at_once: int = 1) -> tuple[Config, str]:
+    """:func:`didr_core.plan.fit.here` where training workers run."""
+    found: tuple[Config, str] = elsewhere(train_need(config.workers, view), fit.here, config, at_once)
+    return found
 
 
 def measured_scales(config: Config, view: ClusterView, meanwhile: Callable[[], None] = lambda: None) -> Config:
@@ -40,6 +47,8 @@ def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, observer:
         KeyboardInterrupt: the run was asked to stop, and has.
     """
     most = config.workers.max_failures
+    if config.precomputed:
+        _precompute(config, run, index, observer, view)
     scorers = start_scorers(config, reward_need(config.workers, view), run.calls_path) if config.black_box else []
     for failures in range(most + 1):
         step = run.last_step()
@@ -66,13 +75,24 @@ def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, observer:
             shutil.rmtree(run.path / "ray", ignore_errors=True)
 
 
+def _precompute(config: Config, run: RunFolder, index: PromptIndex, observer: Observer, view: ClusterView) -> None:
+    workers, cursor = config.workers, run.last_step() * config.train.batch
+    try:
+        encoder, reward = encoder_need(workers, view), reward_need(workers, view)
+        precompute(config, index, cursor, encoder, reward, observer.stage, run.calls_path)
+    except Exception as error:
+        if mistake := users_mistake(error):
+            raise mistake from error
+        raise
+
+
 def _trainer(
     config: Config, run: RunFolder, index: PromptIndex, view: ClusterView, step: int, scorers: Sequence[Any]
 ) -> TorchTrainer:
     workers = config.workers
     need = train_need(workers, view)
     datasets = {}
-    if step < config.train.steps:
+    if step < config.train.steps and not config.precomputed:  # else each worker reads its share itself
         cursor = step * config.train.batch
         encoder, reward = encoder_need(workers, view), reward_need(workers, view)
         datasets["train"] = prompt_stream(config, index, cursor, encoder, reward, calls=run.calls_path)

@@ -12,7 +12,7 @@ Nothing materialises on the driver, and back-pressure bounds what is made ahead 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from didr_core.config import Config
+from didr_core.data import feed
+from didr_core.data.cache import Kept
 from didr_core.data.feed import Columns, PromptEncoder, RewardPreparer, columns, to_batch
+from didr_core.data.precompute import SAYS, absent, require_room
 from didr_core.data.prompts import PromptIndex
 from didr_core.train.patience import Calls
 from didr_core.types import Batch
@@ -122,13 +125,27 @@ class RewardActor(RewardPreparer):
             return super().__call__(batch)
 
 
+class KeptEncoder(Kept):
+    """The same, for `data.cache`."""
+
+    def __init__(self, config: Config, *calls: Path) -> None:
+        super().__init__(EncoderActor, config, *calls)
+
+
+class KeptReward(Kept):
+    """The same, for `data.cache`."""
+
+    def __init__(self, config: Config, *calls: Path) -> None:
+        super().__init__(RewardActor, config, *calls)
+
+
 def prompt_stream(
     config: Config,
     index: PromptIndex,
     cursor: int,
     encoder: Need,
     reward: Need,
-    stages: tuple[type[Any], type[Any]] = (EncoderActor, RewardActor),
+    stages: tuple[type[Any], type[Any]] | None = None,
     calls: Path | None = None,
 ) -> Dataset:
     """The run's remaining samples as a dataset of training columns, one block a rank and step.
@@ -139,6 +156,7 @@ def prompt_stream(
         stages: the two actor classes, called with the config (tests put cheap ones here).
         calls: folder in which they say what they are at; given to them, too.
     """
+    stages = stages or ((KeptEncoder, KeptReward) if config.cache else (EncoderActor, RewardActor))
     # or a stage's error were lost in what Ray wraps it in
     ray.data.DataContext.get_current().raise_original_map_exception = True
     total = config.sizes.total_prompts
@@ -165,6 +183,33 @@ def _actors(
         compute=ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=IN_FLIGHT),
         **need.options(),
     )
+
+
+def precompute(
+    config: Config,
+    index: PromptIndex,
+    cursor: int,
+    encoder: Need,
+    reward: Need,
+    say: Callable[[str, int, int], None],
+    calls: Path | None = None,
+) -> None:
+    """:func:`didr_core.data.precompute.precompute` by the actors of :func:`prompt_stream`, which are gone when it returns.
+
+    Raises:
+        DIDRError: it would not fit on the disk. RayError: what a stage raised, or its death.
+    """
+    share, stages = config.sizes.share, feed.stages(config)
+    todo = list(absent(config, index, stages, share, cursor))
+    if not todo:
+        return
+    stream = prompt_stream(config, index, todo[0] * share, encoder, reward, calls=calls).select_columns(["index"])
+    stream.context.execution_options = execution_options()
+    last = config.sizes.total_prompts // share
+    for number, _ in zip(range(todo[0], last), stream.iter_batches(batch_size=share), strict=True):
+        if number == todo[0]:
+            require_room(config, stages, feed.samples(config, index, number * share, share), len(todo) - 1)
+        say(SAYS, number + 1 - todo[0], last - todo[0])
 
 
 def execution_options() -> ExecutionOptions:

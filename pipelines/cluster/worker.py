@@ -11,6 +11,7 @@ import ray.train.torch
 import torch
 
 from didr_core.config import Config
+from didr_core.data.feed import LocalFeed
 from didr_core.evaluate.finish import Gallery, Say, finish
 from didr_core.train import distributed
 from didr_core.train.learner import Learner
@@ -48,7 +49,10 @@ def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers
     stage: Say = run.stage if first else lambda *_: None
     todo = run.last_step() < config.train.steps
     stream: Iterable[Batch] = ()
-    if todo:  # the actors start when the first batch is asked for: let them load their models while we load ours
+    if todo and config.precomputed:
+        cursor = run.last_step() * config.train.batch
+        stream = LocalFeed(config, cursor, rank=ranks.rank, world_size=ranks.world_size)
+    elif todo:  # the actors start when the first batch is asked for: let them load their models while we load ours
         stream = _started(batches(ray.train.get_dataset_shard("train"), config.sizes.share))
     stage("loading networks", 0, 0)
     reward = ActorReward(scorers) if scorers else None

@@ -156,7 +156,11 @@ class SweepFolder:
         own = {"workers.train": workers, "train.keep_checkpoints": 1, "evaluation.every": 0}
         if workers > 1:
             own["evaluation.prompts"] = 0  # the group's rank 0 does not judge: the sweep does
-        return configs.recorded(self.path / "config.yaml", values=point | own)
+        config = configs.recorded(self.path / "config.yaml", values=point | own)
+        made = self.path.parent / "cache" if config.precomputed else self.shared / "feed"
+        return config.model_copy(
+            update={"data": config.data.model_copy(update={"cache": config.data.cache or str(made)})}
+        )
 
     def points(self) -> dict[int, Point]:
         """Number to settings of the trials that are known so far."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 
 from didr_core.config import Config
-from didr_core.data.cache import CachedFeed
+from didr_core.data.feed import LocalFeed
+from didr_core.data.precompute import precompute
 from didr_core.data.prompts import open_prompts
 from didr_core.evaluate import finish
 from didr_core.evaluate.contestants import fingerprint
@@ -49,13 +51,13 @@ def prepare(folder: SweepFolder) -> float:
     points = list(folder.points().values()) or corners(folder.space())  # Optuna's are not made yet
     config = folder.config_at(points[len(points) // 2])
     quick = config.train.model_copy(update={"assistant_warmup": 0})
+    batches = list(itertools.islice(LocalFeed(config), TIMED_STEPS))  # what makes them is gone when the learner comes
     learner = Learner(config.model_copy(update={"train": quick}), device=config.torch_device)
-    feed = iter(CachedFeed(config, folder.shared / "feed"))
     seconds = []
-    for _ in range(min(TIMED_STEPS, config.train.steps)):
+    for batch in batches:
         began = time.perf_counter()
         with contextlib.suppress(NonFiniteError):  # a point that diverges is its trial's affair
-            learner.step(next(feed))
+            learner.step(batch)
         seconds.append(time.perf_counter() - began)
     return min(seconds)
 
@@ -115,11 +117,14 @@ def legs(folder: SweepFolder, number: int) -> Iterator[dict[str, Any]]:
     """
     began, looks = time.time(), folder.options().scheduler != "none"
     with opened(folder, number) as (config, run):
+        index = open_prompts(config)
+        if config.precomputed:  # by the first trial: the others find it
+            precompute(config, index, run.last_step() * config.train.batch, lambda *_: None)
         learner = Learner(config, device=config.torch_device)
-        journal = Journal(run, config, learner, open_prompts(config).contents)
+        journal = Journal(run, config, learner, index.contents)
         journal.restore()
         run.forget_after(learner.step_count)
-        feed = iter(CachedFeed(config, folder.shared / "feed", learner.step_count * config.train.batch))
+        feed = iter(LocalFeed(config, learner.step_count * config.train.batch))
         setup_seconds = round(time.time() - began, 3)
         for step in checkpoints(config, learner.step_count):
             loop(learner, feed, journal, Observer(), until=step)

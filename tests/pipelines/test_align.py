@@ -27,7 +27,7 @@ from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
 from didr_core.train.distributed import ProcessGroup
 from didr_core.train.learner import Learner
-from didr_core.train.loop import Journal, Observer, loop, outcome
+from didr_core.train.loop import Journal, Observer, loop, outcome, train
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 from pipelines.align import align
@@ -103,6 +103,23 @@ def test_killed_and_resumed_without_ray_equals_uninterrupted_bit_for_bit(
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
     for name in ("export/model_index.json", "scores.json", "config.yaml"):
         assert (run.path / name).is_file()
+
+
+def test_precomputed_equals_made_as_it_goes_bit_for_bit(toy: Path, whole: RunFolder, tmp_path: Path) -> None:
+    """In one process, resumed half-way from a cache that was made for both halves."""
+    cache = f"data.cache={tmp_path / 'cache'}"
+    config = configs.load(str(toy), [cache, "workers.precompute=true", "evaluation.prompts=0"])
+    index, run = PromptIndex.open(config.data.prompts), RunFolder.create(config, str(tmp_path / "run"))
+    seen: list[str] = []
+    observer = Observer()
+    observer.stage = lambda text, *_: seen.append(text)  # type: ignore[method-assign]
+    half = config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})})
+    train(half, run, index, observer)
+    assert seen.count("encoding prompts") == 4 and seen.index("loading networks") == 4
+    train(config, run, index, observer)
+    assert seen.count("encoding prompts") == STEPS
+    expected, got = learned(whole), learned(run)
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
 
 
 def test_a_run_scores_itself_against_its_control_and_the_teacher(toy: Path, whole: RunFolder, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from stages import Encoder, Preparer, WideEncoder
 from toy import toy_recipe
 
@@ -126,6 +127,26 @@ def test_the_real_actors_give_what_one_process_gives(toy: Path) -> None:
         for name in ("baseline", "spread"):
             made = torch.cat([getattr(p, name) for p in parts])
             torch.testing.assert_close(made, getattr(whole, name), rtol=1e-3, atol=1e-4)
+
+
+def test_precomputed_runs_have_the_stream_s_numbers_bit_for_bit(toy: Path, tmp_path: Path) -> None:
+    """Two workers: as a stream, then from what the actors made beforehand, then again with nothing left to make."""
+    settings = ["train.steps=4", "evaluation.prompts=0", "evaluation.grid=2", f"data.cache={tmp_path / 'cache'}"]
+    runs, kept = [align(str(toy), settings[:-1], output=str(tmp_path / "stream"))], []
+    for name in ("made", "found"):
+        runs.append(align(str(toy), [*settings, "workers.precompute=true"], output=str(tmp_path / name)))
+        kept.append({p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.parquet")})
+    assert kept[0] == kept[1] and len(kept[0]) == 2 * 4 * 2  # ranks, steps, stages
+    weights = [{f.name: load_file(f) for f in run.checkpoint(4).glob("*.safetensors")} for run in runs]
+    assert len(weights[0]) >= 3
+    for other in weights[1:]:
+        for file, tensors in weights[0].items():
+            assert [k for k, v in tensors.items() if not torch.equal(v, other[file][k])] == [], file
+    lines = [[json.loads(line) for line in run.metrics_path.read_text().splitlines()] for run in runs]
+    for rows in zip(*lines, strict=True):
+        for row in rows:
+            row.update({"time": 0, "time/step": 0, "time/data": 0})
+        assert rows[0] == rows[1] == rows[2]
 
 
 def test_tiny_zimage_trains_with_two_workers_as_with_one(tmp_path: Path) -> None:

@@ -16,9 +16,6 @@ import torch
 from toy_sweep import STEPS, do, new
 
 from didr_core import config as configs
-from didr_core.data import cache as feed_cache
-from didr_core.data.cache import CachedFeed
-from didr_core.data.feed import LocalFeed
 from didr_core.data.prompts import PromptIndex
 from didr_core.train import checkpoint
 from didr_core.train.loop import loop, train
@@ -35,39 +32,6 @@ pytestmark = pytest.mark.slow
 
 def state(run: RunFolder) -> dict[str, Any]:
     return {part: checkpoint.read(run.checkpoint(STEPS), part) for part in ("generator", "ema", "assistant")}
-
-
-def test_cached_batches_are_the_feeds_own_and_are_made_once(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = configs.load(str(toy), ["workers.train=1"])
-    wanted = list(LocalFeed(config))
-    first = list(CachedFeed(config, tmp_path))
-    monkeypatch.setattr(feed_cache, "LocalFeed", lambda *_: pytest.fail("a batch was made again"))
-    other = configs.load(str(toy), ["workers.train=1", "drp.beta=0.01", "generator.lr=1"])
-    for made in (first, list(CachedFeed(other, tmp_path))):
-        for a, b in zip(wanted, made, strict=True):
-            assert (a.ids, a.prompts, a.index.tolist()) == (b.ids, b.prompts, b.index.tolist())
-            assert torch.equal(a.baseline, b.baseline) and torch.equal(a.spread, b.spread)
-            assert all(torch.equal(v, b.condition.tensors[k]) for k, v in a.condition.tensors.items())
-            assert all(torch.equal(v, b.reward_inputs[k]) for k, v in a.reward_inputs.items())
-    assert [b.index[0].item() for b in CachedFeed(config, tmp_path, start=8)] == [8, 12]
-    keys = {
-        feed_cache.feed_key(configs.load(str(toy), [s]))
-        for s in ("seed=0", "seed=1", "train.batch=8", "baseline.samples=3")
-    }
-    assert len(keys) == 4
-    # what the start, and so its baseline, depends on; not what the adapters and updates of the same start are
-    roles = {
-        feed_cache.feed_key(configs.load(str(toy), s))
-        for s in (
-            [],
-            ["roles.dtype.generator=bfloat16"],
-            ["roles.generator=lora"],
-            ["data.column=prompt", "roles.rank=4"],
-        )
-    }
-    assert len(roles) == 3
 
 
 def test_a_trial_killed_between_checkpoints_ends_as_an_undisturbed_training_bit_for_bit(
