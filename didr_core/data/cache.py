@@ -32,7 +32,7 @@ class Kept:
     """A stage, whose columns are read from ``config.cache`` where they are there; its models are loaded when the first are not."""
 
     def __init__(self, stage: type[Any], config: Config, *more: Any) -> None:
-        """``stage``: built as ``stage(config, *more)``; has ``key(config)``, and ``reads``: columns of samples that its work follows from."""
+        """``stage``: built as ``stage(config, *more)``; has ``key(config)`` and ``reads``, the columns its work follows from."""
         assert config.cache is not None
         self.stage, self.config, self.more = stage, config, more
         self.folder = config.cache / stage.key(config)
