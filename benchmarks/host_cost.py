@@ -2,6 +2,7 @@
 
     python -m benchmarks.host_cost                       # every layout of roles; about two minutes
     python -m benchmarks.host_cost --layouts recipe full --rounds 9
+    python -m benchmarks.host_cost --layouts recipe "recipe, compiled"
 
 Each layout's TA micro-step (fresh sample, forward, backward) and generator micro-step (forward, proxy, TA's answer, backward) stand beside
 the calls of a bare network that they must make in the same precision (under activation checkpointing one forward more for each backward),
@@ -50,6 +51,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "lora": {"generator": "lora", "assistant": "lora", "rank": 4},
 }
 """Roles of sdxl_1gpu are "recipe": a full generator, the TA an adapter on the reference, in bfloat16 with stochastic rounding."""
+COMPILED = {f"{name}, compiled": roles for name, roles in LAYOUTS.items()}
+"""The same with `train.compile=blocks`: about a minute each before the first round. Operators: those dispatched."""
 
 
 class Operators(TorchDispatchMode):
@@ -66,6 +69,7 @@ class Operators(TorchDispatchMode):
 
 def learner(layout: str, folder: Path) -> Learner:
     """SDXL's full depth at 1/20 of its width, float32, with the estimator `tweedie` and a toy reward."""
+    roles, compiled = (LAYOUTS | COMPILED)[layout], layout in COMPILED
     pipeline = published.write("sdxl", folder, unet=NARROW_UNET, vae=hollow_sdxl.TINY_VAE)
     tree = {
         "name": "host_cost",
@@ -76,8 +80,8 @@ def learner(layout: str, folder: Path) -> Learner:
         "guidance": {"reference": 8.0},
         "generator": {"lr": 5e-7},
         "assistant": {"lr": 5e-5},
-        "train": {"steps": 1000, "batch": 1, "assistant_updates": 1},
-        "roles": LAYOUTS[layout],
+        "train": {"steps": 1000, "batch": 1, "assistant_updates": 1, "compile": "blocks" if compiled else "none"},
+        "roles": roles,
         "data": {"prompts": "none"},
     }
     config = configs.validate(tree)
@@ -93,7 +97,7 @@ def batch_of(subject: Learner) -> Batch:
 
 def bare(layout: str, folder: Path) -> dict[str, Callable[[], None]]:
     """The calls that a TA micro-step and a generator micro-step of ``layout`` must make, of a network without roles."""
-    roles = LAYOUTS[layout]
+    roles = (LAYOUTS | COMPILED)[layout]
     config = learner("full", folder).config
     backbone = hollow.backbone(config.backbone, folder, "cpu")
     judge = hollow.Reward(config.reward, "cpu")
@@ -189,7 +193,7 @@ def measure(folder: Path, layouts: Sequence[str], rounds: int) -> list[dict[str,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line each row, write the JSON; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--layouts", nargs="+", choices=[*LAYOUTS, *COMPILED], default=list(LAYOUTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args(arguments)

@@ -51,6 +51,7 @@ def align(
     local: bool = False,
     address: str | None = None,
     verbose: bool = False,
+    profile: bool = False,
     command: str = "",
 ) -> RunFolder:
     """A whole run, new or resumed.
@@ -60,6 +61,7 @@ def align(
         output: the run's folder itself; default ``<config.output>/<name>-<time>``.
         resume: folder or name of a run to go on with.
         local: one process, no Ray. address: a Ray cluster; see :func:`pipelines.cluster.session.ray_session`.
+        profile: print where the time of a step went, by part of the step (rank 0's), and keep it in the run folder.
         command: what the user typed, kept in run.json.
 
     Raises:
@@ -96,15 +98,16 @@ def align(
         if old and (others := changed(run.info())):
             observer.note(others, "yellow")
         run.write_config(config)
+        run.profile_path.unlink(missing_ok=True)  # of an earlier part of the run
         observer.note(told)
         if old and overrides:
             run.update(resumed=[*run.info().get("resumed", []), command])
         if local:
-            train_and_finish(config, run, index, observer, save_grid)
+            train_and_finish(config, run, index, observer, save_grid, profile)
         else:
             observer.stage("starting Ray")
             view = session.enter_context(ray_session(address, slots(config), verbose))
-            _on_ray(config, run, index, observer, view, verbose, record)
+            _on_ray(config, run, index, observer, view, verbose, profile, record)
             session.close()
         observer.stage("writing the report")
         write_report(run.path)
@@ -116,6 +119,7 @@ def align(
         alarms=observer.rang,
         steps=steps_told(read_history(run.path)),
         seconds=time.monotonic() - began,
+        profile=json.loads(run.profile_path.read_text()) if run.profile_path.is_file() else None,
     )
     return run
 
@@ -223,6 +227,7 @@ def _on_ray(
     observer: RunObserver,
     view: ClusterView,
     verbose: bool,
+    profile: bool,
     record: Callable[[], None],
 ) -> None:
     """Wait for room, train there, follow; ``record`` what was started."""
@@ -246,7 +251,7 @@ def _on_ray(
         config = measured_scales(config, room.cluster, patience.look)
         run.write_config(config)
     follower, check_alive = Follower(run, patience, run.last_step()), pulse()
-    training = in_thread(fit_until_done, config, run, index, patience, room.cluster)
+    training = in_thread(fit_until_done, config, run, index, patience, room.cluster, profile)
     try:
         while wait([training], POLL_S).not_done:
             follower.look()

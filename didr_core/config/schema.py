@@ -91,6 +91,10 @@ class Train(Strict):
     keep_checkpoints: int = Field(2, ge=1)
     anchor: Anchor | None = None
     threads: int = Field(1, ge=1, description="CPU threads of each worker")
+    compile: Literal["auto", "none", "blocks"] = Field(
+        "auto",
+        description="blocks: torch.compile of the blocks that a network repeats, while it trains; auto: on GPUs, where there are many",
+    )
 
     @property
     def at_once(self) -> int | None:

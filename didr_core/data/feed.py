@@ -8,7 +8,8 @@ Columns are numpy arrays with a leading axis of samples. `pipelines/cluster/prom
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -179,6 +180,20 @@ def samples(config: Config, index: PromptIndex, first: int, count: int) -> Colum
 def _fingerprint(config: Config, of: Literal["text", "start"]) -> str:
     own = build("backbones", config.backbone).fingerprint
     return own(of) if own else fingerprint.component("backbones", config.backbone)
+
+
+def ahead(stream: Iterable[Batch]) -> Iterator[Batch]:
+    """``stream``, whose next batch is made in a thread while this one is used; the first is being made from now on."""
+    pool, source = ThreadPoolExecutor(1), iter(stream)
+    first = pool.submit(next, source, None)
+
+    def items() -> Iterator[Batch]:
+        made = first
+        while (batch := made.result()) is not None:
+            made = pool.submit(next, source, None)
+            yield batch
+
+    return items()
 
 
 def _arrays(prefix: str, tensors: Mapping[str, Tensor]) -> Columns:

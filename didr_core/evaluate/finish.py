@@ -66,7 +66,12 @@ class Gallery:
 
 
 def train_and_finish(
-    config: Config, run: RunFolder, index: PromptIndex, observer: Observer | None = None, draw: Draw | None = None
+    config: Config,
+    run: RunFolder,
+    index: PromptIndex,
+    observer: Observer | None = None,
+    draw: Draw | None = None,
+    profile: bool = False,
 ) -> None:
     """A whole run in this process: restore, steps, export and scores. Call it inside :func:`didr_core.train.loop.outcome`.
 
@@ -76,7 +81,7 @@ def train_and_finish(
     observer = Patience(observer or Observer(), config.workers.patience_s)
     grid_of = (lambda learner: Gallery(learner, learner.config, run, draw).after) if draw else None
     with observer.watching():
-        learner = train(config, run, index, observer, grid_of)
+        learner = train(config, run, index, observer, grid_of, profile)
         finish(learner, learner.config, run, observer.stage, draw)
 
 

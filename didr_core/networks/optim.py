@@ -79,6 +79,12 @@ class Weights:
             p.grad, master.grad = mine.view_as(p), total.view_as(p)
         self._gradients = own, summed
 
+    def zero_gradients(self) -> None:
+        """Before the first backward pass of an update."""
+        held = {id(v): v.grad for v in (*self.values.values(), *self.network.parameters()) if v.grad is not None}
+        if held:
+            torch._foreach_zero_(list(held.values()))
+
     def gather(self) -> None:
         """After every backward pass: its gradients to the masters."""
         if self._gradients is not None:

@@ -25,6 +25,7 @@ from didr_core.diffusion.noise import Noise
 from didr_core.diffusion.sampling import guided_x0
 from didr_core.diffusion.schedule import coeffs_like, diffuse
 from didr_core.networks import fsdp, lora, optim, roles
+from didr_core.networks.compiled import Blocks
 from didr_core.train.distributed import Single
 from didr_core.train.reward_scale import RewardScale
 from didr_core.types import Backbone, Batch, NonFiniteError, Parallel, Reward, StepReport
@@ -73,6 +74,7 @@ class Learner:
         self.fsdp = config.roles.fsdp and self.parallel.world_size > 1
         self.generator_net, self.assistant_net = nets.generator, nets.assistant
         self.reference_net, self.ema_net = nets.reference, nets.ema
+        self.blocks = Blocks((nets.generator, nets.assistant, nets.reference), config.train.compile, self.device)
         self.generator_weights = self._weights(nets.generator, config.roles.generator)
         self.assistant_weights = self._weights(nets.assistant, config.roles.assistant)
         self.reward: Reward | None = None
@@ -156,12 +158,12 @@ class Learner:
         return value, metrics
 
     def _update_assistant(self, batch: Batch, tag: str) -> dict[str, float]:
-        self.assistant_opt.zero_grad(set_to_none=False)
+        self.assistant_weights.zero_gradients()
         seen = self.backward(batch, "assistant", lambda part: self.assistant_loss(part, tag))
         return self._update("assistant", self.assistant_opt, self.config.assistant, batch, *seen)
 
     def _update_generator(self, batch: Batch) -> dict[str, float]:
-        self.generator_opt.zero_grad(set_to_none=False)
+        self.generator_weights.zero_gradients()
         means, finite = self.backward(batch, "generator", self.generator_loss)
         if self.anchor:
             means["loss/anchor"] = self._backward_anchor(self.anchor)
@@ -173,15 +175,20 @@ class Learner:
         return metrics
 
     def backward(self, batch: Batch, name: str, loss: Callable[[Batch], Losses]) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients of the mean loss over ``batch``, added up by micro-batches; the host waits for nothing.
+        """Gradients of the mean loss over ``batch``, added up by micro-batches to those of zero; the host waits for nothing.
 
         Returns:
             Means of loss and metrics, and which samples ``[B]`` are finite in all of them.
         """
+        weights = self.assistant_weights if name == "assistant" else self.generator_weights
+        return self.blocks.run(lambda: self._backward(batch, weights, name, loss), weights.zero_gradients)
+
+    def _backward(
+        self, batch: Batch, weights: optim.Weights, name: str, loss: Callable[[Batch], Losses]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         means: dict[str, Tensor] = {}
         finite: list[Tensor] = []
         size = self.config.sizes.micro_batch
-        weights = self.assistant_weights if name == "assistant" else self.generator_weights
         for start in range(0, len(batch), size):
             value, metrics = loss(batch[start : start + size])
             seen = {f"loss/{name}": value.detach(), **{key: metric.detach() for key, metric in metrics.items()}}
@@ -217,7 +224,8 @@ class Learner:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in weights]
         flags = torch.tensor(float(len(refused)), device=self.device)
         own = [g for g in gradients if not fsdp.is_sharded(g)]  # the others were averaged by their backward passes
-        self.parallel.mean_([flags, *means.values(), *own])
+        with self.phase("averaging"):
+            self.parallel.mean_([flags, *means.values(), *own])
         norm = torch.nn.utils.get_total_norm(gradients)
         size = fsdp.whole(norm).item()
         if flags > 0 or not math.isfinite(size):
@@ -358,8 +366,9 @@ class GeneratorPass:
         times = len(latent) // len(batch)
         inputs = {k: v.repeat(times, *([1] * (v.dim() - 1))) for k, v in batch.reward_inputs.items()}
         details = learner.reward.details if log else None
-        with learner.phase("decoder and reward"):
+        with learner.phase("decoder"):
             images = learner.backbone.decode(latent)
+        with learner.phase("reward"):
             if details:
                 raw, parts = details(images, inputs)
                 self.metrics |= {f"reward/{name}": value for name, value in parts.items()}

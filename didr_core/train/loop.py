@@ -18,13 +18,14 @@ from torch import nn
 from didr_core.config import Config
 from didr_core.config.files import clear_partials
 from didr_core.data import scales
-from didr_core.data.feed import LocalFeed
+from didr_core.data.feed import LocalFeed, ahead
 from didr_core.data.precompute import precompute
 from didr_core.data.prompts import PromptIndex
 from didr_core.train import checkpoint
 from didr_core.train.alarms import Alarms
 from didr_core.train.ending import in_words
 from didr_core.train.learner import Learner
+from didr_core.train.profile import Profile
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import Batch, DIDRError, NonFiniteError, StepReport
 
@@ -112,12 +113,14 @@ def loop(
     writes: bool = True,
     grid: Grid | None = None,
     until: int | None = None,
+    profile: bool = False,
 ) -> None:
     """Steps until ``config.train.steps`` (or ``until`` of them) are done. Every rank calls it with its share of each batch.
 
     Args:
         batches: one a step, from the step that the learner is at.
         writes: this rank writes metrics and checkpoints (rank 0). grid: shown the running average every `evaluation.every` steps.
+        profile: keep where the time of the steps went in ``profile.json`` (:mod:`didr_core.train.profile`).
 
     Raises:
         NonFiniteError: see :meth:`Learner.step`; checkpoints stay as they are.
@@ -126,36 +129,46 @@ def loop(
     """
     train, every = journal.config.train, journal.config.evaluation.every
     stream = iter(batches)
+    measured = Profile(learner.device)
+    if profile:
+        learner.phase = measured
     end = train.steps if until is None else min(until, train.steps)
     while learner.step_count < end:
-        began = time.perf_counter()
-        batch = next(stream, None)
-        if batch is None or bool((batch.index // train.batch != learner.step_count).any()):
-            got = "nothing" if batch is None else f"samples {batch.index.tolist()[:4]}..."
-            raise DIDRError(
-                f"step {learner.step_count + 1}: the prompt stream gave {got}, expected samples from {learner.step_count * train.batch}"
-            )
-        waited = time.perf_counter() - began
-        try:
-            report = learner.step(batch)
-        except NonFiniteError:  # on all ranks at once; what is being written is the last good checkpoint
-            journal.saver.wait()
-            raise
-        report = journal.with_alarms(report, time.perf_counter() - began, waited)
-        if writes:
-            journal.run.log(report)
-        observer.step(report)
-        if every and report.step % every == 0:
-            _show(learner, grid, report.step)
-        stop = journal.asked_to_stop()
-        if stop or report.step % train.checkpoint_every == 0 or report.step == train.steps:
-            if writes or learner.fsdp:
-                journal.save()
-            observer.checkpoint(report.step)
+        with learner.phase("step"):
+            began = time.perf_counter()
+            with learner.phase("data wait"):
+                batch = next(stream, None)
+            if batch is None or bool((batch.index // train.batch != learner.step_count).any()):
+                got = "nothing" if batch is None else f"samples {batch.index.tolist()[:4]}..."
+                raise DIDRError(
+                    f"step {learner.step_count + 1}: the prompt stream gave {got}, expected samples from {learner.step_count * train.batch}"
+                )
+            waited = time.perf_counter() - began
+            try:
+                report = learner.step(batch)
+            except NonFiniteError:  # on all ranks at once; what is being written is the last good checkpoint
+                journal.saver.wait()
+                raise
+            with learner.phase("report"):
+                report = journal.with_alarms(report, time.perf_counter() - began, waited)
+                if writes:
+                    journal.run.log(report)
+                observer.step(report)
+            if every and report.step % every == 0:
+                _show(learner, grid, report.step)
+            with learner.phase("averaging"):
+                stop = journal.asked_to_stop()
+            if stop or report.step % train.checkpoint_every == 0 or report.step == train.steps:
+                with learner.phase("checkpoint"):
+                    if writes or learner.fsdp:
+                        journal.save()
+                    observer.checkpoint(report.step)
         if stop:
             journal.saver.wait()
             raise KeyboardInterrupt(f"stopped after step {report.step}")
     journal.saver.wait()
+    if writes and measured.steps:
+        journal.run.write_profile(measured.summary())
 
 
 def _show(learner: Learner, grid: Grid | None, step: int) -> None:
@@ -170,11 +183,13 @@ def train(
     index: PromptIndex,
     observer: Observer | None = None,
     grid_of: Callable[[Learner], Grid] | None = None,
+    profile: bool = False,
 ) -> Learner:
     """All steps in this process, from the newest checkpoint on; call it inside :func:`outcome`. Returns the trained networks.
 
     Args:
         grid_of: makes what `evaluation.every` asks for, once the networks are loaded.
+        profile: see :func:`loop`.
 
     Raises:
         DIDRError: anything a user can mend; the run folder keeps its checkpoints.
@@ -193,8 +208,12 @@ def train(
     journal.restore()
     run.forget_after(learner.step_count)
     grid = grid_of(learner) if grid_of and config.evaluation.every else None
-    feed = LocalFeed(config, learner.step_count * config.train.batch)
-    loop(learner, feed, journal, observer, grid=grid)
+    feed: Iterable[Batch] = LocalFeed(config, learner.step_count * config.train.batch)
+    if (
+        config.precomputed or learner.device.type == "cpu"
+    ):  # a GPU that trains has nothing to spare for making the next batch
+        feed = ahead(feed)
+    loop(learner, feed, journal, observer, grid=grid, profile=profile)
     return learner
 
 

@@ -4,6 +4,7 @@
       config.yaml      the resolved configuration
       run.json         status, commit, versions, MLflow run id
       metrics.jsonl    one line a step; alarms.jsonl one line an alarm
+      profile.json     where the time of the steps went, if asked for
       checkpoints/step-000100/    see checkpoint.py
       grids/*.png, curves.png, scores.json, report.html, export/    made at the end
 
@@ -179,6 +180,11 @@ class RunFolder:
         return self.path / "alarms.jsonl"
 
     @property
+    def profile_path(self) -> Path:
+        """``profile.json``: a :meth:`didr_core.train.profile.Profile.summary` of rank 0, of the steps since the last start."""
+        return self.path / "profile.json"
+
+    @property
     def stage_path(self) -> Path:
         """``stage.json``: what is being done outside of steps, for those who watch from another process."""
         return self.path / "stage.json"
@@ -196,6 +202,10 @@ class RunFolder:
     def stage(self, text: str, done: int = 0, total: int = 0) -> None:
         """Say what is being done."""
         self._replace(self.stage_path.name, json.dumps([text, done, total]))
+
+    def write_profile(self, summary: Mapping[str, Any]) -> None:
+        """Write ``profile.json``."""
+        self._replace(self.profile_path.name, json.dumps(summary))
 
     def log(self, report: StepReport) -> None:
         """Append one step: its metrics (null where not finite, so that every line is JSON) and its alarms."""

@@ -61,6 +61,7 @@ def align(
     address: Annotated[
         str | None, typer.Option(help="a Ray cluster: auto, or HOST:PORT (default: a Ray of our own)")
     ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="print where the time of a step went")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Train: prompts -> encoder and reward actors -> worker group; then grids, scores, report, export."""
@@ -74,6 +75,7 @@ def align(
         local=local,
         address=address,
         verbose=verbose,
+        profile=profile,
         command=_command(),
     )
 

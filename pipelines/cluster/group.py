@@ -39,8 +39,13 @@ def measured_scales(config: Config, view: ClusterView, meanwhile: Callable[[], N
     return resolved
 
 
-def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, observer: Observer, view: ClusterView) -> None:
+def fit_until_done(
+    config: Config, run: RunFolder, index: PromptIndex, observer: Observer, view: ClusterView, profile: bool = False
+) -> None:
     """Fit; after a worker's death again, from the last checkpoint, ``workers.max_failures`` times.
+
+    Args:
+        profile: see :func:`didr_core.train.loop.loop`.
 
     Raises:
         DIDRError: what a worker raised, in words, or workers that died too often.
@@ -55,7 +60,7 @@ def fit_until_done(config: Config, run: RunFolder, index: PromptIndex, observer:
         run.forget_after(step)
         observer.stage("starting workers" if not failures else f"starting workers again from step {step}")
         try:
-            _trainer(config, run, index, view, step, scorers).fit()
+            _trainer(config, run, index, view, step, scorers, profile).fit()
             return
         except TrainingFailedError as error:
             if run.stop_path.exists():
@@ -87,7 +92,13 @@ def _precompute(config: Config, run: RunFolder, index: PromptIndex, observer: Ob
 
 
 def _trainer(
-    config: Config, run: RunFolder, index: PromptIndex, view: ClusterView, step: int, scorers: Sequence[Any]
+    config: Config,
+    run: RunFolder,
+    index: PromptIndex,
+    view: ClusterView,
+    step: int,
+    scorers: Sequence[Any],
+    profile: bool,
 ) -> TorchTrainer:
     workers = config.workers
     need = train_need(workers, view)
@@ -98,7 +109,13 @@ def _trainer(
         datasets["train"] = prompt_stream(config, index, cursor, encoder, reward, calls=run.calls_path)
     return TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "run": run, "corpus": index.contents, "scorers": scorers},
+        train_loop_config={
+            "config": config,
+            "run": run,
+            "corpus": index.contents,
+            "scorers": scorers,
+            "profile": profile,
+        },
         scaling_config=ScalingConfig(
             num_workers=workers.train,
             use_gpu=need.gpus > 0,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray.train
@@ -11,7 +10,7 @@ import ray.train.torch
 import torch
 
 from didr_core.config import Config
-from didr_core.data.feed import LocalFeed
+from didr_core.data.feed import LocalFeed, ahead
 from didr_core.evaluate.finish import Gallery, Say, finish
 from didr_core.train import distributed
 from didr_core.train.learner import Learner
@@ -33,7 +32,7 @@ class Reporter(Observer):
 
 
 def train_worker(settings: Mapping[str, Any]) -> None:
-    """`train_loop_per_worker`. ``settings``: config, run folder, the corpus's contents, scoring actors."""
+    """`train_loop_per_worker`. ``settings``: config, run folder, the corpus's contents, scoring actors, profile."""
     ranks = distributed.current()
     try:
         _train(ranks, **settings)
@@ -43,7 +42,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
         raise
 
 
-def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers: Sequence[Any]) -> None:
+def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers: Sequence[Any], profile: bool) -> None:
     torch.set_num_threads(config.train.threads)
     first = ranks.rank == 0
     stage: Say = run.stage if first else lambda *_: None
@@ -51,9 +50,9 @@ def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers
     stream: Iterable[Batch] = ()
     if todo and config.precomputed:
         cursor = run.last_step() * config.train.batch
-        stream = LocalFeed(config, cursor, rank=ranks.rank, world_size=ranks.world_size)
+        stream = ahead(LocalFeed(config, cursor, rank=ranks.rank, world_size=ranks.world_size))
     elif todo:  # the actors start when the first batch is asked for: let them load their models while we load ours
-        stream = _started(batches(ray.train.get_dataset_shard("train"), config.sizes.share))
+        stream = ahead(batches(ray.train.get_dataset_shard("train"), config.sizes.share))
     stage("loading networks", 0, 0)
     reward = ActorReward(scorers) if scorers else None
     learner = Learner(config, device=ray.train.torch.get_device(), parallel=ranks, reward=reward)
@@ -61,22 +60,7 @@ def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers
     journal.restore()
     grid = Gallery(learner, config, run, save_grid).after if first and config.evaluation.every else None
     stage("waiting for the first prompts", 0, 0)
-    loop(learner, stream, journal, Reporter(), writes=first, grid=grid)
+    loop(learner, stream, journal, Reporter(), writes=first, grid=grid, profile=profile)
     learner.gather()
     if first:
         finish(learner, config, run, stage, save_grid)
-
-
-def _started(stream: Iterator[Batch]) -> Iterator[Batch]:
-    """``stream``, whose first batch is being made from now on."""
-    pool = ThreadPoolExecutor(1)
-    first = pool.submit(next, stream, None)
-    pool.shutdown(wait=False)
-
-    def items() -> Iterator[Batch]:
-        batch = first.result()
-        if batch is not None:
-            yield batch
-            yield from stream
-
-    return items()

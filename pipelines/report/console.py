@@ -18,6 +18,7 @@ from rich.text import Text
 
 from didr_core.evaluate.scores import comparison_table, table
 from didr_core.train.alarms import explain
+from didr_core.train.profile import table as profile_table
 
 SMOOTHING = 0.9  # of the numbers shown; the curves in the report are raw
 
@@ -149,14 +150,20 @@ def print_summary(
     alarms: Sequence[str] = (),
     steps: str = "",
     seconds: float | None = None,
+    profile: Mapping[str, Any] | None = None,
     stream: TextIO | None = None,
 ) -> None:
     """The models side by side, what the aligned one wins, alarms, how long it took, and where the results lie.
 
     Args:
         steps: how many of which kind, see :func:`pipelines.report.page.steps_told`.
+        profile: where the time of a step went, see :meth:`didr_core.train.profile.Profile.summary`.
     """
     out = console(stream)
+    if profile:
+        count, cpu, first = len(profile["steps"]), profile["cpu"], profile["first"]
+        out.print(f"\nmean of {count} steps, {cpu:.4f} CPU s of the process each; the first took {first:.1f} s")
+        out.print(rich_table(*profile_table(profile), bold="step"))
     if scores:
         counts = scores["counts"]
         out.print(f"\n{counts['prompts']} held-out prompts x {counts['seeds']} noise seeds, ± half the 95 % interval")

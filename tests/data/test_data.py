@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,7 @@ from toy import toy_recipe
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.data import prompts as data
-from didr_core.data.feed import LocalFeed, PromptEncoder, RewardPreparer, columns
+from didr_core.data.feed import LocalFeed, PromptEncoder, RewardPreparer, ahead, columns
 from didr_core.data.prompts import PromptIndex
 from didr_core.types import DIDRError
 
@@ -194,3 +196,30 @@ def test_contents_cover_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     before = contents(words)
     assert contents([*words[:12], "prompt 1X", *words[13:]]) != before
     assert contents([*words[:39], "prompt 40"]) != before and contents([*words[:39], "longer than before"]) != before
+
+
+def test_ahead_makes_one_batch_more_than_is_used_and_tells_errors_in_their_place() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[Any]:
+        for number in range(3):
+            made.append(number)
+            yield number
+        raise DIDRError("shard:4 is empty")
+
+    stream = ahead(source())
+    assert next(stream) == 0
+    settled(lambda: made == [0, 1])
+    assert next(stream) == 1
+    settled(lambda: made == [0, 1, 2])
+    assert next(stream) == 2
+    with pytest.raises(DIDRError, match="shard:4"):
+        next(stream)
+    assert list(ahead(iter(()))) == []
+
+
+def settled(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -219,7 +219,14 @@ def test_on_ray_with_two_workers_of_which_one_is_killed(
 
     killer = threading.Thread(target=kill_a_worker, daemon=True)
     killer.start()
-    align(str(toy), ["tracking.uri=''"], output=str(run.path), address="local", command="didr align --recipe toy")
+    align(
+        str(toy),
+        ["tracking.uri=''"],
+        output=str(run.path),
+        address="local",
+        profile=True,
+        command="didr align --recipe toy",
+    )
     killer.join()
     assert killed == [2]
     assert run.info()["status"] == "finished" and run.info()["command"] == "didr align --recipe toy"
@@ -229,6 +236,7 @@ def test_on_ray_with_two_workers_of_which_one_is_killed(
         assert (run.path / name).is_file(), name
     assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
     assert not (run.path / "ray").exists()
+    assert json.loads(run.profile_path.read_text())["rows"]["averaging"] > 0  # rank 0's, of the second group
 
     from mlflow import MlflowClient
 
@@ -241,7 +249,7 @@ def test_on_ray_with_two_workers_of_which_one_is_killed(
     assert {a.path for a in client.list_artifacts(tracked.info.run_id)} >= {"grid.png", "curves.png", "report.html"}
 
     said = capfd.readouterr()
-    assert "a worker failed; going on from step" in said.err
+    assert "a worker failed; going on from step" in said.err and "data wait" in said.err
     lines = [line for line in said.err.replace(str(tmp_path), "").splitlines() if "ray" in line.lower()]
     assert [line for line in lines if "starting Ray" not in line and "a worker failed" not in line] == []  # quiet
 

@@ -115,8 +115,11 @@ def test_summary_shows_models_wins_alarms_and_where_things_lie(tmp_path: Path) -
         "report.html",
     ):
         assert part in text, part
-    assert "export" not in text, "it is not there"
-    print_summary(None, tmp_path, stream=out)
+    assert "export" not in text and "data wait" not in text, "it is not there"
+    profile = {"steps": [4.0, 4.0], "first": 9.0, "cpu": 3.0, "rows": {"TA": 3.0, "data wait": 1.0}}
+    print_summary(None, tmp_path, profile=profile, stream=out)
+    told = [line.split() for line in out.getvalue().splitlines()]
+    assert ["data", "wait", "1.0000", "25.0", "%"] in told and ["step", "4.0000", "100.0", "%"] in told
 
 
 def test_clock() -> None:
