@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -130,6 +131,10 @@ class Backbone(Protocol):
         """Cheap look at the weights folders (preflight). Raises DIDRError when they are not what the config says."""
         ...
 
+    def tokenizers(self) -> Mapping[Path, int] | None:
+        """Folders of tokenizers, and how many tokens of a prompt are read, for a count of the prompts that are cut."""
+        ...
+
     def load_network(self, role: str) -> nn.Module:
         """Load ``role`` in {"generator", "reference", "assistant"}, float32, eval mode."""
         ...
@@ -183,6 +188,10 @@ class Reward(Protocol):
 
     def check(self) -> None:
         """Cheap look at the weights (preflight). Raises DIDRError when they are not what the config says."""
+        ...
+
+    def tokenizers(self) -> Mapping[Path, int] | None:
+        """As a backbone's."""
         ...
 
     def load(self, device: torch.device | str = "cpu") -> None:
@@ -244,14 +253,10 @@ def _nothing(*_: Any) -> None:
 OPTIONAL: Mapping[str, Mapping[str, Any]] = {
     "algorithms": {"needs_reward_gradient": False, "needs_assistant": True, "uses_drs": False},
     "backbones": {
-        "lora_targets": None,
-        "usage": "",
-        "fingerprint": None,
-        "to": _nothing,
-        "check": _nothing,
-        "free_text": _nothing,
+        **{"lora_targets": None, "usage": "", "fingerprint": None},
+        **dict.fromkeys(("to", "check", "free_text", "tokenizers"), _nothing),
     },
-    "rewards": {"details": None, "features": None, "check": _nothing},
+    "rewards": {"details": None, "features": None, "check": _nothing, "tokenizers": _nothing},
     "drs": {},
 }
 """What a component may leave out, by kind, and what it then has: :func:`didr_core.config.registry.find` fills it in."""

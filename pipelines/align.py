@@ -21,7 +21,6 @@ from pathlib import Path
 
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.config.provenance import changed
 from didr_core.data import scales
 from didr_core.data.prompts import PromptIndex
 from didr_core.evaluate.finish import train_and_finish
@@ -36,10 +35,11 @@ from pipelines.cluster.disks import check_disks
 from pipelines.cluster.leftovers import looked_after
 from pipelines.cluster.resources import ClusterView, check, demands_of
 from pipelines.cluster.session import await_room, pulse, ray_session, slots, view_of_this_machine, where_to_run
-from pipelines.report.console import Progress, print_summary
+from pipelines.report.console import Progress, print_summary, warn
 from pipelines.report.figures import save_grid
 from pipelines.report.page import read_history, steps_told, write_report
 from pipelines.tracking import tracker as tracking
+from pipelines.tracking.address import look
 
 
 def align(
@@ -72,7 +72,7 @@ def align(
     old = RunFolder.find(resume, output or "runs") if resume else None
     config = old.config(overrides) if old else configs.load(recipe, overrides)
     folder = old.path if old else local_folder("--output", output) if output else None
-    index = preflight(config, here=local, output=folder)
+    index = preflight(config, here=local, output=folder, note=warn)
     runs = (folder or local_folder("output", config.output) / "run").parent
     check_disks(config.tracking, runs, ray=not local and where_to_run(address).kind == "here")
     view = None if local else view_of_this_machine(config, address)
@@ -81,6 +81,7 @@ def align(
     told = ""
     if local or view:  # a cluster's GPUs are asked when it is there
         config, told = fit.here(config)
+    look(config.tracking, old.path.parent if old else Path(output).absolute().parent if output else Path(config.output))
     run = old or RunFolder.create(config, output, command)
     if config.cache:  # an absolute path, the same in all processes
         cache = config.cache if config.data.cache else run.path.parent / "cache"
@@ -95,8 +96,8 @@ def align(
     ):
         record = looked_after(run.path)
         shutil.rmtree(run.path / "ray", ignore_errors=True)
-        if old and (others := changed(run.info())):
-            observer.note(others, "yellow")
+        if changed := run.same_start(index.digest):
+            warn(changed)
         run.write_config(config)
         run.profile_path.unlink(missing_ok=True)  # of an earlier part of the run
         observer.note(told)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from didr_core.config.files import clear_partials
-from didr_core.config.provenance import changed
 from didr_core.data import scales
 from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
@@ -30,7 +29,7 @@ from pipelines.cluster.disks import check_disks
 from pipelines.cluster.leftovers import looked_after
 from pipelines.cluster.resources import ClusterView, Need, NoRoom
 from pipelines.cluster.session import await_room, prepare_environment, ray_session, view_of_this_machine, where_to_run
-from pipelines.report.console import clock, console, rich_table
+from pipelines.report.console import clock, console, rich_table, warn
 from pipelines.sweeps import bench, results, space
 from pipelines.sweeps.budget import estimate, plan_table, slots, sweep_demands, trial_need, trials_at_once
 from pipelines.sweeps.folder import SweepFolder, SweepOptions, trial_name
@@ -113,7 +112,7 @@ def _new(options: SweepOptions, output: str | None, address: str | None = None) 
         raise DIDRError(
             "workers.train_gpus=0 with device=cuda: a trial reserves no GPU. Say --set workers.train_gpus=1, or a fraction."
         )
-    preflight(config, here=False)
+    preflight(config, here=False, note=warn)
     here = where_to_run(address).kind == "here"
     check_disks(config.tracking, local_folder("output", config.output) / options.name, ray=here)
     options = replace(
@@ -137,8 +136,6 @@ def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float, 
     if folder.info()["status"] == "finished":
         _say(folder, began)  # nothing to go on with
         return
-    if others := changed(options.facts):
-        console().print(others, style="yellow")
     folder.update(status="running")
     folder.forget_lost()
     at_once = options.concurrent or 1

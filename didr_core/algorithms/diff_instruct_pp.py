@@ -31,7 +31,6 @@ class DiffInstructPP:
         weight: float = Field(
             0.05,
             ge=0,
-            allow_inf_nan=False,
             description="loss per standard deviation of the starting generator's reward, against the matching loss averaged over the"
             " latent's N elements (a paper's weight on the sum is N times this); 0 = Diff-Instruct, the reward is only watched",
         )

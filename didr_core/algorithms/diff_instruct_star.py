@@ -36,14 +36,12 @@ class DiffInstructStar:
         weight: float = Field(
             0.02,
             ge=0,
-            allow_inf_nan=False,
             description="loss per standard deviation of the starting generator's reward, against the divergence of the root mean square (a"
             " paper's weight on the norm is sqrt(N) times this); 0 = Score Implicit Matching, the reward is only watched",
         )
         c: float = Field(
             0.01,
             gt=0,
-            allow_inf_nan=False,
             description="where the divergence turns from squared to linear, in latent units (root mean square of D_psi - D~_ref)",
         )
 

@@ -31,13 +31,11 @@ class DMDR:
         weight: float = Field(
             0.05,
             ge=0,
-            allow_inf_nan=False,
             description="loss per standard deviation of the starting generator's reward below the margin, against the matching loss"
             " averaged over the latent's N elements (a paper's weight on the sum is N times this); 0 = DMD2, the reward is only watched",
         )
         margin: float = Field(
             2.0,
-            allow_inf_nan=False,
             description="reward above which a picture is left alone, in standard deviations above the starting generator's mean",
         )
 

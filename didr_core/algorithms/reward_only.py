@@ -33,13 +33,11 @@ class RewardOnly:
         weight: float = Field(
             1.0,
             gt=0,
-            allow_inf_nan=False,
             description="loss per standard deviation of the starting generator's reward; Adam divides it out again, so it matters only"
             " against train.anchor and the gradient clip",
         )
         margin: float | None = Field(
             None,
-            allow_inf_nan=False,
             description="reward above which a picture is left alone, in standard deviations above the starting generator's mean; none ="
             " no end",
         )

@@ -5,6 +5,7 @@ A family adds its conventions (how the network is called, what x0 is, what a pro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,24 +14,25 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from didr_core.backbones._parts import check_part, class_of, layout_of, load_part, refuse_other_files, shapes_after
 from didr_core.config import Component, files, fingerprint, locate
 from didr_core.diffusion.sampling import clamp_straight_through
 from didr_core.networks.loading import (
     assemble,
     check_folder,
     check_layout,
-    check_weights,
+    hub_hint,
     quiet,
     read_state,
+    refuse_nan,
     shapes_of,
-    variant,
     without_prefix,
 )
+from didr_core.networks.tokenizers import check_tokenizer, tokens_read
 from didr_core.types import Condition, DIDRError, Schedule
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class PipelineConfig(Component):
@@ -77,6 +79,7 @@ class PipelineBackbone:
     family: Family
     schedule: Schedule
     latent_shape: tuple[int, ...]
+    _checked = False
     patch = 1  # latent pixels a side that the network takes together
 
     def __init__(self, config: PipelineConfig) -> None:
@@ -111,32 +114,23 @@ class PipelineBackbone:
 
         return diffusers
 
-    def check(self) -> None:
-        """Headers and configs only.
-
-        Raises:
-            DIDRError: folders or files that do not hold what the config says, or that do not fit together.
-        """
+    def _check_configs(self) -> None:
+        """Raises DIDRError where folders are missing, or their configurations do not fit together."""
         family, options = self.family, self._options
-        part = self.folder / family.part
         index = check_folder("backbone.pipeline", self.folder, "model_index.json", "_class_name", (family.pipeline,))
-        for name in sorted(k for k, v in index.items() if isinstance(v, list) and v[0] is not None):
+        self._parts = {k: v[1] for k, v in index.items() if isinstance(v, list) and v[0] is not None}
+        for name in sorted(self._parts):
             if not (self.folder / name).is_dir():
                 raise DIDRError(
                     f"backbone.pipeline={str(self.folder)!r}: {name}/, which model_index.json names, is missing; download it too"
                 )
-            if name.startswith("text_encoder"):
-                check_weights("backbone.pipeline", self.folder / name, "model.safetensors")
-        found = check_folder("backbone.pipeline", part, "config.json", "_class_name", (family.network,))
-        names = check_weights("backbone.pipeline", part, WEIGHTS)
+        found = self._config("pipeline", self.folder / family.part, (family.network,))
         self._check_decoder(found["in_channels"])
         if options.generator is None:
             return
         path = locate(options.generator)
         if path.is_dir():
-            start = self._network_folder(path)
-            own = check_folder("backbone.generator", start, "config.json", "_class_name", (family.network,))
-            check_weights("backbone.generator", start, WEIGHTS)
+            own = self._config("generator", self._network_folder(path), (family.network,))
             for key in family.same:
                 if own.get(key) != found.get(key):
                     raise DIDRError(
@@ -146,20 +140,70 @@ class PipelineBackbone:
         elif not path.is_file():
             raise DIDRError(
                 f"backbone.generator={str(path)!r}: no such file or folder. Expected a pipeline folder, a {family.network} folder, or one "
-                ".safetensors/.bin file."
+                f".safetensors/.bin file.{hub_hint(path)}"
             )
-        elif not self._is_original(shapes := shapes_of("backbone.generator", path)):
-            bare = without_prefix(shapes, family.marker)
-            if names and (missing := sorted(names - bare.keys())):
-                raise DIDRError(_wrong_layout(path, missing, sorted(bare.keys() - names), family))
+
+    def _config(self, key: str, folder: Path, classes: Sequence[str]) -> dict[str, Any]:
+        return check_folder(f"backbone.{key}", folder, "config.json", "_class_name", classes)
+
+    def check(self) -> None:
+        """Configurations, headers and small tensors of all that would be loaded; the constructor calls it, another call does nothing.
+
+        Raises:
+            DIDRError: folders or files that do not hold what the config says, or that do not fit together.
+        """
+        if self._checked:
+            return
+        self._check_configs()
+        for name, made in self._parts.items():
+            folder = self.folder / name
+            if name.startswith("tokenizer"):
+                reader = self.folder / name.replace("tokenizer", "text_encoder") / "config.json"
+                check_tokenizer("backbone.pipeline", folder, read_json(reader) if reader.is_file() else None)
+            elif name.startswith("text_encoder") or name == self.family.part:
+                check_part("backbone.pipeline", folder, made)
+        folders = {folder: key for key, folder in reversed(self._autoencoders().items())}
+        for folder, key in folders.items():
+            check_part(f"backbone.{key}", folder, read_json(folder / "config.json")["_class_name"])
+        if self._options.generator is not None:
+            path = locate(self._options.generator)
+            if path.is_dir():
+                check_part("backbone.generator", self._network_folder(path), self.family.network)
+            else:
+                self._check_file(path)
+        self._checked = True
+
+    def _check_file(self, path: Path) -> None:
+        names = shapes_of("backbone.generator", path)
+        refuse_other_files("backbone.generator", path, names, self.family.pipeline, str(self.folder))
+        if self._is_original(names):
+            names = shapes_after(self._converter(), names)
+        self._check_layout(path, without_prefix(names, self.family.marker))
+
+    def _check_layout(self, path: Path, state: Any) -> None:
+        expected = layout_of("backbone.pipeline", self.folder / self.family.part, class_of(self.family.network))
+        what = f"the diffusers layout of {self.family.network}, as in {self.family.part}/ of the pipeline"
+        check_layout("backbone.generator", path, state, expected, what)
+
+    def _converter(self) -> Any:
+        """From the authors' names to diffusers'."""
+        from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+        return SINGLE_FILE_LOADABLE_CLASSES[self.family.network]["checkpoint_mapping_fn"]
+
+    def tokenizers(self) -> dict[Path, int]:
+        """See :class:`didr_core.types.Backbone`."""
+        folders = [self.folder / name for name in self._parts if name.startswith("tokenizer")]
+        return {folder: tokens_read("backbone.pipeline", folder) for folder in folders}
+
+    def _autoencoders(self) -> dict[str, Path]:
+        """The folders by the key that names each, the decoder's last."""
+        return {"pipeline": self.folder / "vae", "vae": self._vae_folder, "decoder": self._decoder_folder}
 
     def _check_decoder(self, channels: object) -> None:
-        options = self._options
-        keys = {"pipeline": self.folder / "vae", "vae": self._vae_folder, "decoder": self._decoder_folder}
         configs = {}
-        for name, folder in keys.items():
-            configs[name] = check_folder(f"backbone.{name}", folder, "config.json", "_class_name", AUTOENCODERS)
-            check_weights(f"backbone.{name}", folder, WEIGHTS)
+        for name, folder in self._autoencoders().items():
+            configs[name] = self._config(name, folder, AUTOENCODERS)
             if configs[name].get("latent_channels") != channels:
                 raise DIDRError(
                     f"backbone.{name}={str(folder)!r}: latent_channels={configs[name].get('latent_channels')}, but the network has "
@@ -170,7 +214,7 @@ class PipelineBackbone:
                     f"backbone.{name}={str(folder)!r}: {_upsampling(configs[name])} pixels a latent pixel, the pipeline's VAE has "
                     f"{_upsampling(configs['pipeline'])}; name a VAE of this family"
                 )
-        if options.decode_dtype == "float16" and configs["decoder"].get("force_upcast"):
+        if self._options.decode_dtype == "float16" and configs["decoder"].get("force_upcast"):
             raise DIDRError(
                 f"backbone.decode_dtype='float16': the VAE in {str(self._decoder_folder)!r} overflows in float16 (its config says "
                 "force_upcast). Use float32, or set backbone.vae to the fp16-fix VAE, or backbone.decoder to a TAESD."
@@ -215,10 +259,10 @@ class PipelineBackbone:
             if path.is_file():
                 return self._from_file(path).eval()
         network: nn.Module = self._pretrained(self.family.network, self._network_folder(path), torch.float32)
-        return network.eval()
+        return network
 
     def _pretrained(self, name: str, folder: Path, dtype: torch.dtype) -> Any:
-        return getattr(self._diffusers, name).from_pretrained(folder, torch_dtype=dtype, variant=variant(folder))
+        return load_part("backbone", folder, name, dtype)
 
     def _empty(self) -> nn.Module:
         """The generator's architecture, without weights where the caller says so."""
@@ -230,6 +274,8 @@ class PipelineBackbone:
 
     def _from_file(self, path: Path) -> nn.Module:
         state = read_state("backbone.generator", path)
+        refuse_other_files("backbone.generator", path, state, self.family.pipeline, str(self.folder))
+        refuse_nan("backbone.generator", path, state)
         if self._is_original(state):
             make = getattr(self._diffusers, self.family.network).from_single_file
             converted: nn.Module = make(
@@ -237,9 +283,7 @@ class PipelineBackbone:
             )
             return converted
         state = without_prefix(state, self.family.marker)
-        with torch.device("meta"):
-            expected = {name: tuple(value.shape) for name, value in self._empty().state_dict().items()}
-        check_layout("backbone.generator", path, state, expected, f"the diffusers layout of {self.family.network}")
+        self._check_layout(path, state)
         return assemble(self._empty, state).requires_grad_(True)
 
     def blank(self, count: int) -> Condition:
@@ -266,17 +310,20 @@ class PipelineBackbone:
         """``[B, 3, H, W]`` in [0, 1], float32; the clamp is straight-through."""
         if self._vae is None:
             raise DIDRError(f"backbone {self._options.name}: load_decoder() comes before decode()")
-        latent = latent.float() / self.vae_config["scaling_factor"] + (self.vae_config.get("shift_factor") or 0.0)
+        latent = self._unscaled(latent.float(), self._vae.config)
         pictures = self._vae.decode(latent.to(self._vae.dtype), return_dict=False)[0]
         return clamp_straight_through(pictures.float() / 2 + 0.5)
+
+    def _unscaled(self, latent: Tensor, vae: Any) -> Tensor:
+        """From the network's scale to the VAE's, as the family's stock pipeline does with this configuration of a VAE."""
+        return latent / vae.scaling_factor + (vae.get("shift_factor") or 0.0)  # type: ignore[no-any-return]
 
     def _load_pipeline(self, dtype: torch.dtype, **parts: Any) -> Any:
         """The reference's pipeline, with ``parts`` in place of its own (None: left out)."""
         quiet()
-        make = getattr(self._diffusers, self.family.pipeline)
-        return make.from_pretrained(
-            self.folder, torch_dtype=dtype, variant=variant(self.folder / self.family.part), **parts
-        )
+        others = [k for k in self._parts if k not in parts and (self.folder / k / "config.json").is_file()]
+        parts |= {k: self._pretrained(self._parts[k], self.folder / k, dtype) for k in others}
+        return getattr(self._diffusers, self.family.pipeline).from_pretrained(self.folder, torch_dtype=dtype, **parts)
 
     def load_text(self) -> None:
         """Load tokenizers and text encoders."""
@@ -329,10 +376,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DIDRError(f"backbone: {str(path)!r} is missing. Expected all of what save_pretrained writes.")
     return files.mapping(path.read_bytes(), str(path), "Write or fetch that folder again.")
-
-
-def _wrong_layout(path: Path, missing: list[str], unexpected: list[str], family: Family) -> str:
-    return (
-        f"backbone.generator={str(path)!r}: {len(missing)} keys missing (e.g. {missing[:1]}), {len(unexpected)} unexpected (e.g. "
-        f"{unexpected[:1]}). Expected the diffusers layout of {family.network}, as in {family.part}/ of the pipeline."
-    )

@@ -6,14 +6,14 @@ Users sample with ``LCMScheduler``, ``num_inference_steps=1, guidance_scale=0, t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from didr_core.backbones._pipeline import Family, PipelineBackbone, PipelineConfig, dtype_of
+from didr_core.backbones._pipeline import Family, PipelineBackbone, PipelineConfig, dtype_of, read_json
 from didr_core.diffusion.schedule import VariancePreserving
 from didr_core.types import Condition, DIDRError
 
@@ -40,24 +40,35 @@ class SDXL(PipelineBackbone):
 
         name: str = "sdxl"
         timestep: int = Field(399, ge=0, description="what the generator is told its noise is")
-        unconditional: Literal["zeros", "empty"] = Field(
-            "zeros",
-            description="the unconditional embedding: zeros (the SDXL pipeline's default), or the encoded empty prompt",
+        unconditional: Literal["zeros", "empty"] | None = Field(
+            None,
+            description="the unconditional embedding: zeros, or the encoded empty prompt; none = as model_index.json says",
         )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.config = config
-        scheduler = self.scheduler_config
-        for key, expected in (("beta_schedule", "scaled_linear"), ("prediction_type", "epsilon")):
-            if scheduler.get(key, expected) != expected:
-                raise DIDRError(
-                    f"backbone.pipeline={str(self.folder)!r}: its scheduler says {key}={scheduler[key]!r}; SDXL here means {expected!r}"
-                )
-        self.schedule = VariancePreserving.scaled_linear(
-            scheduler["beta_start"], scheduler["beta_end"], scheduler["num_train_timesteps"]
+        self.schedule = schedule_of(self.scheduler_config, str(self.folder))
+        if config.timestep >= len(self.schedule.alphas_cumprod):
+            raise DIDRError(
+                f"backbone.timestep={config.timestep}: the scheduler has {len(self.schedule.alphas_cumprod)} (num_train_timesteps)"
+            )
+        index = read_json(self.folder / "model_index.json")
+        self.unconditional = config.unconditional or (
+            "zeros" if index.get("force_zeros_for_empty_prompt", True) else "empty"
         )
         self._empty_prompt: Condition | None = None
+
+    def check(self) -> None:
+        """See :meth:`PipelineBackbone.check`; prompts are padded to what both text encoders take."""
+        super().check()
+        for folder, tokens in self.tokenizers().items():
+            text = read_json(self.folder / folder.name.replace("tokenizer", "text_encoder") / "config.json")
+            if tokens > (most := text.get("max_position_embeddings", 77)):
+                raise DIDRError(
+                    f"backbone.pipeline={str(self.folder)!r}: {folder.name}/tokenizer_config.json says model_max_length={tokens}, its text "
+                    f"encoder takes {most}. Expected the tokenizer that was saved with it."
+                )
 
     def load_network(self, role: str) -> nn.Module:
         """See :meth:`PipelineBackbone.load_network`; channels_last."""
@@ -79,8 +90,8 @@ class SDXL(PipelineBackbone):
         return Condition({"prompt_embeds": embeds, "pooled": torch.zeros(count, pooled)})
 
     def null(self, like: Condition) -> Condition:
-        """Zeros (the SDXL pipeline's default), or the encoded empty prompt."""
-        if self.config.unconditional == "zeros":
+        """Zeros, or the encoded empty prompt, see :class:`Config`."""
+        if self.unconditional == "zeros":
             return like.map(torch.zeros_like)
         if self._empty_prompt is None:
             loaded = self._text
@@ -90,6 +101,12 @@ class SDXL(PipelineBackbone):
             self._text = loaded  # a trainer that had no text towers does not keep them
         first = next(iter(like.tensors.values()))
         return self._empty_prompt.to(first.device).tile(len(like))
+
+    def _unscaled(self, latent: Tensor, vae: Any) -> Tensor:
+        if vae.get("latents_mean") is None or vae.get("latents_std") is None:
+            return latent / vae.scaling_factor
+        mean, std = (latent.new_tensor(vae[key]).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
+        return latent * std / vae.scaling_factor + mean
 
     def _call(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """``eps``, float32 whatever the network computes in."""
@@ -123,5 +140,47 @@ class SDXL(PipelineBackbone):
 
     def export(self, generator: nn.Module, folder: str) -> None:
         """A StableDiffusionXLPipeline folder with the generator and an LCMScheduler, plus the bare single-file UNet, all fp16."""
-        scheduler = self._diffusers.LCMScheduler.from_config(self.scheduler_config)
+        plain = {"clip_sample": False, "thresholding": False}
+        scheduler = self._diffusers.LCMScheduler.from_config(self.scheduler_config, **plain)
         self._export(generator, folder, scheduler, "didr_1step_unet_fp16.safetensors")
+
+
+def schedule_of(scheduler: Mapping[str, Any], where: str) -> VariancePreserving:
+    """The noise levels that diffusers makes of a scheduler's configuration.
+
+    Raises:
+        DIDRError: a class without alphas_cumprod (EDM, flow matching), another prediction than epsilon, one that clips x0, or levels of
+            which x0 cannot be had.
+    """
+    said = f"backbone.pipeline={where!r}: its scheduler ({scheduler.get('_class_name')})"
+    plain = "Expected that of SDXL base: epsilon, scaled_linear betas, nothing clipped."
+    usual = scheduler.get("beta_schedule") == "scaled_linear" and not scheduler.get("trained_betas")
+    euler = str(scheduler.get("_class_name")).startswith("Euler") or scheduler.get("clip_sample") is False
+    if usual and euler and not scheduler.get("rescale_betas_zero_snr"):
+        made, settings = None, scheduler
+    else:  # what the file leaves to its class
+        made, settings = _stock(scheduler, said, plain)
+    flow = any(scheduler.get(key) for key in ("use_flow_sigmas", "thresholding"))
+    if settings.get("prediction_type", "epsilon") != "epsilon" or settings.get("clip_sample") or flow:
+        names = ("prediction_type", "clip_sample", "use_flow_sigmas", "thresholding")
+        raise DIDRError(f"{said} says {', '.join(f'{k}={settings[k]!r}' for k in names if settings.get(k))}. {plain}")
+    if made is None:
+        keys = ("beta_start", "beta_end", "num_train_timesteps")
+        return VariancePreserving.scaled_linear(*(scheduler[key] for key in keys))
+    if not made.alphas_cumprod.min() > 0:
+        raise DIDRError(f"{said} ends in pure noise (rescale_betas_zero_snr), of which epsilon tells nothing. {plain}")
+    return VariancePreserving(made.alphas_cumprod)
+
+
+def _stock(scheduler: Mapping[str, Any], said: str, plain: str) -> tuple[Any, Mapping[str, Any]]:
+    """The scheduler as diffusers makes it, and its settings."""
+    import diffusers
+
+    make = getattr(diffusers, str(scheduler.get("_class_name")), None)
+    try:
+        made = make.from_config(dict(scheduler)) if make else None
+    except Exception as error:  # whatever a setting leads it to
+        raise DIDRError(f"{said} cannot be made by diffusers ({error}). {plain}") from error
+    if not isinstance(getattr(made, "alphas_cumprod", None), Tensor):
+        raise DIDRError(f"{said} has no table of noise levels (alphas_cumprod). {plain}")
+    return made, made.config  # type: ignore[union-attr]

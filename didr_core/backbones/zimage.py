@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,14 @@ from didr_core.config import locate
 from didr_core.diffusion.schedule import RectifiedFlow, expand
 from didr_core.types import Condition, DIDRError
 
-ODD_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "shift_terminal", "invert_sigmas")
+ODD_SIGMAS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "shift_terminal",
+    "invert_sigmas",
+    "stochastic_sampling",
+)
 
 
 class ZImage(PipelineBackbone):
@@ -138,6 +146,10 @@ class ZImage(PipelineBackbone):
             }
         )
 
+    def tokenizers(self) -> dict[Path, int]:
+        """See :class:`didr_core.types.Backbone`; eight tokens are the chat template's."""
+        return dict.fromkeys(super().tokenizers(), self.config.max_tokens - 8)
+
     def _call(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """``o = x0 - eps [B, C, H, W]`` at ``sigma [B]``, float32 whatever the network computes in."""
         dtype = dtype_of(network)
@@ -185,8 +197,10 @@ def shift_of(scheduler: Mapping[str, Any], tokens: int, where: str) -> float:
         DIDRError: a spacing of sigmas that is none of these.
     """
     odd = [k for k in ODD_SIGMAS if scheduler.get(k)]
-    if odd or scheduler.get("_class_name", "FlowMatchEulerDiscreteScheduler") != "FlowMatchEulerDiscreteScheduler":
-        what = ", ".join(odd) or f"_class_name={scheduler.get('_class_name')}"
+    other = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+    odd += [f"{k}={scheduler[k]}" for k, usual in other.items() if scheduler.get(k, usual) != usual]
+    if odd:
+        what = ", ".join(odd)
         raise DIDRError(
             f"backbone: the scheduler of {where!r} says {what}; expected a FlowMatchEulerDiscreteScheduler with a plain shift"
         )

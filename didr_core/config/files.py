@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -71,15 +72,70 @@ def clear_partials(folder: Path, name: str = "*") -> None:
             path.unlink(missing_ok=True)
 
 
-def mapping(text: bytes, where: str, fix: str = "", parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
-    """What the ``text`` of a file says: a JSON object, or with ``yaml.safe_load`` a YAML mapping.
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML as people type it: a key given twice is an error, and 010, 1:30 and 2026-01-01 are no numbers and dates but text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See :class:`yaml.SafeLoader`."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(f"{name!r} is given twice, in lines {lines[name]} and {line}; keep one of them")
+            lines[name] = line
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":int", ":timestamp"))]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """What YAML says.
 
     Raises:
-        DIDRError: it is empty, cut short, or says something else; begins with ``where`` it stands, ends with ``fix``.
+        yaml.YAMLError: it cannot be read, or gives a key twice.
+    """
+    return yaml.load(text, _Loader)
+
+
+def typed(text: str) -> Any:
+    """A value as typed after ``KEY=``: lists, mappings and quoted text are YAML, so are numbers, true, false and null; all else is text.
+
+    Raises:
+        yaml.YAMLError: a mapping that cannot be read.
+    """
+    text = text.strip()
+    if text[:1] in ("[", "{", "'", '"'):
+        try:
+            return read_yaml(text)
+        except yaml.YAMLError:
+            if text[0] == "{":
+                raise
+            return text  # a name with brackets in it
+    tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False))
+    plain = tag.rpartition(":")[2] in ("null", "bool", "int", "float")
+    return _Loader("").construct_object(yaml.ScalarNode(tag, text)) if plain else text
+
+
+def mapping(text: bytes, where: str, fix: str = "", parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """What the ``text`` of a file says: a JSON object, or with :func:`read_yaml` a YAML mapping.
+
+    Raises:
+        DIDRError: it is empty, cut short, not UTF-8, or says something else; begins with ``where`` it stands, ends with ``fix``.
     """
     try:
-        found = parse(text)
+        if b"\0" in text:
+            raise UnicodeDecodeError("utf-8", text, text.index(b"\0"), 0, "a zero byte")
+        found = parse(text.decode("utf-8-sig"))
         wrong = "" if isinstance(found, dict) else f"expected a mapping at the top, got {type(found).__name__}"
+    except UnicodeDecodeError as error:
+        wrong = f"not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
     except (ValueError, yaml.YAMLError) as error:
         wrong = f"not valid {'JSON' if parse is json.loads else 'YAML'}: {redacted(' '.join(str(error).split()))}"
     if wrong:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from didr_core.config.files import mapping
+from didr_core.config.files import mapping, read_yaml, typed
 from didr_core.config.passwords import redacted
 from didr_core.config.registry import Component
 from didr_core.config.schema import Config
@@ -56,7 +56,7 @@ def recorded(path: Path, overrides: Sequence[str] = (), values: Mapping[str, Any
     restore = "Restore it: run.json has the command that made it, export/config.yaml all but tracking and folders"
     if not path.is_file():
         raise DIDRError(f"{path}: is missing. {restore}.")
-    tree = mapping(path.read_bytes(), str(path), restore, yaml.safe_load)
+    tree = mapping(path.read_bytes(), str(path), restore, read_yaml)
     for old, new in RENAMED.items():
         section, _, key = old.partition(".")
         if isinstance(below := tree.get(section), dict) and key in below:
@@ -102,15 +102,20 @@ def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         )
     if recipe in seen:
         raise DIDRError(f"recipe {recipe!r}: `base:` goes in a circle: {' -> '.join((*seen, recipe))}")
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    path = Path(recipe).expanduser() if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         near = difflib.get_close_matches(recipe, known, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DIDRError(f"recipe: unknown {recipe!r}; known: {', '.join(known)}, or a path ending in .yaml.{hint}")
-    tree = mapping(path.read_bytes(), f"recipe {recipe!r}", parse=yaml.safe_load)
+    tree = mapping(path.read_bytes(), f"recipe {recipe!r}", parse=read_yaml)
     base = tree.pop("base", None)
-    return _merge(_read(base, (*seen, recipe)), tree) if base else tree
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise DIDRError(f"recipe {recipe!r}: base={base!r}: expected the name or the file of one recipe")
+    beside = path.parent / Path(base).expanduser()
+    return _merge(_read(str(beside) if beside.is_file() else base, (*seen, recipe)), tree)
 
 
 def _validate_with(
@@ -120,17 +125,15 @@ def _validate_with(
         key, sep, text = item.partition("=")
         if not sep or not key:
             raise DIDRError(f"--set {item!r}: expected KEY=VALUE, e.g. --set drp.beta=0.5")
-        _assign(tree, key.strip(), _value(item, text))
+        try:
+            _assign(tree, key.strip(), typed(text))
+        except yaml.YAMLError as error:
+            raise DIDRError(
+                f"--set {item!r}: {' '.join(str(error).split())}. Expected KEY={{name: value, ...}}."
+            ) from error
     for key, value in (values or {}).items():
         _assign(tree, key, copy.deepcopy(value))  # a later key may lie inside this value
     return validate(tree, where)
-
-
-def _value(item: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise DIDRError(f"--set {item!r}: the value is not valid YAML ({' '.join(str(error).split())})") from error
 
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -27,22 +26,6 @@ def versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
-
-
-def changed(before: Mapping[str, Any]) -> str:
-    """One line on the libraries and the Python that are others now than when :func:`provenance` gave ``before``; empty if none are."""
-    then = {**before.get("versions", {}), "python": before.get("python")}
-    now = {**versions(), "python": platform.python_version()}
-    others = [
-        f"{name} {old} then, {now.get(name, 'absent')} now"
-        for name, old in then.items()
-        if old and old != now.get(name)
-    ]
-    return (
-        f"other versions than this run began with: {'; '.join(others)}; numbers may differ in their last digits"
-        if others
-        else ""
-    )
 
 
 def commit() -> str:

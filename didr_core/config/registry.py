@@ -115,9 +115,9 @@ WORLD = Path(__file__).parents[1] / "world" / "files"
 
 
 class Strict(BaseModel):
-    """Base of every section: frozen, no unknown keys."""
+    """Base of every section: frozen, no unknown keys, numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 def component(kind: str) -> BeforeValidator:

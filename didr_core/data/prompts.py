@@ -15,32 +15,29 @@ Because a sample is known by its index, resuming needs no iterator state: the cu
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
+import posixpath
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from didr_core.config import Config, bundled, locate
+from didr_core.config import Config
+from didr_core.data.shards import find_shards, read_footer, read_group, splits
 from didr_core.types import DIDRError
 
 WINDOW = 65_536
 """Rows that are shuffled among themselves. A reading process keeps two windows: about 100 bytes a row more than the text."""
-
-
-HASHED_ROWS = 200_000
-"""Rows whose text :attr:`PromptIndex.contents` reads: a fraction of a second."""
+VISIBLE = r"[^\s\pZ\pM\p{Cc}\p{Cf}\x{115F}\x{1160}\x{2800}\x{3164}\x{FFA0}]"
+"""A character that leaves ink (RE2): no space, mark, control or format character, nor a filler of Hangul or Braille."""
+BOM = "\ufeff"
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,7 @@ class PromptIndex:
     column: str = "prompt"
     id_column: str | None = None  # none: 'shard:row' is the id
     key: str = "data.prompts"
+    digest: str = ""  # of the first texts, once somebody has read them
 
     @classmethod
     def open(cls, path: str, column: str = "prompt", id_column: str = "id", key: str = "data.prompts") -> PromptIndex:
@@ -85,9 +83,9 @@ class PromptIndex:
         Raises:
             DIDRError: nothing there, no shards, a shard that is not Parquet, a column that is missing or not text, no rows at all.
         """
-        shards = _shards(path, key)
+        shards = find_shards(path, column, key)
         with ThreadPoolExecutor(min(8, len(shards))) as pool:
-            footers = list(pool.map(lambda s: _footer(s, column, id_column, key), shards))
+            footers = list(pool.map(lambda s: read_footer(s, column, id_column, key), shards))
         has_id = footers[0][1]
         for shard, (_, other) in zip(shards, footers, strict=True):
             if other != has_id:
@@ -112,6 +110,21 @@ class PromptIndex:
         return sum(group.rows for group in self.groups)
 
     @property
+    def notes(self) -> list[str]:
+        """What its user may not have meant, in sentences."""
+        told, found = [], splits(self.shards)
+        if len(found) > 1:
+            told.append(
+                f"shards of several splits are read together: {', '.join(f'{n} {s}' for s, n in sorted(found.items()))}"
+            )
+        if len(depths := {shard.count("/") for shard in self.shards}) > 1:
+            told.append(f"{len(self)} prompts in {len(self.shards)} shards, at {len(depths)} depths of folders")
+        return [
+            f"{self.key}={self.path!r}: {text}. If only some are meant, name them, e.g. 'FOLDER/train-*.parquet'."
+            for text in told
+        ]
+
+    @property
     def fingerprint(self) -> str:
         """Short hash of shard names, row counts and order of samples: a resumed run must find the same corpus."""
         names = [s.rpartition("/")[2] for s in self.shards]
@@ -119,23 +132,6 @@ class PromptIndex:
         if len(self) > WINDOW:  # before 0.2 windows ended with row groups; one window had today's order
             text += f" windows of {WINDOW}"
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-    @property
-    def contents(self) -> str:
-        """:attr:`fingerprint`, "-", and a hash of the text: of the first :data:`HASHED_ROWS` rows as it stands, of later row groups as
-        sizes, smallest and largest text in their footers. Reads these rows."""
-        text, seen = hashlib.blake2b(digest_size=8), 0
-        for shard, groups in itertools.groupby(self.groups, lambda group: group.shard):
-            footer: Any = None
-            for group in groups:
-                if seen < HASHED_ROWS:
-                    rows = self._rows(group).column("prompt").to_pylist()
-                    text.update("\0".join(map(str, rows)).encode("utf-8", "surrogatepass") + b"\0")
-                else:
-                    footer = footer or _open(self.shards[shard], self.key).metadata
-                    text.update(repr(_facts(footer.row_group(group.number), self.column)).encode())
-                seen += group.rows
-        return f"{self.fingerprint}-{text.hexdigest()}"
 
     def read(self, indices: Sequence[int] | NDArray[np.int64], seed: int) -> list[Prompt]:
         """The samples at stream positions ``indices``, in that order.
@@ -154,25 +150,26 @@ class PromptIndex:
         return [samples[slot] for slot in range(len(indices))]
 
     def _samples(self, indices: Sequence[int], table: pa.Table) -> list[Prompt]:
-        """Rows of :meth:`_rows` as samples; raises DIDRError for a blank one."""
-        samples = []
-        for index, row in zip(indices, table.to_pylist(), strict=True):
-            if not (row["prompt"] or "").strip():
-                raise DIDRError(
-                    f"{self.key}: the prompt at {self.shards[row['shard']]}:{row['row']} (shard:row, column {self.column!r}) is "
-                    f"{row['prompt']!r}. Expected non-empty text; remove the row or fill it in."
-                )
-            samples.append(Prompt(index, row["id"], row["prompt"]))
-        return samples
+        """Rows of :meth:`_rows` as samples, without byte-order marks; raises DIDRError for a blank one."""
+        inked = pc.fill_null(pc.match_substring_regex(table.column("prompt"), VISIBLE), False)
+        if not pc.all(inked).as_py():
+            row = table.slice(inked.index(False).as_py(), 1).to_pylist()[0]
+            raise DIDRError(
+                f"{self.key}: the prompt at {self.shards[row['shard']]}:{row['row']} (shard:row, column {self.column!r}) is "
+                f"{row['prompt']!r}. Expected non-empty text; remove the row or fill it in."
+            )
+        texts, ids = table.column("prompt").to_pylist(), table.column("id").to_pylist()
+        return [Prompt(*each) for each in zip(indices, ids, (text.removeprefix(BOM) for text in texts), strict=True)]
 
     def _rows(self, group: RowGroup, start: int = 0, stop: int | None = None) -> pa.Table:
         """Rows of a row group, read from disk: ``prompt``, ``id``, and where they stand, ``shard`` and ``row``."""
         columns = [self.column, *([self.id_column] if self.id_column else [])]
-        table = _read_group(self.shards[group.shard], group.number, columns, self.key)
+        table = read_group(self.shards[group.shard], group.number, columns, self.key)
         table = table.slice(start, None if stop is None else stop - start)
         rows = range(group.first + start, group.first + start + len(table))
+        self._refuse_other_encodings(group, start, table)
         ids = table.column(self.id_column).to_pylist() if self.id_column else [None] * len(table)
-        name = self.shards[group.shard].rpartition("/")[2]
+        name = self.shards[group.shard].removeprefix(self._folder)
         names = [f"{name}:{row}" if value is None else str(value) for row, value in zip(rows, ids, strict=True)]
         return pa.table(
             {
@@ -183,24 +180,41 @@ class PromptIndex:
             }
         )
 
-    def scan(self, rows: int = 200_000) -> int:
-        """Look for empty, blank and null prompts in the first ``rows`` rows, a row group at a time; returns the rows looked at.
+    @cached_property
+    def _folder(self) -> str:
+        """What all shards' names begin with, "/" included."""
+        return posixpath.commonpath([posixpath.dirname(shard) for shard in self.shards]) + "/"
 
-        Preflight calls it: a small corpus is read whole, a large one in part (the rest is checked when it is read).
+    def _refuse_other_encodings(self, group: RowGroup, start: int, table: pa.Table) -> None:
+        """Raises DIDRError for a text that is not UTF-8, which Parquet lets pass."""
+        for name in table.column_names:
+            try:
+                table.column(name).validate(full=True)
+            except pa.ArrowInvalid as error:
+                rows = enumerate(table.column(name).cast(pa.large_binary()).to_pylist(), group.first + start)
+                row, value = next((r, v) for r, v in rows if v and v.decode(errors="ignore").encode() != v)
+                raise DIDRError(
+                    f"{self.key}: {self.shards[group.shard]}:{row} (shard:row, column {name!r}) is not UTF-8: {value[:60]!r}. "
+                    "Write the shard again with text decoded from its own encoding."
+                ) from error
+
+    def texts(self, rows: int = 200_000) -> Iterator[list[str]]:
+        """The first ``rows`` prompts, a whole row group at a time, in file order. Preflight reads them to see whether they are prompts: a
+        small corpus whole, a large one in part (the rest is checked when it is read).
 
         Raises:
             DIDRError: as :meth:`read`.
         """
         seen = 0
         for group in self.groups:
-            if seen >= rows:
-                break
-            table = self._rows(group)
-            length = pc.utf8_length(pc.utf8_trim_whitespace(table.column("prompt")))
-            blank = table.filter(pc.fill_null(pc.equal(length, 0), True))
-            self._samples(range(len(blank)), blank)  # refuses the first
-            seen += len(table)
-        return seen
+            if seen < rows:
+                table = self._rows(group)
+                seen += len(table)
+                yield [sample.prompt for sample in self._samples(range(len(table)), table)]
+
+    def scan(self, rows: int = 200_000) -> int:
+        """Go through :meth:`texts`; returns the rows looked at."""
+        return sum(map(len, self.texts(rows)))
 
     def first(self, count: int) -> list[Prompt]:
         """The first ``count`` prompts in file order (held-out grids): index = row in the corpus."""
@@ -230,102 +244,3 @@ def _window(index: PromptIndex, seed: int, epoch: int, window: int) -> pa.Table:
         begin = int(ends[slot] - rows[order[slot]])
         parts.append(index._rows(index.groups[order[slot]], max(first - begin, 0), min(last, int(ends[slot])) - begin))
     return pa.concat_tables(parts).take(np.random.default_rng([seed, epoch, window + 1]).permutation(last - first))
-
-
-def _shards(path: str, key: str) -> tuple[str, ...]:
-    filesystem, root = _filesystem(path)
-    prefix = "" if isinstance(filesystem, pafs.LocalFileSystem) else path.partition("://")[0] + "://"
-    if any(c in root for c in "*?["):
-        folder, _, pattern = root.rpartition("/")
-        found = _match(filesystem, folder or ".", pattern)
-        hint = "matches nothing"
-    else:
-        info = filesystem.get_file_info(root)
-        if info.type == pafs.FileType.File:
-            return (prefix + root,)
-        if info.type == pafs.FileType.NotFound:
-            raise DIDRError(
-                f"{key}={path!r}: no such file or folder. Expected a Parquet file, a folder of .parquet shards, or a glob; set {key}=PATH."
-            )
-        found = [f.path for f in filesystem.get_file_info(pafs.FileSelector(root)) if f.type == pafs.FileType.File]
-        found = [p for p in found if p.endswith(".parquet")]
-        hint = "no .parquet files in this folder"
-    if not found:
-        raise DIDRError(f"{key}={path!r}: {hint}. Expected at least one Parquet shard with a text column.")
-    return tuple(prefix + p for p in sorted(found))
-
-
-def _match(filesystem: Any, folder: str, pattern: str) -> list[str]:
-    """Files of one folder whose name matches ``pattern`` (wildcards in folder names only on a local disk)."""
-    import fnmatch
-    import glob
-
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        return [p for p in glob.glob(f"{folder}/{pattern}", recursive=True) if not p.endswith("/")]
-    files = filesystem.get_file_info(pafs.FileSelector(folder))
-    return [f.path for f in files if f.type == pafs.FileType.File and fnmatch.fnmatch(f.base_name, pattern)]
-
-
-def _filesystem(path: str) -> tuple[Any, str]:
-    if bundled(path) or "://" not in path:
-        return pafs.LocalFileSystem(), str(locate(path))
-    try:
-        return pafs.FileSystem.from_uri(path)  # type: ignore[no-any-return]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise DIDRError(f"prompts {path!r}: pyarrow cannot open this kind of address ({error})") from error
-
-
-def _open(shard: str, key: str) -> pq.ParquetFile:
-    filesystem, path = _filesystem(shard)
-    with _in_words(f"{key}: shard {shard} is not a readable Parquet file"):
-        return pq.ParquetFile(filesystem.open_input_file(path))
-
-
-@contextmanager
-def _in_words(what: str) -> Iterator[None]:
-    """Damage may show as any of these errors: a text that is no UTF-8, a length that memory has no room for."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DIDRError(f"{what} ({reason}). Was it cut short? Replace or remove it.") from error
-
-
-def _footer(shard: str, column: str, id_column: str, key: str) -> tuple[list[int], bool]:
-    """Rows of each row group, and whether the id column is there."""
-    with _open(shard, key) as file, _in_words(f"{key}: shard {shard} is not a readable Parquet file"):
-        schema = file.schema_arrow
-        schema.names  # noqa: B018  (they are decoded here)
-        groups = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
-    if column not in schema.names:
-        near = difflib.get_close_matches(column, schema.names, 1) or difflib.get_close_matches(
-            column.lower(), schema.names, 1
-        )
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DIDRError(
-            f"data.column={column!r}: shard {shard} has no such column; it has {', '.join(schema.names) or 'none'}.{hint} "
-            "Set data.column to the text column."
-        )
-    kind = schema.field(column).type
-    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)):
-        texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-        raise DIDRError(
-            f"data.column={column!r}: in shard {shard} it holds {kind}, expected text. Text columns there: {', '.join(texts) or 'none'}."
-        )
-    return groups, id_column in schema.names
-
-
-def _facts(group: Any, column: str) -> tuple[Any, ...]:
-    """What a footer knows of the text of a row group."""
-    columns = (group.column(n) for n in range(group.num_columns))
-    found = next(c for c in columns if c.path_in_schema == column)
-    known = found.statistics
-    return found.num_values, found.total_uncompressed_size, known and known.has_min_max and (known.min, known.max)
-
-
-def _read_group(shard: str, group: int, columns: Sequence[str], key: str) -> pa.Table:
-    with _open(shard, key) as file, _in_words(f"{key}: row group {group} of shard {shard} cannot be read"):
-        table = file.read_row_group(group, columns=list(columns))
-        table.validate(full=True)
-        return table

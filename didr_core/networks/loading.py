@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +20,14 @@ from didr_core.types import DIDRError
 State = dict[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index*.json"), ("*.bin", "*.bin.index*.json")
-TOKENIZER_FILES = ("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt")
+WEIGHT_FILE = re.compile(
+    r"(?!model\..*bin|diffusion_pytorch_model\..*bin\.index)"  # nobody reads these
+    r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)(?:\.(?P<variant>[a-z]\w*))?\.(?P<kind>safetensors|bin)"
+    r"(?P<index>\.index(?:\.(?P<of>\w+))?\.json)?"
+)
+"""One file, or the index of several, as diffusers and transformers name them."""
+SMALL = 2**16
+"""Numbers of a tensor that is looked through for NaN before anything is loaded: biases, norms, the last layer."""
 
 
 def check_folder(key: str, folder: Path, file: str, field: str, expected: Sequence[str]) -> dict[str, Any]:
@@ -30,14 +39,14 @@ def check_folder(key: str, folder: Path, file: str, field: str, expected: Sequen
     path = folder / file
     if not folder.is_dir():
         raise DIDRError(
-            f"{key}={str(folder)!r}: no such folder. Expected a folder with {file} ({' or '.join(expected)})."
+            f"{key}={str(folder)!r}: no such folder. Expected a folder with {file} ({' or '.join(expected)}).{hub_hint(folder)}"
         )
     if not path.is_file():
         raise DIDRError(
-            f"{key}={str(folder)!r}: {file} is missing (found: {_found(folder)}). "
+            f"{key}={str(folder)!r}: {file} is missing (found: {found_in(folder)}). "
             f"Expected {' or '.join(expected)} saved by save_pretrained."
         )
-    content = _json(key, path)
+    content = read_json(key, path)
     if content.get(field) not in expected:
         raise DIDRError(
             f"{key}={str(folder)!r}: {file} says {field}={content.get(field)!r}; expected {' or '.join(expected)}."
@@ -55,8 +64,7 @@ def check_model(key: str, folder: Path, expected: Sequence[str], tensors: Sequen
     """
     content = check_folder(key, folder, "config.json", "model_type", expected)
     names = check_weights(key, folder, "model.safetensors or pytorch_model.bin")
-    missing = [name for name in tensors if name not in names]
-    if names and missing:
+    if missing := [name for name in tensors if name not in names]:
         raise DIDRError(
             f"{key}={str(folder)!r}: its weights lack {_some(missing)}, so they are not a whole {' or '.join(expected)} model. "
             "Expected all of what save_pretrained writes."
@@ -64,76 +72,50 @@ def check_model(key: str, folder: Path, expected: Sequence[str], tensors: Sequen
     return content
 
 
-def check_weights(key: str, folder: Path, usual: str) -> set[str]:
-    """The weights beside ``config.json`` that would be loaded are whole; ``usual`` says how such files are called. Returns the names of
-    their tensors where headers or an index tell them (torch files do not).
+def check_weights(key: str, folder: Path, usual: str) -> dict[str, tuple[int, ...]]:
+    """The weights beside ``config.json`` that would be loaded are whole, and their small tensors finite; other files are not looked at.
+    ``usual`` says how such files are called. Returns names and shapes of their tensors.
 
     Raises:
-        DIDRError: none, damaged, or pointers.
+        DIDRError: none, damaged, pointers, or a tensor with NaN.
     """
-    files, _ = _loaded(folder)
-    if not files:
+    path, _ = find_weights(folder)
+    if path is None:
         raise DIDRError(
-            f"{key}={str(folder)!r}: no weights beside config.json (found: {_found(folder)}). Expected {usual}; download it too."
+            f"{key}={str(folder)!r}: no weights beside config.json (found: {found_in(folder)}). Expected {usual}; download it too."
         )
-    names: set[str] = set()
-    for path in files:
-        _refuse_pointers(key, path)
-        if path.suffix == ".safetensors":
-            names |= set(_header(key, path))
-        elif ".index." in path.name:
-            places = _json(key, path).get("weight_map", {})
-            names |= set(places)
-            if absent := sorted({file for file in places.values() if not (folder / file).is_file()}):
-                raise DIDRError(
-                    f"{key}={str(folder)!r}: {path.name} names {_some(absent)}, not there. Was the download cut short?"
-                )
-    return names
+    _refuse_pointers(key, path)
+    files = [path]
+    if path.suffix == ".json":
+        files = [folder / name for name in sorted(set(read_json(key, path).get("weight_map", {}).values()))]
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise DIDRError(
+                f"{key}={str(folder)!r}: {path.name} names {_some(absent)}, not there. Was the download cut short?"
+            )
+    return {name: shape for file in files for name, shape in shapes_of(key, file).items()}
 
 
 def variant(folder: Path) -> str | None:
-    """ "fp16" where a diffusers folder holds that variant of its weights only, as many downloads do."""
-    return _loaded(folder)[1]
+    """Which variant of its weights ``from_pretrained`` must be told to take of a folder: "fp16", "bf16", "non_ema", ...; None = plain."""
+    return find_weights(folder)[1]
 
 
-def _loaded(folder: Path) -> tuple[list[Path], str | None]:
-    """What ``from_pretrained`` takes of a folder, and its variant: plain before fp16, safetensors before torch files."""
-    for name in (None, "fp16"):
-        for patterns in WEIGHT_FILES:
-            files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-            if found := [path for path in files if (".fp16" in path.name) == bool(name)]:
-                return found, name
-    return [], None
-
-
-def check_tokenizer(key: str, folder: Path) -> None:
-    """Raises DIDRError unless ``folder`` holds all files of a tokenizer."""
-    wanted = " or ".join(" with ".join(files) for files in TOKENIZER_FILES)
-    if not folder.is_dir():
-        raise DIDRError(f"{key}={str(folder)!r}: no such folder. Expected one with {wanted}; set `tokenizer`.")
-    if not any(all((folder / name).is_file() for name in files) for files in TOKENIZER_FILES):
-        raise DIDRError(
-            f"{key}={str(folder)!r}: no tokenizer there (found: {_found(folder)}). Expected {wanted}; "
-            "set `tokenizer` to the folder of the model that these weights were trained from."
-        )
-
-
-def read_tokenizer(key: str, folder: Path) -> Any:
-    """The transformers tokenizer in ``folder``.
-
-    Raises:
-        DIDRError: see :func:`check_tokenizer`; or transformers cannot read what is there.
+def find_weights(folder: Path) -> tuple[Path | None, str | None]:
+    """What ``from_pretrained`` takes of a folder, a file or the index of several, and its variant: plain before a variant (of several the
+    one of most bits), safetensors before torch files. What else lies there is nobody's.
     """
-    from transformers import AutoTokenizer
-
-    check_tokenizer(key, folder)
-    quiet()
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # of several libraries, one of which raises the bare class
-        raise DIDRError(
-            f"{key}={str(folder)!r}: transformers cannot read this tokenizer ({_reason(error)}). Expected all that save_pretrained writes."
-        ) from error
+    ranks = {None: 0, "fp32": 1, "bf16": 2, "fp16": 3}
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        name = WEIGHT_FILE.fullmatch(path.name)
+        if name:
+            which = name["of"] if name["index"] else name["variant"]
+            one_first = bool(name["index"]) == (name["stem"] != "diffusion_pytorch_model")
+            found.append((ranks.get(which, 4), which or "", name["kind"] == "bin", one_first, path))
+    if not found:
+        return None, None
+    _, which, _, _, path = min(found)
+    return path, which or None
 
 
 def find_file(key: str, path: Path, names: Sequence[str]) -> Path:
@@ -147,8 +129,21 @@ def find_file(key: str, path: Path, names: Sequence[str]) -> Path:
     for name in names:
         if (path / name).is_file():
             return path / name
-    what = f"not in this folder (found: {_found(path)})" if path.is_dir() else "no such file or folder"
-    raise DIDRError(f"{key}={str(path)!r}: {what}. Expected the published file {' or '.join(names)}, or its folder.")
+    what = f"not in this folder (found: {found_in(path)})" if path.is_dir() else "no such file or folder"
+    hint = hub_hint(path)
+    raise DIDRError(
+        f"{key}={str(path)!r}: {what}. Expected the published file {' or '.join(names)}, or its folder.{hint}"
+    )
+
+
+def hub_hint(path: Path) -> str:
+    """How to fetch what a name like ``owner/model`` means on the Hugging Face hub; empty for other paths, and for those that are here."""
+    name, _, revision = str(path).partition("@")
+    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        return ""
+    at = f" --revision {revision}" if revision else ""
+    own = name.partition("/")[2]
+    return f" If it is a model of the hub, nothing is downloaded here: `hf download {name}{at} --local-dir {own}`, then give {own}."
 
 
 def read_state(key: str, path: Path) -> State:
@@ -166,8 +161,13 @@ def read_state(key: str, path: Path) -> State:
     try:
         content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+            raise DIDRError(
+                f"{key}={str(path)!r}: holds Python objects (a pickled module?), which are not run here; expected named tensors alone. "
+                "Load it where you trust it and save `module.state_dict()` with safetensors.torch.save_file."
+            ) from error
         raise DIDRError(
-            f"{key}={str(path)!r}: not a readable torch file ({_reason(error)}). Was the download cut short? Fetch it again."
+            f"{key}={str(path)!r}: not a readable torch file ({reason(error)}). Was the download cut short? Fetch it again."
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -180,20 +180,38 @@ def read_state(key: str, path: Path) -> State:
 
 
 def shapes_of(key: str, path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a file of weights: of ``.safetensors`` the header alone is read, torch files are memory-mapped.
+    """Names and shapes in a file of weights: of ``.safetensors`` the header and small tensors are read, torch files are memory-mapped.
 
     Raises:
-        DIDRError: see :func:`read_state`.
+        DIDRError: see :func:`read_state`; NaN in a tensor of up to :data:`SMALL` numbers.
     """
     from safetensors import safe_open
 
     if path.suffix != ".safetensors":
-        return {name: tuple(value.shape) for name, value in read_state(key, path).items()}
+        state = read_state(key, path)
+        refuse_nan(key, path, {name: value for name, value in state.items() if value.numel() <= SMALL})
+        return {name: tuple(value.shape) for name, value in state.items()}
 
     _refuse_pointers(key, path)
     names = _header(key, path)
     with safe_open(path, "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        refuse_nan(key, path, {name: file.get_tensor(name) for name in names if math.prod(shapes[name]) <= SMALL})
+    return shapes
+
+
+def refuse_nan(key: str, path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raises DIDRError for a tensor that is not all finite numbers, naming it."""
+    for name, value in state.items():
+        if (
+            value.is_floating_point()
+            and not value.sum(dtype=torch.float32).isfinite()
+            and not value.float().isfinite().all()
+        ):
+            kind = "NaN" if value.float().isnan().any() else "infinity"
+            raise DIDRError(
+                f"{key}={str(path)!r}: {name} holds {kind}. Expected finite numbers; take an earlier checkpoint, or fetch the file again."
+            )
 
 
 def without_prefix(state: Mapping[str, Any], marker: str) -> dict[str, Any]:
@@ -206,14 +224,16 @@ def without_prefix(state: Mapping[str, Any], marker: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
-def check_layout(key: str, path: Path, state: State, expected: Shapes, what: str) -> None:
-    """Raises DIDRError unless ``state`` has exactly the names and shapes ``expected`` of ``what``; names the first that differ."""
+def check_layout(key: str, path: Path, state: State | Shapes, expected: Shapes, what: str, extra: bool = False) -> None:
+    """Raises DIDRError unless ``state`` (tensors, or their shapes) has exactly the names and shapes ``expected`` of ``what``, or more names
+    where ``extra`` are let pass; names the first that differ."""
     missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
+    unexpected = [] if extra else [name for name in state if name not in expected]
+    found = {name: tuple(getattr(value, "shape", value)) for name, value in state.items()}
     shapes = [
-        f"{name} {list(state[name].shape)} instead of {list(shape)}"
+        f"{name} {list(found[name])} instead of {list(shape)}"
         for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != tuple(shape)
+        if name in found and found[name] != tuple(shape)
     ]
     wrong = [
         f"{len(items)} {label} ({_some(items)})"
@@ -262,18 +282,18 @@ def assemble(make: Callable[[], nn.Module], state: State) -> nn.Module:
 
 
 def load_pretrained(key: str, make: type[Any], folder: Path, **options: Any) -> Any:
-    """``make.from_pretrained(folder)`` in float32, frozen, eval mode, with nothing left at random.
+    """``make.from_pretrained(folder)`` in float32 (or ``dtype`` of the options), frozen, eval mode, with nothing left at random.
 
     Raises:
         DIDRError: no model can be made of the folder; tensors are missing (which transformers leaves at random) or of other shapes.
     """
     quiet()
-    options |= {"dtype": torch.float32, "variant": variant(folder), "ignore_mismatched_sizes": True}
+    options = {"dtype": torch.float32} | options | {"variant": variant(folder), "ignore_mismatched_sizes": True}
     try:
         model, info = make.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:  # whatever a configuration or a torch file leads it to
         raise DIDRError(
-            f"{key}={str(folder)!r}: transformers cannot load it ({_reason(error)}). Expected a whole {make.__name__}."
+            f"{key}={str(folder)!r}: transformers cannot load it ({reason(error)}). Expected a whole {make.__name__}."
         ) from error
     missing = sorted(info["missing_keys"])
     if other := [f"{name} {list(has)} instead of {list(wanted)}" for name, has, wanted in info["mismatched_keys"]]:
@@ -290,6 +310,7 @@ def quiet() -> None:
     import diffusers
     import transformers
 
+    warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
@@ -319,7 +340,8 @@ def _header(key: str, path: Path) -> list[str]:
         ) from error
 
 
-def _json(key: str, path: Path) -> dict[str, Any]:
+def read_json(key: str, path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; raises DIDRError where it is damaged."""
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:  # of JSON, of UTF-8; something other than an object
@@ -328,12 +350,13 @@ def _json(key: str, path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line of what a library says."""
     return str(error).strip().partition("\n")[0][:160] or type(error).__name__
 
 
-def _found(folder: Path) -> str:
+def found_in(folder: Path) -> str:
+    """Names of what lies there, for messages."""
     return ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
 
 

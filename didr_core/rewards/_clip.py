@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from didr_core.config import Component, locate
-from didr_core.networks.loading import check_model, check_tokenizer, load_pretrained, read_tokenizer
+from didr_core.networks.loading import check_model, load_pretrained, read_json
+from didr_core.networks.tokenizers import check_tokenizer, read_tokenizer
 from didr_core.rewards.images import clip_pixels
 from didr_core.types import DIDRError, Tensors
 
@@ -102,6 +103,11 @@ class ClipFolderReward(ClipReward):
     def check(self) -> None:
         """Raises DIDRError unless the folders hold a whole CLIPModel and a tokenizer."""
         check_clip(self.folder, self.tokenizer)
+
+    def tokenizers(self) -> dict[Path, int]:
+        """See :class:`didr_core.types.Reward`."""
+        content = read_json("reward.path", self.folder / "config.json")
+        return {self.tokenizer: content.get("text_config", {}).get("max_position_embeddings", 77)}
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Load model and tokenizer, frozen."""

@@ -13,6 +13,7 @@ Why fixed, and why this one:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -70,6 +71,10 @@ class Composite:
                 reward.check()
             except DIDRError as error:
                 raise DIDRError(f"reward.parts[{number}] ({part.reward.name}): {error}") from error
+
+    def tokenizers(self) -> dict[Path, int]:
+        """The parts', see :class:`didr_core.types.Reward`."""
+        return {k: v for reward in self.rewards for k, v in (reward.tokenizers() or {}).items()}
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Load every part."""

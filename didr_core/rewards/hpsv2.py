@@ -21,12 +21,12 @@ from didr_core.networks.loading import (
     State,
     assemble,
     check_layout,
-    check_tokenizer,
     count_layers,
     find_file,
     marker_shapes,
     read_state,
 )
+from didr_core.networks.tokenizers import check_tokenizer
 from didr_core.rewards._clip import ClipReward, Towers, load_tokenizer
 from didr_core.rewards.images import padded_pixels
 from didr_core.types import DIDRError
@@ -62,6 +62,11 @@ class HPSv2(ClipReward):
         state, tokenizer = self._checked()
         model: Any = convert(state).to(device)
         self._towers = Towers(model, load_tokenizer(tokenizer, model), padded_pixels)
+
+    def tokenizers(self) -> dict[Path, int]:
+        """See :class:`didr_core.types.Reward`."""
+        state, tokenizer = self._checked()
+        return {tokenizer: len(state["positional_embedding"])}
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """``{"text": [B, D]}``, unit length, of prompts as :func:`clean` leaves them."""

@@ -19,12 +19,11 @@ from didr_core.config import Component, locate
 from didr_core.networks.loading import (
     check_folder,
     check_model,
-    check_tokenizer,
     find_file,
     load_pretrained,
     read_state,
-    read_tokenizer,
 )
+from didr_core.networks.tokenizers import check_tokenizer, read_tokenizer
 from didr_core.rewards import _blip
 from didr_core.rewards._head import linear_head, linear_layers
 from didr_core.rewards.images import clip_pixels
@@ -81,6 +80,11 @@ class ImageReward:
                 f"reward.path={str(self.path)!r}: reward.json says {settings}; expected mean, and std above 0."
             )
         check_tokenizer("reward.tokenizer", self._tokenizer_folder())
+
+    def tokenizers(self) -> dict[Path, int]:
+        """See :class:`didr_core.types.Reward`."""
+        settings = PUBLISHED if self.published else json.loads((self.path / "reward.json").read_text())
+        return {self._tokenizer_folder(): int(settings["max_length"])}
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Load towers, head and tokenizer, frozen, float32."""

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from didr_core import config as configs
-from didr_core.config.provenance import changed
 from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
@@ -48,16 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.resume:
             run = RunFolder.find(given.resume)
             config = run.config(given.overrides)
-            if others := changed(run.info()):
-                print(others)
-            index = preflight(config, output=run.path)
+            index = preflight(config, output=run.path, note=print)
         else:
             config = configs.load(given.recipe, given.overrides)
-            index = preflight(config, output=local_folder("--output", given.output) if given.output else None)
+            folder = local_folder("--output", given.output) if given.output else None
+            index = preflight(config, output=folder, note=print)
             config, told = fit.here(config)
             print(told, end="\n" if told else "")
             run = RunFolder.create(config, given.output, " ".join(["python -m didr_core.train", *sys.argv[1:]]))
         with stoppable(), outcome(run):
+            if changed := run.same_start(index.digest):
+                print(changed)
             run.write_config(config)
             train_and_finish(config, run, index, _Lines())
     except DIDRError as error:

@@ -70,15 +70,9 @@ class Journal:
         if not step:
             return
         extra = checkpoint.load(self.run.checkpoint(step), self.learner)
-        if not self.corpus.startswith(began := extra["corpus"]):  # until 0.3 without the text's part
-            prompts = f"data.prompts={self.config.data.prompts!r}"
-            if began.partition("-")[0] == self.corpus.partition("-")[0]:
-                raise DIDRError(
-                    f"{prompts}: the text of the prompts is not that this run began with, in shards of the same names and row counts, so "
-                    "it cannot go on where it stopped. Restore the shards, or start a new run."
-                )
+        if extra["corpus"] != self.corpus:
             raise DIDRError(
-                f"{prompts}: shards, row counts or the order of samples are not those this run began "
+                f"data.prompts={self.config.data.prompts!r}: shards, row counts or the order of samples are not those this run began "
                 "with, so it cannot go on where it stopped. Restore the shards, or start a new run (over 65,536 prompts the order "
                 "changed with version 0.2: go on with the version in run.json)."
             )
@@ -204,7 +198,7 @@ def train(
         precompute(config, index, run.last_step() * config.train.batch, observer.stage)
     observer.stage("loading networks")
     learner = Learner(config, device=config.torch_device)
-    journal = Journal(run, config, learner, index.contents)
+    journal = Journal(run, config, learner, index.fingerprint)
     journal.restore()
     run.forget_after(learner.step_count)
     grid = grid_of(learner) if grid_of and config.evaluation.every else None

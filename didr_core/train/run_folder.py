@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.config.files import mapping, replace_text
-from didr_core.config.provenance import provenance
+from didr_core.config.provenance import provenance, versions
 from didr_core.types import DIDRError, StepReport
 
 Status = Literal["running", "finished", "failed", "interrupted"]
@@ -47,6 +47,9 @@ FREE_TO_CHANGE = (
     "train.threads",
 )
 """Keys that `--resume` may set anew: they change how a run runs, not what its next update is."""
+
+NUMBERS = ("torch", "diffusers", "transformers")
+"""Packages whose version may change what a run computes."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,29 @@ class RunFolder:
     def update(self, **values: Any) -> None:
         """Set keys of ``run.json``."""
         self._replace("run.json", json.dumps(self.info() | values, indent=1, default=str) + "\n")
+
+    def same_start(self, prompts: str) -> str:
+        """Note ``prompts`` (the digest of their texts) once, and compare with it ever after. Returns a sentence where libraries are others.
+
+        Raises:
+            DIDRError: the run began with other prompts.
+        """
+        info, now = self.info(), versions()
+        if info.setdefault("prompts", prompts) != prompts:
+            raise DIDRError(
+                f"run {self.path}: data.prompts holds other texts than when the run began (digest {prompts}, not {info['prompts']}). "
+                "Put the prompts of then back, or start a new run."
+            )
+        self.update(prompts=prompts)
+        then = info.get("versions") or {}
+        other = [
+            f"{name} {then[name]} -> {now[name]}" for name in NUMBERS if then.get(name, now.get(name)) != now.get(name)
+        ]
+        return (
+            f"run {self.path}: began with other versions ({', '.join(other)}): its numbers may differ from here on."
+            if other
+            else ""
+        )
 
     def commands(self) -> list[str]:
         """What was typed to make this run: the first command, then those that went on with other settings."""

@@ -112,7 +112,7 @@ def _trainer(
         train_loop_config={
             "config": config,
             "run": run,
-            "corpus": index.contents,
+            "corpus": index.fingerprint,
             "scorers": scorers,
             "profile": profile,
         },

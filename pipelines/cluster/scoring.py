@@ -62,6 +62,9 @@ class ActorReward:
     def check(self) -> None:
         """Preflight has looked at it before the actors started."""
 
+    def tokenizers(self) -> None:
+        """The actors' affair."""
+
     def load(self, device: torch.device | str = "cpu") -> None:
         """The actors have loaded it."""
 

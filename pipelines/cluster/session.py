@@ -55,6 +55,10 @@ WAIT_FOR_NODES_S = 600.0
 """How long to wait for the nodes of a cluster that may still be starting."""
 LOOK_S = 10.0
 STARTUP_TIMEOUT = "timed out during startup"  # what Ray says when a helper was too slow
+SOCKET_PATH = 107  # characters that Linux allows
+SOCKET = (
+    "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # Ray's longest, below its temporary folder
+)
 PACKAGES = ("didr_core", "pipelines", "tune_spaces")
 _JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's job supervisor sets it for the entrypoint of a submitted job, nobody else does
 
@@ -76,16 +80,16 @@ def where_to_run(address: str | None) -> Place:
     """Decide between a Ray of our own and the one at `address` (or RAY_ADDRESS); `"local"` insists on our own.
 
     Raises:
-        DIDRError: an address Ray Train cannot work with (a Ray Client or dashboard URL).
+        DIDRError: an address Ray Train cannot work with (a Ray Client or dashboard URL); see :func:`_here`.
     """
     if inside_ray_job():
         return Place("job", os.environ.get("RAY_ADDRESS", "auto"))
     if address == "local":
-        return Place("here")
+        return _here()
     source = "address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
-        return Place("here")
+        return _here()
     if address.startswith(("ray://", "http://", "https://")):
         raise DIDRError(
             f"{source}={address}: this is the URL of a dashboard or a Ray Client server; training needs the cluster itself."
@@ -93,6 +97,21 @@ def where_to_run(address: str | None) -> Place:
             f" HOST:6379; to run on this machine alone {'leave it out' if source == 'address' else 'unset it'}."
         )
     return Place("attached", address)
+
+
+def _here() -> Place:
+    """A Ray of our own, whose sockets lie deep below the temporary folder.
+
+    Raises:
+        DIDRError: a folder so long that the system gives no socket such a name.
+    """
+    key = next((key for key in ("RAY_TMPDIR", "TMPDIR") if key in os.environ), "")
+    if key and (longest := SOCKET_PATH - len(SOCKET)) < len(os.environ[key]):
+        raise DIDRError(
+            f"{key}={os.environ[key]!r}: {len(os.environ[key])} characters, and Ray's sockets in it leave room for {longest}. Set"
+            " RAY_TMPDIR=/tmp, or another short folder on this machine."
+        )
+    return Place("here")
 
 
 def slots(config: Config) -> int:

@@ -32,7 +32,7 @@ class Reporter(Observer):
 
 
 def train_worker(settings: Mapping[str, Any]) -> None:
-    """`train_loop_per_worker`. ``settings``: config, run folder, the corpus's contents, scoring actors, profile."""
+    """`train_loop_per_worker`. ``settings``: config, run folder, the corpus's fingerprint, scoring actors, profile."""
     ranks = distributed.current()
     try:
         _train(ranks, **settings)

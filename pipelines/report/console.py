@@ -143,6 +143,11 @@ def console(stream: TextIO | None = None) -> Console:
     )
 
 
+def warn(text: str) -> None:
+    """A line of its own, for what may not be meant."""
+    console().print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
+
+
 def print_summary(
     scores: Mapping[str, Any] | None,
     run: Path,

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from didr_core.config.files import mapping, replace_text
+from didr_core.config.files import mapping, read_yaml, replace_text
 from didr_core.evaluate.scores import comparison_table, describe, read_scores, table
 from didr_core.export.card import usage
 from didr_core.train.alarms import explain
@@ -60,7 +60,7 @@ def write_report(run: Path) -> Path:
     if any(len(row) > 2 for row in history):
         save_curves(history, folder / "curves.png", alarms)
     path = folder / "config.yaml"
-    config = mapping(path.read_bytes(), str(path), parse=yaml.safe_load) if path.is_file() else {}
+    config = mapping(path.read_bytes(), str(path), parse=read_yaml) if path.is_file() else {}
     scores = read_scores(folder / "scores.json") if (folder / "scores.json").is_file() else None
     info, facts = RunFolder(folder).info(), (scores or {}).get("facts", {})
     when = facts.get("date", "")[:16].replace("T", " ")

@@ -8,11 +8,10 @@ import statistics
 from contextlib import suppress
 from pathlib import Path
 
-import yaml
 from rich.table import Table
 
 from didr_core.config import Config
-from didr_core.config.files import mapping
+from didr_core.config.files import mapping, read_yaml
 from didr_core.train.run_folder import local_folder, read_lines
 from didr_core.types import DIDRError
 from pipelines.cluster.resources import (
@@ -87,7 +86,7 @@ def earlier_seconds(config: Config) -> float | None:
     folders = sorted(local_folder("output", config.output).glob("*/config.yaml"), key=lambda p: -p.stat().st_mtime)
     for path in folders[:EARLIER_RUNS]:
         with suppress(DIDRError):  # a damaged one is not needed
-            tree = mapping(path.read_bytes(), str(path), parse=yaml.safe_load)
+            tree = mapping(path.read_bytes(), str(path), parse=read_yaml)
             same = tree.get("name") == config.name and (tree.get("train") or {}).get("batch") == config.train.batch
             files = [path.parent / "metrics.jsonl", *path.parent.glob("trials/*/metrics.jsonl")] if same else []
             found += [row["time/step"] for file in files for row in read_lines(file) if row.get("time/step")]

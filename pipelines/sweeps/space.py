@@ -136,7 +136,10 @@ def read(name: str, tree: Any, about: str = "") -> Space:
         try:
             json.dumps(value)
         except TypeError as error:  # an object of ray.tune, a function
-            raise DIDRError(f"space {name!r}: {key}: {value!r} is no plain data ({error}); expected {PLAIN}") from None
+            form = f". This one is {form}" if (form := _plain_form(value)) else ""
+            raise DIDRError(
+                f"space {name!r}: {key}: {value!r} is no plain data ({error}); expected {PLAIN}{form}"
+            ) from None
     swept = {k: _domain(name, k, v) for k, v in tree.items() if _is_domain(v)}
     if not swept:
         raise DIDRError(f"space {name!r}: sweeps nothing. Give a key a domain, e.g. {{'loguniform': [0.05, 1.0]}}.")
@@ -146,6 +149,20 @@ def read(name: str, tree: Any, about: str = "") -> Space:
                 f"space {name!r}: {key!r} must not be swept: trials would not be comparable. Set one value for all, here or with --set."
             )
     return Space(name, about, swept, {k: v for k, v in tree.items() if k not in swept})
+
+
+def _plain_form(value: Any) -> str:
+    """What an object of `ray.tune`, or a function, is as plain data, as far as it can be; empty for other objects."""
+    low, high = getattr(value, "lower", -math.inf), getattr(value, "upper", math.inf)
+    if categories := getattr(value, "categories", None):
+        return str({"choice": list(categories)})
+    if isinstance(low, int) and isinstance(high, int) and high - low <= CORNERS:
+        return str({"choice": list(range(low, high))})
+    if math.isfinite(low) and math.isfinite(high):
+        sampler = value.get_sampler()
+        kind = type(getattr(sampler, "sampler", sampler)).__name__.lower()  # a rounded one has another inside
+        return str({"loguniform" if "log" in kind else "uniform": [low, high]})
+    return "a list of its values, {'choice': [...]}" if callable(value) or hasattr(value, "sample") else ""
 
 
 def _is_domain(value: Any) -> bool:

@@ -121,7 +121,7 @@ def legs(folder: SweepFolder, number: int) -> Iterator[dict[str, Any]]:
         if config.precomputed:  # by the first trial: the others find it
             precompute(config, index, run.last_step() * config.train.batch, lambda *_: None)
         learner = Learner(config, device=config.torch_device)
-        journal = Journal(run, config, learner, index.contents)
+        journal = Journal(run, config, learner, index.fingerprint)
         journal.restore()
         run.forget_after(learner.step_count)
         feed = iter(LocalFeed(config, learner.step_count * config.train.batch))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import time
 import uuid
 import warnings
@@ -21,16 +20,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from didr_core.config import Config, Tracking, dump, flatten, redacted
-from didr_core.config.passwords import HIDDEN
+from didr_core.config import Config, Tracking, dump, flatten
 from didr_core.config.provenance import commit
 from didr_core.train.alarms import explain
 from didr_core.types import DIDRError
+from pipelines.tracking.address import knock, reason, resolve, unusable
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks", "uc")
 FLUSH_SECONDS, LONGEST_PAUSE = 10.0, 300.0
 LONGEST_VALUE = 500  # characters of a param; MLflow itself stops at 6,000
 BATCH = 900  # metrics a log_batch; MLflow stops at 1,000
@@ -184,37 +181,12 @@ class MlflowTracker(Tracker):
         except Exception as error:
             if not self._warned:
                 warnings.warn(
-                    f"MLflow is not answering ({_reason(error)}); training goes on, metrics are kept and tried again",
+                    f"MLflow is not answering ({reason(error)}); training goes on, metrics are kept and tried again",
                     stacklevel=3,
                 )
             self._warned = True
             return False
         return True
-
-
-def resolve(tracking: Tracking, runs: Path) -> str:
-    """The tracking URI: as configured (or "none"), else MLFLOW_TRACKING_URI of the environment, else sqlite beside the runs.
-
-    Raises:
-        DIDRError: a scheme that MLflow does not speak, or a password that config.yaml does not keep and the environment does not have.
-    """
-    given = os.environ.get("MLFLOW_TRACKING_URI", "")
-    uri = tracking.uri or given or f"sqlite:///{Path(runs).expanduser().absolute() / 'mlflow.db'}"
-    if HIDDEN in uri and redacted(given) == uri:
-        uri = given
-    if HIDDEN in uri:
-        raise DIDRError(
-            f"tracking.uri={uri!r}: its password is not kept on disk. Put the whole address into the environment variable "
-            "MLFLOW_TRACKING_URI, or give it again with --set tracking.uri=..."
-        )
-    scheme = urlsplit(uri).scheme.partition("+")[0]
-    if uri != "none" and scheme not in SCHEMES:
-        hint = " MLflow 3 no longer writes file stores." if scheme in ("file", "") else ""
-        raise DIDRError(
-            f"tracking.uri={redacted(uri)!r}: expected none, an http(s) address of a tracking server, or a database such as "
-            f"sqlite:///mlflow.db.{hint}"
-        )
-    return uri
 
 
 def preflight(tracking: Tracking, runs: Path) -> str:
@@ -230,7 +202,7 @@ def preflight(tracking: Tracking, runs: Path) -> str:
         except DIDRError:
             raise
         except Exception as error:
-            raise _unusable(uri, f"cannot be used ({_reason(error)})") from error
+            raise unusable(uri, f"cannot be used ({reason(error)})") from error
     return uri
 
 
@@ -307,7 +279,7 @@ def connect(uri: str) -> Any:
     for key, value in SETTINGS.items():
         os.environ.setdefault(key, value)
     if uri.startswith("http"):
-        _knock(uri)
+        knock(uri)
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic", "alembic.runtime.migration", "sqlalchemy"):
@@ -330,7 +302,7 @@ def _attach(client: Any, run_id: str) -> MlflowTracker:
         run = client.get_run(run_id)
     except Exception as error:
         raise DIDRError(
-            f"tracking: MLflow run {run_id!r} is not there ({_reason(error)}). Set tracking.uri to where it is, {another}"
+            f"tracking: MLflow run {run_id!r} is not there ({reason(error)}). Set tracking.uri to where it is, {another}"
         ) from error
     if run.info.lifecycle_stage == "deleted":
         raise DIDRError(
@@ -374,27 +346,3 @@ def _make_whole(database: Path) -> None:
         os.replace(part, database)  # no hard links here
     finally:
         part.unlink(missing_ok=True)
-
-
-def _knock(uri: str) -> None:
-    """Whether anybody listens: an answer in words, before an HTTP client's page of nested exceptions."""
-    parts = urlsplit(uri)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
-    except OSError as error:
-        raise _unusable(uri, f"nobody answers at {parts.hostname}:{port} ({error.strerror or error})") from error
-
-
-def _unusable(uri: str, why: str) -> DIDRError:
-    mend = "Start the server"
-    if "schema" in why or "revision" in why:
-        mend = f"Back it up and run `mlflow db upgrade {redacted(uri)}`, with the newest MLflow that wrote to it"
-    return DIDRError(
-        f"tracking.uri={redacted(uri)!r}: {why}. {mend}, correct the address, or track nothing with --set tracking.uri=none."
-    )
-
-
-def _reason(error: Exception) -> str:
-    """An error's first line: MLflow's go on for pages."""
-    return redacted((str(error).strip() or type(error).__name__).splitlines()[0])[:200]

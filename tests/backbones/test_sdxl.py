@@ -167,10 +167,38 @@ def test_wrong_weights_are_refused_with_words(folder: Path, tmp_path: Path) -> N
 
 def test_a_single_file_of_another_layout_is_refused(folder: Path, tmp_path: Path) -> None:
     save_file({"model.diffusion_model.x": torch.zeros(1)}, tmp_path / "ldm.safetensors")
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "a1111.safetensors")
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "kohya.safetensors")
+    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.bin")
-    for name in ("ldm.safetensors", "other.bin"):
-        with pytest.raises(DIDRError, match="keys missing"):
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.bin")
+    for name, match in (
+        ("ldm.safetensors", r"tensors \d+ missing .*1 unexpected"),
+        ("other.bin", r"tensors \d+ missing .*1 unexpected"),
+        ("module.bin", "holds Python objects"),
+        ("a1111.safetensors", r"from_single_file\('.*a1111.safetensors'\).save_pretrained\('converted'\)"),
+        ("kohya.safetensors", "is a LoRA(.|\n)*load_lora_weights(.|\n)*fuse_lora(.|\n)*save_pretrained"),
+        ("lora.safetensors", "is a LoRA"),
+    ):
+        with pytest.raises(DIDRError, match=match):
             backbone(folder, generator=str(tmp_path / name))  # before anything is loaded
+    with pytest.raises(DIDRError, match=r"hf download a/b --revision v1 --local-dir b"):
+        backbone(folder, generator="a/b@v1")
+    with pytest.raises(DIDRError, match=r"hf download stabilityai/stable-diffusion-xl-base-1.0 --local-dir"):
+        backbone(Path("stabilityai/stable-diffusion-xl-base-1.0"))
+
+
+def test_nan_of_a_single_file_is_named_when_large_once_it_is_loaded(folder: Path, tmp_path: Path) -> None:
+    state = {k: v.detach().contiguous() for k, v in backbone(folder).load_network("reference").state_dict().items()}
+    state["conv_out.weight"][0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(DIDRError, match=r"^backbone.generator='.*nan.safetensors': conv_out.weight holds NaN"):
+        backbone(folder, generator=str(tmp_path / "nan.safetensors"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("didr_core.networks.loading.SMALL", 1)
+        ours = backbone(folder, generator=str(tmp_path / "nan.safetensors"))
+    with pytest.raises(DIDRError, match="conv_out.weight holds NaN"):
+        ours.load_network("generator")
 
 
 def test_config_finds_the_component_by_its_file_name(folder: Path) -> None:

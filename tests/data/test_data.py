@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -108,7 +111,10 @@ def test_a_million_prompts_open_and_read_like_a_thousand(tmp_path: Path) -> None
     assert seconds < 10  # about 0.2 s on an idle core
 
 
-@pytest.mark.parametrize("value", ["", "  \n", None])
+@pytest.mark.parametrize(
+    "value",
+    ["", "  \n", None, "\u00a0\u3000", "\u200b", "\ufeff", "\u2800", "\u3164", "\x00\x1f", "\u2066\u2069", "\ufe0f"],
+)
 def test_blank_prompts_are_named_by_shard_and_row(tmp_path: Path, value: str | None) -> None:
     prompts = [f"p{r}" for r in range(25)]
     pq.write_table(
@@ -120,6 +126,76 @@ def test_blank_prompts_are_named_by_shard_and_row(tmp_path: Path, value: str | N
     with pytest.raises(DIDRError, match=r"a\.parquet:17 "):
         index.read(np.arange(25), 0)
     assert index.scan(rows=10) == 10  # a large corpus is looked at in part; the rest is checked when read
+
+
+def test_what_leaves_ink_is_a_prompt_and_byte_order_marks_are_dropped(tmp_path: Path) -> None:
+    shown = ["x", "\ufeffa cat", "\u200b猫", "…", "\U0001f9ff", "e\u0301"]
+    pq.write_table(pa.table({"prompt": shown}), tmp_path / "a.parquet")
+    index = PromptIndex.open(str(tmp_path))
+    assert next(index.texts()) == [p.prompt for p in index.first(9)] == ["x", "a cat", *shown[2:]]
+
+
+@pytest.mark.parametrize("column", ["prompt", "id"])
+def test_text_in_another_encoding_is_named_by_shard_and_row(tmp_path: Path, column: str) -> None:
+    good, bad = (pa.array([b"one", b"two \xef\xbf\xbd", last]).view(pa.string()) for last in (b"three", b"caf\xe9"))
+    table = pa.table({"prompt": good, "id": good} | {column: bad})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    index = PromptIndex.open(str(tmp_path))
+    for read in (index.scan, lambda: index.first(3), lambda: index.read([0, 1, 2], 0)):
+        with pytest.raises(DIDRError, match=rf"a\.parquet:2 \(shard:row, column '{column}'\) is not UTF-8: b'caf"):
+            read()
+
+
+def test_shards_of_all_depths_are_read_hidden_ones_are_not_and_ids_tell_them_apart(tmp_path: Path) -> None:
+    folder = write(tmp_path / ".cache" / "p [v2]", [3])
+    for name in ("k0", "k1"):
+        write(folder / f"kind={name}", [4])
+    for name in ("._000.parquet", "_metadata.parquet", ".hidden/000.parquet", "_temporary/000.parquet", "note.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"no shard")
+    index = PromptIndex.open(str(folder))  # has brackets, and is there: no glob
+    assert sorted(p.id for p in index.first(99))[:5] == [
+        *(f"000.parquet:{r}" for r in range(3)),
+        *(f"kind=k0/000.parquet:{r}" for r in (0, 1)),
+    ]
+    assert (
+        len({p.id for p in index.read(range(11), 0)}) == 11 and "11 prompts in 3 shards, at 2 depths" in index.notes[0]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert len(PromptIndex.open(".")) == len(PromptIndex.open("./")) == 11
+    assert len(PromptIndex.open(f"{tmp_path}/.cache/*/*.parquet")) == 3
+    assert not PromptIndex.open(str(folder / "kind=k0")).notes
+
+
+def test_splits_read_together_are_said(tmp_path: Path) -> None:
+    folder = write(tmp_path / "p", [3, 2, 1])
+    for old, new in (("000", "train-00000"), ("001", "train-00001"), ("002", "validation-00000-of-00001")):
+        (folder / f"{old}.parquet").rename(folder / f"{new}.parquet")
+    assert "several splits are read together: 2 train, 1 validation" in PromptIndex.open(str(folder)).notes[0]
+    assert not PromptIndex.open(f"{folder}/train-*.parquet").notes
+    assert not PromptIndex.open(str(write(tmp_path / "train", [3, 2]))).notes
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", 'a cat\n\n\ufeffé dog, "big"\n'),
+        ("p.json", '[{"prompt": "a cat"}, {"prompt": "é dog, \\"big\\""}]'),
+        ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": "é dog, \\"big\\""}\n'),
+        ("p.csv", 'n,prompt\n1,a cat\n2,"é dog, ""big"""\n'),
+        ("p.tsv", 'n\tprompt\n1\ta cat\n2\té dog, ""big""\n'.replace('é dog, ""big""', '"é dog, ""big"""')),
+    ],
+)
+def test_files_of_other_kinds_come_with_the_command_that_converts_them(tmp_path: Path, name: str, content: str) -> None:
+    (folder := tmp_path / "it's here").mkdir()
+    (folder / name).write_text(content, encoding="utf-8")
+    for path in (str(folder / name), str(folder), f"{folder}/p*"):
+        with pytest.raises(DIDRError, match="expected Parquet") as error:
+            PromptIndex.open(path)
+    command = str(error.value).splitlines()[1].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True)
+    assert [p.prompt for p in PromptIndex.open(str(folder)).first(9)] == ["a cat", 'é dog, "big"']
 
 
 def test_other_string_types_are_text_too(tmp_path: Path) -> None:
@@ -174,28 +250,6 @@ def test_the_local_feed_resumes_and_splits(config: Config) -> None:
     halves = [next(iter(LocalFeed(config, 40, rank=r, world_size=2))) for r in range(2)]
     assert [i for h in halves for i in h.index.tolist()] == whole[5].index.tolist()
     torch.testing.assert_close(torch.cat([h.spread for h in halves]), whole[5].spread, rtol=1e-4, atol=1e-5)
-
-
-def test_contents_cover_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of shards with the same names and row counts: of the first rows any letter, of later ones what footers tell."""
-
-    def contents(values: list[str], **how: object) -> str:
-        pq.write_table(pa.table({"prompt": values}), tmp_path / "a.parquet", row_group_size=10, **how)
-        index = PromptIndex.open(str(tmp_path))
-        assert index.contents.startswith(f"{index.fingerprint}-")
-        return index.contents
-
-    words = [f"prompt {n:02d}" for n in range(40)]
-    before = contents(words)
-    assert contents(words, compression="none", version="1.0") == before, "the same text in another file"
-    assert contents(words[::-1]) != before
-    for place in (0, 25, 39):
-        assert contents([*words[:place], "prompt XX", *words[place + 1 :]]) != before
-    assert contents(["ab", "c", *words[2:]]) != contents(["a", "bc", *words[2:]])
-    monkeypatch.setattr(data, "HASHED_ROWS", 15)
-    before = contents(words)
-    assert contents([*words[:12], "prompt 1X", *words[13:]]) != before
-    assert contents([*words[:39], "prompt 40"]) != before and contents([*words[:39], "longer than before"]) != before
 
 
 def test_ahead_makes_one_batch_more_than_is_used_and_tells_errors_in_their_place() -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from didr_core import config as configs
 from didr_core.config.files import held
-from didr_core.config.provenance import changed, provenance
 from didr_core.export.sample import OneStep
 from didr_core.train.loop import outcome
 from didr_core.train.run_folder import RunFolder, read_lines
@@ -103,12 +102,3 @@ def test_what_a_kill_left_half_written_is_removed_by_the_next_start(run: RunFold
     with outcome(run):
         pass
     assert (run.path / "export" / "unet").is_dir() and not list(run.path.glob(".export*"))
-
-
-def test_other_libraries_are_told_in_one_line() -> None:
-    now = provenance()
-    assert changed(now) == changed({}) == ""
-    then = now | {"python": "3.8.1", "versions": now["versions"] | {"torch": "1.0", "gone": "2"}}
-    said = changed(then)
-    assert f"torch 1.0 then, {now['versions']['torch']} now; gone 2 then, absent now; python 3.8.1 then" in said
-    assert "\n" not in said and "numpy" not in said

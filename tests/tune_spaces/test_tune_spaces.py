@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,22 @@ def test_values_reach_the_configuration_as_they_are() -> None:
 def test_settings_and_words() -> None:
     assert settings({"drp.beta": 1e-05, "algorithm": "dmd2"}) == ["drp.beta=1e-05", 'algorithm="dmd2"']
     assert shown({"drp.beta": 0.123456, "drp.steps": 2}) == "beta 0.1235, steps 2"
+
+
+@pytest.mark.parametrize(
+    ("value", "form"),
+    [
+        (tune.loguniform(0.05, 1.0), "{'loguniform': [0.05, 1.0]}"),
+        (tune.qloguniform(0.1, 1.0, 0.1), "{'loguniform': [0.1, 1.0]}"),
+        (tune.quniform(0.0, 1.0, 0.1), "{'uniform': [0.0, 1.0]}"),
+        (tune.randint(1, 4), "{'choice': [1, 2, 3]}"),
+        (tune.choice(["a", "b"]), "{'choice': ['a', 'b']}"),
+        (tune.randn(0, 1), "a list of its values, {'choice': [...]}"),
+        (tune.sample_from(lambda _: 1), "a list of its values, {'choice': [...]}"),
+        (lambda: 1, "a list of its values, {'choice': [...]}"),
+        (object(), "a plain value for all trials"),
+    ],
+)
+def test_objects_of_ray_tune_are_answered_with_their_plain_form(value: Any, form: str) -> None:
+    with pytest.raises(DIDRError, match=rf"drp.beta: .*(This one is|expected) {re.escape(form)}"):
+        read("mine", {"drp.beta": value, "drp.steps": {"choice": [1, 2]}})

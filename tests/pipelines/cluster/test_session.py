@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from didr_core import config as configs
 from didr_core.types import DIDRError
 from pipelines.cluster import session
 from pipelines.cluster.resources import ClusterView, Demands, Group, Need, Node, NoRoom
@@ -28,6 +29,18 @@ def no_ray_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_an_address_ray_is_our_own() -> None:
     assert where_to_run(None) == Place("here")
     assert not inside_ray_job()
+
+
+@pytest.mark.parametrize("key", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_temporary_folder_too_long_for_sockets_is_named(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(key, "/" + 90 * "x")
+    with pytest.raises(DIDRError, match=rf"{key}='/xx.*91 characters.*Set RAY_TMPDIR=/tmp"):
+        session.view_of_this_machine(configs.load("tiny"), None)
+    monkeypatch.setenv("RAY_TMPDIR", "/" + 30 * "x")  # what Ray looks at first
+    assert where_to_run(None) == Place("here")
+    assert len(os.environ["RAY_TMPDIR"]) <= session.SOCKET_PATH - len(session.SOCKET)
 
 
 def test_an_address_attaches_and_local_insists(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 from pipelines.report.page import write_report
 from pipelines.tracking import tracker as tracking
-from pipelines.tracking.tracker import MlflowTracker, Tracker, open_tracker, preflight, resolve, shorten
+from pipelines.tracking.address import _schemas, look, resolve
+from pipelines.tracking.tracker import MlflowTracker, Tracker, open_tracker, preflight, shorten
 
 pytest.importorskip("mlflow")
 from mlflow import MlflowClient
@@ -321,6 +322,20 @@ def test_a_database_of_another_schema_is_named_with_its_mending(runs: Path, tmp_
     with pytest.raises(DIDRError, match=f"run `mlflow db upgrade sqlite:///{database}`") as told:
         preflight(Tracking(uri=f"sqlite:///{database}"), tmp_path)
     assert "\n" not in str(told.value)
+    with pytest.raises(DIDRError, match=f"its schema is {revision}.*mlflow db upgrade sqlite:///{database}"):
+        look(Tracking(uri=f"sqlite:///{database}"), tmp_path)
+
+
+def test_a_look_takes_what_this_mlflow_wrote_and_no_other_file(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preflight(Tracking(), runs)
+    assert look(Tracking(), runs) == f"sqlite:///{runs / 'mlflow.db'}" and len(_schemas()) == 1
+    (tmp_path / "note.db").write_text("no database")
+    with pytest.raises(DIDRError, match=r"note.db': cannot be used as MLflow's database \(file is not a database\)"):
+        look(Tracking(uri=f"sqlite:///{tmp_path}/note.db"), runs)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert look(Tracking(uri="sqlite:///~/x.db"), runs) == f"sqlite:///{tmp_path}/x.db"
 
 
 def test_a_fresh_database_says_nothing(

@@ -1,0 +1,337 @@
+"""Folders made by diffusers itself, with settings of many kinds: our x0, pictures and text embeddings are stock diffusers', or the folder
+is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from didr_core.backbones.sdxl import SDXL
+from didr_core.backbones.zimage import ZImage
+from didr_core.types import DIDRError
+from didr_core.world import random_models
+
+Change = Callable[[Path], object]
+PROMPTS = ["a cat", "two dogs on a red sofa", ""]
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each family, as diffusers saves it."""
+    folder = tmp_path_factory.mktemp("base")
+    return {"sdxl": random_models.sdxl(folder / "sdxl"), "zimage": random_models.zimage(folder / "zimage")}
+
+
+def scheduler(name: str, **settings: Any) -> Change:
+    return lambda folder: getattr(diffusers, name)(**settings).save_pretrained(folder / "scheduler")
+
+
+def said(file: str, **settings: Any) -> Change:
+    """Write ``settings`` into a JSON file; None takes a key out."""
+
+    def change(folder: Path) -> None:
+        tree = json.loads((folder / file).read_text()) | settings
+        (folder / file).write_text(json.dumps({k: v for k, v in tree.items() if v is not None}))
+
+    return change
+
+
+def load(folder: Path, part: str, **options: Any) -> Any:
+    library, name = json.loads((folder / "model_index.json").read_text())[part]
+    return getattr({"diffusers": diffusers, "transformers": transformers}[library], name).from_pretrained(
+        folder / part, **options
+    )
+
+
+def saved(*parts: str, dtype: torch.dtype = torch.float32, beside: bool = False, **options: Any) -> Change:
+    """Save parts again by ``save_pretrained``: variants, shards, torch files, other types of numbers."""
+
+    def change(folder: Path) -> None:
+        for part in parts:
+            model = load(folder, part, torch_dtype=dtype)
+            for file in () if beside else [*(folder / part).glob("*.safetensors*"), *(folder / part).glob("*.bin*")]:
+                file.unlink()
+            model.save_pretrained(folder / part, **options)
+
+    return change
+
+
+def vae(name: str, **settings: Any) -> Change:
+    def change(folder: Path) -> None:
+        shutil.rmtree(folder / "vae")
+        torch.manual_seed(1)
+        getattr(diffusers, name)(**settings).save_pretrained(folder / "vae")
+        said("model_index.json", vae=["diffusers", name])(folder)
+
+    return change
+
+
+def old_attention(folder: Path) -> None:
+    """Names that VAEs of 2022 have."""
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(file)
+    for new, old in names.items():
+        state = {k.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): v for k, v in state.items()}
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def rubbish(*names: str) -> Change:
+    """Files that nobody loads: pointers, halves, formats of other libraries."""
+
+    def change(folder: Path) -> None:
+        for name in names:
+            (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+    return change
+
+
+def all_of(*changes: Change) -> Change:
+    return lambda folder: [change(folder) for change in changes]
+
+
+KL = {
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "down_block_types": 2 * ("DownEncoderBlock2D",),
+}
+KL |= {"up_block_types": 2 * ("UpDecoderBlock2D",), "layers_per_block": 1}
+TINY = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1)}
+TINY |= {"num_decoder_blocks": (1, 1)}
+ALL = ("unet", "vae", "text_encoder", "text_encoder_2")
+SHARDS = {"max_shard_size": "60KB"}
+
+TAKEN: dict[str, Change] = {
+    "as saved": lambda _: None,
+    "ddim": scheduler("DDIMScheduler", **BETAS, clip_sample=False),
+    "ddpm": scheduler("DDPMScheduler", **BETAS, clip_sample=False),
+    "euler ancestral": scheduler("EulerAncestralDiscreteScheduler", **BETAS),
+    "pndm": scheduler("PNDMScheduler", **BETAS),
+    "dpm": scheduler("DPMSolverMultistepScheduler", **BETAS, use_karras_sigmas=True),
+    "unipc": scheduler("UniPCMultistepScheduler", **BETAS),
+    "heun": scheduler("HeunDiscreteScheduler", **BETAS),
+    "lms": scheduler("LMSDiscreteScheduler", **BETAS),
+    "lcm": scheduler("LCMScheduler", **BETAS),
+    "tcd": scheduler("TCDScheduler", **BETAS),
+    "linear": scheduler("EulerDiscreteScheduler", beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
+    "cosine": scheduler("DDIMScheduler", beta_schedule="squaredcos_cap_v2", clip_sample=False),
+    "another range": scheduler("EulerDiscreteScheduler", beta_start=0.001, beta_end=0.01, beta_schedule="scaled_linear"),
+    "500 steps": scheduler("EulerDiscreteScheduler", **BETAS, num_train_timesteps=500),
+    "trained betas": scheduler("DDIMScheduler", trained_betas=torch.linspace(0.001, 0.02, 1000).tolist(), clip_sample=False),
+    "no beta_schedule": all_of(scheduler("EulerDiscreteScheduler", **BETAS), said("scheduler/scheduler_config.json", beta_schedule=None)),
+    "only a class": lambda f: (f / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EulerDiscreteScheduler"}'),
+    "zero snr, Euler's way": scheduler("EulerDiscreteScheduler", **BETAS, rescale_betas_zero_snr=True),
+    "empty prompts encoded": said("model_index.json", force_zeros_for_empty_prompt=False),
+    "vae of mean and spread": vae("AutoencoderKL", **KL, latents_mean=[0.5, -1, 0, 2], latents_std=[1, 2, 0.5, 3]),
+    "vae of half a mean": vae("AutoencoderKL", **KL, latents_mean=[0.5, -1, 0, 2]),
+    "vae with a shift": vae("AutoencoderKL", **KL, shift_factor=0.3, scaling_factor=0.7),
+    "vae without post-convolution": vae("AutoencoderKL", **KL, use_post_quant_conv=False, use_quant_conv=False),
+    "vae without its factor": all_of(vae("AutoencoderKL", **KL), said("vae/config.json", scaling_factor=None)),
+    "vae of old names": all_of(vae("AutoencoderKL", **KL), old_attention),
+    "tiny vae": vae("AutoencoderTiny", **TINY),
+    "fp16 everywhere": saved(*ALL, dtype=torch.float16, variant="fp16"),
+    "fp16 of one text encoder": saved("text_encoder", dtype=torch.float16, variant="fp16"),
+    "fp16 of the unet": saved("unet", dtype=torch.float16, variant="fp16"),
+    "fp16 of the vae": saved("vae", dtype=torch.float16, variant="fp16"),
+    "bf16 everywhere": saved(*ALL, dtype=torch.bfloat16, variant="bf16"),
+    "non_ema alone": saved("unet", variant="non_ema"),
+    "fp16 beside": saved(*ALL, dtype=torch.float16, variant="fp16", beside=True),
+    "half without a name": saved(*ALL, dtype=torch.float16),
+    "torch files": saved("unet", "vae", safe_serialization=False),
+    "shards": saved(*ALL, **SHARDS),
+    "shards of fp16": saved(*ALL, dtype=torch.float16, variant="fp16", **SHARDS),
+    "pointers beside": rubbish(
+        "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/openvino_model.bin",
+        "vae/diffusion_flax_model.msgpack", "vae/model.onnx", "text_encoder/pytorch_model.bin", "text_encoder/flax_model.msgpack",
+        "unet/ema.safetensors", "sd_xl_base_1.0.safetensors",
+    ),
+}  # fmt: skip
+
+
+def edited(part: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
+    def apply(folder: Path) -> None:
+        (file,) = (folder / part).glob("*.safetensors")
+        state = load_file(file)
+        change(state)
+        save_file(state, file, metadata={"format": "pt"})
+
+    return apply
+
+
+def without(*names: str) -> Change:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def vocabulary(tokenizer: str, change: Callable[[dict[str, Any]], object]) -> Change:
+    def apply(folder: Path) -> None:
+        file = folder / tokenizer / "tokenizer.json"
+        tree = json.loads(file.read_text())
+        change(tree)
+        file.write_text(json.dumps(tree))
+
+    return apply
+
+
+def drop(end: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda state: state.pop(next(name for name in state if name.endswith(end)))
+
+
+BIAS, WIDE, LAST = "conv_out.bias", "time_embedding.linear_1.weight", "decoder.conv_out.bias"
+NAN, INFINITY = (lambda state: state[BIAS].fill_(float("nan"))), (lambda state: state[LAST].fill_(float("inf")))
+REFUSED: dict[str, tuple[Change, str]] = {
+    "edm": (scheduler("EDMEulerScheduler"), r"EDMEulerScheduler\) has no table of noise levels"),
+    "flow": (scheduler("FlowMatchEulerDiscreteScheduler"), "has no table of noise levels"),
+    "no such class": (said("scheduler/scheduler_config.json", _class_name="No", beta_schedule=None), "No.* has no table"),
+    "v": (scheduler("DDIMScheduler", **BETAS, clip_sample=False, prediction_type="v_prediction"), "='v_prediction'"),
+    "clips": (scheduler("DDIMScheduler", **BETAS), "clip_sample=True"),
+    "thresholds": (scheduler("DDIMScheduler", **BETAS, clip_sample=False, thresholding=True), "thresholding=True"),
+    "flow sigmas": (scheduler("UniPCMultistepScheduler", **BETAS, use_flow_sigmas=True), "use_flow_sigmas=True"),
+    "zero snr": (scheduler("DDIMScheduler", **BETAS, clip_sample=False, rescale_betas_zero_snr=True), "ends in pure noise"),
+    "nan": (edited("unet", NAN), rf"unet.*safetensors': {BIAS} holds NaN"),
+    "infinity in a vae": (edited("vae", INFINITY), rf"{LAST} holds infinity"),
+    "missing": (edited("unet", drop(BIAS)), rf"unet.*1 missing \({BIAS}\)"),
+    "misshapen": (edited("unet", lambda s: s.update({WIDE: s[WIDE].T.contiguous()})), rf"of another shape \({WIDE} \["),
+    "missing in text": (edited("text_encoder", drop("final_layer_norm.bias")), r"text_encoder'.*lack .*final_layer_norm\.bias"),
+    "missing in vae": (edited("vae", drop(LAST)), rf"vae'.*missing \({LAST}"),
+    "a shard is away": (all_of(saved("unet", **SHARDS), lambda f: next((f / "unet").glob("*-00002-of-*")).unlink()), "not there"),
+    "shards of torch files": (saved("unet", safe_serialization=False, **SHARDS), "no weights beside config.json"),
+    "pointer": (rubbish("unet/diffusion_pytorch_model.safetensors"), "is a Git LFS pointer"),
+    "no merges": (without("tokenizer/tokenizer.json", "tokenizer/merges.txt"), "vocab.json.*Expected .* with merges.txt"),
+    "no tokenizer": (lambda f: [file.unlink() for file in (f / "tokenizer_2").iterdir()], "no tokenizer there"),
+    "few tokens": (vocabulary("tokenizer", lambda t: (t["model"].update(vocab={}), t.update(added_tokens=[]))), "has 0 tokens"),
+    "too many": (vocabulary("tokenizer", lambda t: t["model"]["vocab"].update(x=999)), r"up to 999, its text model knows 190"),
+    "no end token": (said("tokenizer/tokenizer_config.json", eos_token="<end>"), "end token '<end>' is not among"),
+    "endless": (said("tokenizer/tokenizer_config.json", model_max_length=None), "=2147483648, its text encoder takes 77"),
+    "a config that is none": (said("unet/config.json", block_out_channels=[16]), "config.json describes no UNet2DConditionModel"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    from didr_core.networks.loading import quiet
+
+    quiet()
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_sdxl_is_stock_diffusers(base: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "f"
+    shutil.copytree(base["sdxl"], folder)
+    TAKEN[kind](folder)
+    variants = [None, "bf16", "fp16", "non_ema"]
+
+    def part(name: str, **options: Any) -> Any:
+        """As a user loads it: by trying variants."""
+        for variant in variants:
+            try:
+                return load(folder, name, variant=variant, **options)
+            except OSError:
+                continue
+        raise AssertionError(name)
+
+    backbone = SDXL(SDXL.Config(pipeline=str(folder)))
+    backbone.check()
+    networks = {name: part(name, torch_dtype=torch.float32) for name in ALL}
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, **networks)
+    pipe.set_progress_bar_config(disable=True)
+    backbone.load_text()
+    backbone.load_decoder()
+    network = backbone.load_network("reference")
+    with torch.no_grad():
+        mine = backbone.encode(PROMPTS)
+        embeds, null, pooled, null_pooled = pipe.encode_prompt(PROMPTS)
+        close(mine.tensors["prompt_embeds"], embeds)
+        close(mine.tensors["pooled"], pooled)
+        close(backbone.null(mine).tensors["prompt_embeds"], null)
+        close(backbone.null(mine).tensors["pooled"], null_pooled)
+        latent = torch.randn(3, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+        stock_x0 = scheduled_x0(pipe.scheduler)
+        for step in (20, 399, 480):
+            time = torch.tensor([backbone.schedule.time(step)] * 3)
+            eps = pipe.unet(latent, step, embeds, added_cond_kwargs=added(backbone, pooled)).sample
+            close(backbone.x0(network, latent, time, mine), stock_x0(eps, step, latent))
+        close(backbone.decode(latent), pipe_pictures(pipe, latent))
+
+
+def added(backbone: SDXL, pooled: torch.Tensor) -> dict[str, torch.Tensor]:
+    size = float(backbone.pixels)
+    return {"text_embeds": pooled, "time_ids": torch.tensor([[size, size, 0, 0, size, size]] * len(pooled))}
+
+
+def scheduled_x0(made: Any) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
+    """x0 as the scheduler's own table of noise levels has it."""
+
+    def x0(eps: torch.Tensor, step: int, x: torch.Tensor) -> torch.Tensor:
+        level = made.alphas_cumprod[step].double()
+        return ((x - (1 - level).sqrt() * eps) / level.sqrt()).float()
+
+    return x0
+
+
+def pipe_pictures(pipe: Any, latent: torch.Tensor) -> torch.Tensor:
+    """The pipeline's own decoding of a latent: a denoising loop of no steps leaves it as it is."""
+    pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    pipe.scheduler.set_timesteps = lambda *_, **__: setattr(
+        pipe.scheduler, "timesteps", torch.zeros(0, dtype=torch.long)
+    )
+    pictures: torch.Tensor = pipe(
+        PROMPTS, latents=latent, num_inference_steps=1, guidance_scale=0, output_type="pt"
+    ).images
+    return pictures
+
+
+def close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert mine.shape == theirs.shape
+    assert (mine - theirs).abs().max() <= 1e-5 * max(1.0, theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_folder_that_is_not_stocks_is_refused_in_words(base: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "f"
+    shutil.copytree(base["sdxl"], folder)
+    change, expected = REFUSED[kind]
+    change(folder)
+    with pytest.raises(DIDRError, match=expected) as told:
+        SDXL(SDXL.Config(pipeline=str(folder))).check()
+    assert str(told.value).startswith("backbone.pipeline=") and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shift"),
+    [
+        ({"shift": 6.0}, 6.0),
+        ({"shift": 3.0}, 3.0),
+        ({"shift": None}, 1.0),
+        ({"stochastic_sampling": True}, "stochastic_sampling"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps=500"),
+        ({"_class_name": "EulerDiscreteScheduler"}, "_class_name=EulerDiscreteScheduler"),
+    ],
+)
+def test_zimages_shift_is_the_files(
+    base: dict[str, Path], tmp_path: Path, settings: dict[str, Any], shift: Any
+) -> None:
+    folder = tmp_path / "f"
+    shutil.copytree(base["zimage"], folder)
+    said("scheduler/scheduler_config.json", **settings)(folder)
+    if isinstance(shift, str):
+        with pytest.raises(DIDRError, match=shift):
+            ZImage(ZImage.Config(pipeline=str(folder)))
+        return
+    backbone = ZImage(ZImage.Config(pipeline=str(folder), steps=4, max_tokens=64))
+    backbone.check()
+    made = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    made.set_timesteps(sigmas=torch.linspace(1, 0.25, 4).tolist())
+    assert backbone.schedule.shift == backbone.shift == shift
+    assert torch.allclose(torch.tensor(backbone.sigmas()), made.sigmas, atol=1e-6)

@@ -1,0 +1,66 @@
+"""What preflight says that is no mistake, and what a resumed run compares with its beginning."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from random_models import prompt_shards
+
+from didr_core import config as configs
+from didr_core.networks import tokenizers
+from didr_core.plan.preflight import preflight
+from didr_core.train.run_folder import RunFolder
+from didr_core.types import DIDRError
+
+
+def prompts(folder: Path, texts: list[str], name: str = "a.parquet") -> Path:
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"prompt": texts}), folder / name)
+    return folder
+
+
+def test_prompts_that_are_cut_are_counted_by_who_reads_them(tmp_path: Path) -> None:
+    """The bundled tokenizer has a token a word, and reads 18 words."""
+    texts = ["a red ring", "a red ring " * 7, "a red ring " * 6, "ring"]
+    said: list[str] = []
+    preflight(configs.load("tiny", [f"data.prompts={prompts(tmp_path / 'p', texts)}", "judge=null"]), note=said.append)
+    assert said == [
+        "of the first 4 prompts, longer than what is read of them: 1 by the encoder (20 tokens); 1 by the reward (20 tokens). "
+        "The rest is cut off."
+    ]
+    prompts(tmp_path / "p", texts[2:], "b.parquet")
+    (tmp_path / "p" / "a.parquet").rename(tmp_path / "p" / "val.parquet")
+    (tmp_path / "p" / "b.parquet").rename(tmp_path / "p" / "train.parquet")
+    preflight(configs.load("tiny", [f"data.prompts={tmp_path / 'p'}"]), note=said.append)
+    assert "several splits are read together: 1 train, 1 val" in said[1] and "of the first 6 prompts" in said[2]
+
+
+def test_short_prompts_need_no_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert tokenizers.longer_than(tmp_path, 77, ["x" * 75, "é" * 37]) == 0  # there is none: bytes bound tokens
+    with pytest.raises(DIDRError, match="no tokenizer there"):
+        tokenizers.longer_than(tmp_path, 77, ["x" * 76])
+
+
+def test_a_resumed_run_reads_the_prompts_that_it_began_with(tmp_path: Path) -> None:
+    folder = prompt_shards(tmp_path / "p", shards=1, rows=3)
+    config = configs.load("tiny", [f"data.prompts={folder}", f"output={tmp_path}"])
+    run = RunFolder.create(config, str(tmp_path / "run"))
+    before = preflight(config)
+    assert run.same_start(before.digest) == "" == run.same_start(preflight(config).digest)
+    shutil.copy(folder / "shard-000.parquet", tmp_path / "kept")
+    pq.write_table(pq.read_table(folder), folder / "shard-000.parquet", compression="none")
+    assert preflight(config).digest == before.digest  # other bytes, the same texts
+    table = pq.read_table(folder)
+    pq.write_table(table.set_column(1, "prompt", pa.array(["x", "y", "z"])), folder / "shard-000.parquet")
+    after = preflight(config)
+    assert after.fingerprint == before.fingerprint
+    with pytest.raises(DIDRError, match="data.prompts holds other texts than when the run began"):
+        run.same_start(after.digest)
+    versions = run.info()["versions"]
+    run.update(versions=versions | {"torch": "1.0", "numpy": "1.0"})
+    told = run.same_start(before.digest)
+    assert f"torch 1.0 -> {versions['torch']}" in told and "numpy" not in told
