@@ -10,10 +10,11 @@ workers die. Ctrl-C and SIGTERM let the step end and keep a checkpoint of it.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,10 +28,13 @@ from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
-from didr_core.train.run_folder import RunFolder
-from didr_core.types import StepReport
+from didr_core.train.patience import Patience
+from didr_core.train.run_folder import RunFolder, local_folder
+from didr_core.types import DIDRError, StepReport
+from pipelines.cluster.disks import check_disks
+from pipelines.cluster.leftovers import looked_after
 from pipelines.cluster.resources import ClusterView, check, demands_of
-from pipelines.cluster.session import await_room, pulse, ray_session, slots, view_of_this_machine
+from pipelines.cluster.session import await_room, pulse, ray_session, slots, view_of_this_machine, where_to_run
 from pipelines.report.console import Progress, print_summary, warn
 from pipelines.report.figures import save_grid
 from pipelines.report.page import read_history, steps_told, write_report
@@ -67,7 +71,10 @@ def align(
     began = time.monotonic()
     old = RunFolder.find(resume, output or "runs") if resume else None
     config = old.config(overrides) if old else configs.load(recipe, overrides)
-    index = preflight(config, here=local, note=warn)
+    folder = old.path if old else local_folder("--output", output) if output else None
+    index = preflight(config, here=local, output=folder, note=warn)
+    runs = (folder or local_folder("output", config.output) / "run").parent
+    check_disks(config.tracking, runs, ray=not local and where_to_run(address).kind == "here")
     view = None if local else view_of_this_machine(config, address)
     if view:
         check(demands_of(config, view), view)
@@ -87,6 +94,8 @@ def align(
         _observer(config, run) as observer,
         stoppable(observer.ask_to_stop),
     ):
+        record = looked_after(run.path)
+        shutil.rmtree(run.path / "ray", ignore_errors=True)
         if changed := run.same_start(index.digest):
             warn(changed)
         run.write_config(config)
@@ -99,7 +108,7 @@ def align(
         else:
             observer.stage("starting Ray")
             view = session.enter_context(ray_session(address, slots(config), verbose))
-            _on_ray(config, run, index, observer, view, verbose, profile)
+            _on_ray(config, run, index, observer, view, verbose, profile, record)
             session.close()
         observer.stage("writing the report")
         write_report(run.path)
@@ -168,6 +177,12 @@ class RunObserver(Observer):
         self.note("stopping after this step, with a checkpoint; once more ends it at once", "yellow")
         self.tracker.status("KILLED")
 
+    def stuck(self, error: DIDRError) -> None:
+        """What the end of the process would leave unsaid."""
+        self.run.update(status="failed", message=str(error), ended=time.time())
+        self.progress.note(f"error: {error}", style="red")
+        self.tracker.close("FAILED")
+
     def keep(self, *names: str) -> None:
         """Hand files of the run folder to MLflow."""
         for name in names:
@@ -214,8 +229,10 @@ def _on_ray(
     view: ClusterView,
     verbose: bool,
     profile: bool,
+    record: Callable[[], None],
 ) -> None:
-    """Wait for room, train there, follow."""
+    """Wait for room, train there, follow; ``record`` what was started."""
+    record()
     room = await_room(lambda v: demands_of(config, v), view, observer.stage)
     if verbose:
         observer.progress.console.print(room.table())
@@ -224,24 +241,29 @@ def _on_ray(
     from pipelines.cluster.remote import in_thread
     from pipelines.cluster.watch import POLL_S, Follower
 
+    shutil.rmtree(run.calls_path, ignore_errors=True)
+    patience = Patience(observer, config.workers.patience_s, run.calls_path)
     if fit.undecided(config):
         config, told = fitted(config, room.cluster)
         run.write_config(config)
         observer.note(told)
     if scales.missing(config):
         observer.stage("measuring the scales of the reward's parts")
-        config = measured_scales(config, room.cluster)
+        config = measured_scales(config, room.cluster, patience.look)
         run.write_config(config)
-    follower, check_alive = Follower(run, observer, run.last_step()), pulse()
-    training = in_thread(fit_until_done, config, run, index, observer, room.cluster, profile)
+    follower, check_alive = Follower(run, patience, run.last_step()), pulse()
+    training = in_thread(fit_until_done, config, run, index, patience, room.cluster, profile)
     try:
         while wait([training], POLL_S).not_done:
             follower.look()
             check_alive()
+            patience.look()
+            record()
         training.result()
     finally:
         follower.look()
         run.stage_path.unlink(missing_ok=True)
+        shutil.rmtree(run.calls_path, ignore_errors=True)
 
 
 if __name__ == "__main__":

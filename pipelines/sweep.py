@@ -12,18 +12,23 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from didr_core.config.files import clear_partials
 from didr_core.data import scales
 from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
+from didr_core.train.run_folder import local_folder
 from didr_core.types import DIDRError
+from pipelines.cluster.disks import check_disks
+from pipelines.cluster.leftovers import looked_after
 from pipelines.cluster.resources import ClusterView, Need, NoRoom
-from pipelines.cluster.session import await_room, prepare_environment, ray_session, view_of_this_machine
+from pipelines.cluster.session import await_room, prepare_environment, ray_session, view_of_this_machine, where_to_run
 from pipelines.report.console import clock, console, rich_table, warn
 from pipelines.sweeps import bench, results, space
 from pipelines.sweeps.budget import estimate, plan_table, slots, sweep_demands, trial_need, trials_at_once
@@ -67,11 +72,13 @@ def sweep(
                 f"--set {options.overrides[0]!r}: a resumed sweep goes on as it began. Start another one for other settings."
             )
     else:
-        folder = _new(options, output)
+        folder = _new(options, output, address)
     with folder.lock():
+        record = looked_after(folder.path)
+        clear_partials(folder.path)
         try:
             with stoppable():
-                _run(folder, address, verbose, began)
+                _run(folder, address, verbose, began, record)
         except (KeyboardInterrupt, SystemExit):
             folder.update(status="interrupted")
             raise
@@ -85,9 +92,9 @@ def sweep(
     return folder
 
 
-def _new(options: SweepOptions, output: str | None) -> SweepFolder:
+def _new(options: SweepOptions, output: str | None, address: str | None = None) -> SweepFolder:
     """Check everything that can be checked, then make the folder."""
-    prepare_environment()
+    prepare_environment(here=where_to_run(address).kind == "here")
     from pipelines.sweeps.search import SCHEDULERS, SEARCHES, need_optuna
 
     found = space.find(options.space)
@@ -106,6 +113,8 @@ def _new(options: SweepOptions, output: str | None) -> SweepFolder:
             "workers.train_gpus=0 with device=cuda: a trial reserves no GPU. Say --set workers.train_gpus=1, or a fraction."
         )
     preflight(config, here=False, note=warn)
+    here = where_to_run(address).kind == "here"
+    check_disks(config.tracking, local_folder("output", config.output) / options.name, ray=here)
     options = replace(
         options,
         name=options.name or f"sweep-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}",
@@ -119,10 +128,10 @@ def _new(options: SweepOptions, output: str | None) -> SweepFolder:
     return SweepFolder.create(options, config, points)
 
 
-def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) -> None:
+def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float, record: Callable[[], None]) -> None:
     for key, value in TUNE_ENV.items():
         os.environ.setdefault(key, value)
-    prepare_environment(verbose)
+    prepare_environment(verbose, here=where_to_run(address).kind == "here")
     config, options = folder.config(), folder.options()
     if folder.info()["status"] == "finished":
         _say(folder, began)  # nothing to go on with
@@ -136,6 +145,7 @@ def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float) 
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(tracking.preflight, config.tracking, folder.path.parent)
         with ray_session(address, slots(config, options.workers, at_once), verbose) as cluster:
+            record()
             if not view:
                 await_room(lambda v: sweep_demands(config, v, options.workers, at_once), cluster, console().print)
                 _decide(folder, cluster)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +38,38 @@ def replace_text(path: Path, text: str) -> None:
     """Write ``text`` as the whole of ``path``, in UTF-8, passwords of addresses left out: such files are shown and shared."""
     with replaced(path) as partial:
         partial.write_text(redacted(text), encoding="utf-8")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Marks ``folder`` as being written, until the block or this process ends: :func:`clear_partials` leaves it alone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def clear_partials(folder: Path, name: str = "*") -> None:
+    """Remove what killed writers left in ``folder``: ``.<name>.<...>.part``, files or folders. Of ``.old``, too, which is put back where
+    the kill came between taking it away and putting the new one there."""
+    for path in (*folder.glob(f".{name}.*.part*"), *folder.glob(f".{name}.*.old")):
+        if path.is_dir():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # its writer lives
+                continue
+            finally:
+                os.close(descriptor)
+        target = folder / path.name[1:].rsplit(".", 2)[0]
+        if path.suffix == ".old" and not target.exists():
+            os.replace(path, target)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]

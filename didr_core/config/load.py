@@ -78,7 +78,7 @@ def validate(tree: Mapping[str, Any], where: str = "config") -> Config:
         now = RENAMED[old] + "'." + REDEFINED.get(old, "")
         raise DIDRError(f"{where}: {old!r} (value {given[old]!r}) is now called '{now}")
     try:
-        return Config(**tree)
+        return Config.model_validate(tree)
     except ValidationError as error:
         raise DIDRError(redacted("\n".join(_explain(e, where) for e in error.errors()))) from error
 
@@ -102,6 +102,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    if not isinstance(recipe, str):
+        raise DIDRError(
+            f"recipe {seen[-1]!r}: `base:` is {recipe!r}; expected a recipe's name or a path ending in .yaml"
+        )
     if recipe in seen:
         raise DIDRError(f"recipe {recipe!r}: `base:` goes in a circle: {' -> '.join((*seen, recipe))}")
     path = Path(recipe).expanduser() if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"

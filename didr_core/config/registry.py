@@ -13,17 +13,26 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from didr_core.config import reward_contract
 from didr_core.types import OPTIONAL, DIDRError
 
 KINDS = {"algorithms": "Config", "backbones": "Config", "rewards": "Config", "drs": "estimate"}
 """Each kind is a package of `didr_core`; its components are the classes that have this attribute."""
+METHODS = {
+    "algorithms": ("generator_loss",),
+    "rewards": ("load", "prepare", "score"),
+    "backbones": ("encode", "x0", "generate", "decode"),
+}
+"""What one from outside is asked for by name, before anything is loaded."""
 PLAIN = {"losses", "images", "problem"}  # public modules beside the components, which are none
 
 
@@ -42,18 +51,10 @@ def find(kind: str, name: str) -> type[Any]:
         DIDRError: unknown key (names the nearest), or a module without a component class.
     """
     key = "drp.estimator" if kind == "drs" else kind
+    if not isinstance(name, str):
+        raise DIDRError(f"{key}: expected a name, got {name!r}")
     if ":" in name:
-        module_name, _, attribute = name.rpartition(":")
-        try:
-            found = getattr(_module(module_name), attribute)
-        except (ImportError, AttributeError, SyntaxError, OSError) as error:
-            raise DIDRError(
-                f"{key}: cannot import {name!r} ({error}). Expected 'package.module:Class' on PYTHONPATH, or 'path/to/file.py:Class'."
-            ) from error
-        if not hasattr(found, KINDS[kind]):
-            what = "nested Config class" if KINDS[kind] == "Config" else f"method {KINDS[kind]}"
-            raise DIDRError(f"{key}: {name!r} has no {what}. See the README of didr_core/{kind}.")
-        return _complete(kind, found)
+        return stand_in(name) or _outside(kind, key, name)
     known = names(kind)
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
@@ -64,6 +65,24 @@ def find(kind: str, name: str) -> type[Any]:
         if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, KINDS[kind]):
             return _complete(kind, value)
     raise DIDRError(f"{key}: didr_core/{kind}/{name}.py defines no class with {KINDS[kind]}.")
+
+
+def _outside(kind: str, key: str, name: str) -> type[Any]:
+    module_name, _, attribute = name.rpartition(":")
+    try:
+        found = getattr(_module(module_name), attribute)
+    except Exception as error:  # whatever its own code raises
+        raise DIDRError(
+            f"{key}: cannot import {name!r} ({type(error).__name__}: {error}). Expected 'package.module:Class' on PYTHONPATH, or "
+            "'path/to/file.py:Class'."
+        ) from error
+    see = f"See the README of didr_core/{kind}."
+    own = getattr(found, "Config", None)
+    if KINDS[kind] == "Config" and not (isinstance(own, type) and issubclass(own, Component)):
+        raise DIDRError(f"{key}: {name!r} has no nested Config class, a didr_core.config.Component. {see}")
+    if missing := [m for m in METHODS.get(kind, (KINDS[kind],)) if not callable(getattr(found, m, None))]:
+        raise DIDRError(f"{key}: {name!r} has no method {' and no method '.join(missing)}. {see}")
+    return _complete(kind, found)
 
 
 def _complete(kind: str, component: type[Any]) -> type[Any]:
@@ -112,7 +131,7 @@ def component(kind: str) -> BeforeValidator:
         if not isinstance(value, Mapping) or "name" not in value:
             raise ValueError(f"expected a name or a mapping with 'name', got {value!r}")
         try:
-            return (own := find(kind, value["name"]).Config)(**value)
+            return (own := find(kind, value["name"]).Config).model_validate(dict(value))
         except ValidationError as error:
             raise ValueError("; ".join(_explain_own(e, own, value["name"]) for e in error.errors())) from None
 
@@ -140,9 +159,49 @@ class Component(Strict):
         return self.model_copy(update={"pipeline": str(folder), "generator": None})
 
 
+class StandIn:
+    """In place of a component whose code is not loaded: takes any option, and what it needs is not known."""
+
+    needs_reward = needs_assistant = differentiable = True
+    needs_reward_gradient = uses_drs = False
+    steps = particles = 1
+
+    class Config(Component, extra="allow"):
+        """Options as they were given."""
+
+    @staticmethod
+    def check(*_: Any) -> None:
+        """Only its own code could tell."""
+
+
+_unread: ContextVar[list[str] | None] = ContextVar("_unread", default=None)
+
+
+@contextmanager
+def code_unread() -> Iterator[list[str]]:
+    """For commands that do not train: inside, components from outside of this package are :class:`StandIn`; yields the names met."""
+    names: list[str] = []
+    token = _unread.set(names)
+    try:
+        yield names
+    finally:
+        _unread.reset(token)
+
+
+def stand_in(name: str) -> type[StandIn] | None:
+    """For ``name``, "module:Class" or "file.py:Class", inside of :func:`code_unread`; None for this package's own."""
+    names = _unread.get()
+    own = name.startswith("didr_core.") and not name.rpartition(":")[0].endswith(".py")
+    if names is None or own:
+        return None
+    names += [name] if name not in names else []
+    return StandIn
+
+
 def build(kind: str, config: Component) -> Any:
-    """The component that ``config`` describes."""
-    return find(kind, config.name)(config)
+    """The component that ``config`` describes; a reward keeps to :mod:`didr_core.config.reward_contract`."""
+    made = find(kind, config.name)(config)
+    return reward_contract.kept(made, config.name) if kind == "rewards" else made
 
 
 def bundled(path: str) -> Path | None:

@@ -186,7 +186,9 @@ class DRP(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _by_estimator(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _by_estimator(cls, given: Any) -> Any:
+        if not isinstance(given, dict):  # told below
+            return given
         method = registry.find("drs", given.get("estimator", cls.model_fields["estimator"].default))
         return {"steps": method.steps, "particles": method.particles} | given
 
@@ -216,6 +218,9 @@ class Workers(Strict):
         "where they would share the trainer's one GPU",
     )
     local_cpus: int = Field(4, ge=2, description="CPUs that a Ray started on this machine is told it has")
+    patience_s: float = Field(
+        1800, gt=0, description="seconds without an answer of a process after which the run names it and stops"
+    )
     max_failures: int = Field(2, ge=0, description="restarts of the worker group from the last checkpoint")
 
 

@@ -8,7 +8,8 @@ import glob
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -107,18 +108,25 @@ def open_filesystem(path: str) -> tuple[Any, str]:
 
 def _open(shard: str, key: str) -> pq.ParquetFile:
     filesystem, path = open_filesystem(shard)
-    try:
+    with _in_words(f"{key}: shard {shard} is not a readable Parquet file"):
         return pq.ParquetFile(filesystem.open_input_file(path))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DIDRError(
-            f"{key}: shard {shard} is not a readable Parquet file ({str(error).splitlines()[0]}). Was it cut short? Replace or remove it."
-        ) from error
+
+
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    """Damage may show as any of these errors: a name that is no UTF-8, a length that memory has no room for."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DIDRError(f"{what} ({reason}). Was it cut short? Replace or remove it.") from error
 
 
 def read_footer(shard: str, column: str, id_column: str, key: str) -> tuple[list[int], bool]:
     """Rows of each row group, and whether the id column is there."""
-    with _open(shard, key) as file:
+    with _open(shard, key) as file, _in_words(f"{key}: shard {shard} is not a readable Parquet file"):
         schema = file.schema_arrow
+        schema.names  # noqa: B018  (they are decoded here)
         groups = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
     if column not in schema.names:
         near = difflib.get_close_matches(column, schema.names, 1) or difflib.get_close_matches(
@@ -141,10 +149,5 @@ def read_footer(shard: str, column: str, id_column: str, key: str) -> tuple[list
 
 def read_group(shard: str, group: int, columns: Sequence[str], key: str) -> pa.Table:
     """``columns`` of a row group, read from disk."""
-    with _open(shard, key) as file:
-        try:
-            return file.read_row_group(group, columns=list(columns))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DIDRError(
-                f"{key}: row group {group} of shard {shard} cannot be read ({str(error).splitlines()[0]})."
-            ) from error
+    with _open(shard, key) as file, _in_words(f"{key}: row group {group} of shard {shard} cannot be read"):
+        return file.read_row_group(group, columns=list(columns))

@@ -18,6 +18,7 @@ from didr_core.evaluate.scores import Scores, card_section, origin, read_scores
 from didr_core.export.folder import export_run, exported
 from didr_core.train.learner import Learner
 from didr_core.train.loop import Observer, train
+from didr_core.train.patience import Patience
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import Backbone
 
@@ -77,10 +78,11 @@ def train_and_finish(
     Raises:
         DIDRError: anything a user can mend; the run folder keeps its checkpoints.
     """
-    observer = observer or Observer()
+    observer = Patience(observer or Observer(), config.workers.patience_s)
     grid_of = (lambda learner: Gallery(learner, learner.config, run, draw).after) if draw else None
-    learner = train(config, run, index, observer, grid_of, profile)
-    finish(learner, learner.config, run, observer.stage, draw)
+    with observer.watching():
+        learner = train(config, run, index, observer, grid_of, profile)
+        finish(learner, learner.config, run, observer.stage, draw)
 
 
 def finish(

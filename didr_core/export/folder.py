@@ -6,11 +6,13 @@ rename, so that an export folder is either whole or not there.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import yaml
 from torch import nn
 
 from didr_core.config import Config, build, dump, locate
-from didr_core.config.files import replace_text
+from didr_core.config.files import clear_partials, held, replace_text
 from didr_core.export.card import CARD, model_card, public_path
 from didr_core.networks import lora
 from didr_core.types import Backbone, DIDRError
@@ -61,8 +63,11 @@ def export_run(
             )
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    clear_partials(folder.parent, glob.escape(folder.name))
+    writing = ExitStack()
     try:
         part.mkdir(parents=True)
+        writing.enter_context(held(part))
         backbone.export(lora.plain(generator), str(part))
         lora.save_adapter(generator, part)
         _name_single_files(part, config.name)
@@ -87,6 +92,7 @@ def export_run(
             f"export: cannot write {str(folder)!r} ({reason}). Free space, or choose another folder."
         ) from error
     finally:
+        writing.close()
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return folder

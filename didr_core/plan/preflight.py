@@ -25,11 +25,14 @@ COUNTED = 5_000  # prompts whose tokens are counted
 LEAST_FREE = 64 * 2**20
 
 
-def preflight(config: Config, *, here: bool = True, note: Callable[[str], object] = lambda _: None) -> PromptIndex:
+def preflight(
+    config: Config, *, here: bool = True, output: Path | None = None, note: Callable[[str], object] = lambda _: None
+) -> PromptIndex:
     """Look at prompts (footers, and the text of the first :data:`SCAN_ROWS` rows), weights folders and output folder.
 
     Args:
         here: this process trains, so ``device`` must exist on this machine.
+        output: the run's folder, where it is not to be made in ``config.output``; it may hold checkpoints already.
         note: takes sentences on what is no mistake, but may not be meant.
 
     Returns:
@@ -63,8 +66,14 @@ def preflight(config: Config, *, here: bool = True, note: Callable[[str], object
         cards = range(torch.cuda.device_count())
         advice.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
     if config.data.cache:
-        local_folder("data.cache", config.data.cache)
-    _output(config)
+        room("data.cache", local_folder("data.cache", config.data.cache))
+    recorded = local_folder("output", config.output)
+    if output is None:
+        room("output", recorded)
+    else:  # the next checkpoint is as large as the last, beside it until it is whole
+        last = max(output.glob("checkpoints/step-*"), default=None)
+        size = sum(file.stat().st_size for file in last.glob("*")) if last else 0
+        room("--output", output, max(LEAST_FREE, size))
     if cut := [text for name, reader in readers.items() if (text := _cut(name, reader.tokenizers() or {}, texts))]:
         note(
             f"of the first {len(texts):,} prompts, longer than what is read of them: {'; '.join(cut)}. The rest is cut off."
@@ -87,13 +96,16 @@ def _cut(name: str, tokenizers: Mapping[Path, int], texts: Sequence[str]) -> str
     return f"{counts[tokens]:,} by the {name} ({tokens} tokens)" if tokens and counts[tokens] else ""
 
 
-def _output(config: Config) -> None:
-    folder = local_folder("output", config.output)
-    while not folder.exists():
-        folder = folder.parent
+def room(key: str, path: Path, needed: int = LEAST_FREE) -> None:
+    """Whether the disk where ``path`` is, or will be made, has ``needed`` bytes.
+
+    Raises:
+        DIDRError: it has not, or a file is in the way; names ``key``, path, needed and free.
+    """
+    folder = next(p for p in (path, *path.parents) if p.exists())
     if not folder.is_dir():
-        raise DIDRError(f"output={config.output!r}: {folder} is a file. Expected a folder.")
-    if (free := shutil.disk_usage(folder).free) < LEAST_FREE:
+        raise DIDRError(f"{key}={str(path)!r}: {folder} is a file. Expected a folder.")
+    if (free := shutil.disk_usage(folder).free) < needed:
         raise DIDRError(
-            f"output={config.output!r}: {free:,} bytes free on its disk; a run needs at least {LEAST_FREE:,}."
+            f"{key}={str(path)!r}: {free:,} bytes free on its disk; a run needs at least {needed:,}. Free some, or choose another folder."
         )

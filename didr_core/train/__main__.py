@@ -18,7 +18,7 @@ from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
-from didr_core.train.run_folder import RunFolder
+from didr_core.train.run_folder import RunFolder, local_folder
 from didr_core.types import DIDRError, StepReport
 
 
@@ -47,10 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.resume:
             run = RunFolder.find(given.resume)
             config = run.config(given.overrides)
-            index = preflight(config, note=print)
+            index = preflight(config, output=run.path, note=print)
         else:
             config = configs.load(given.recipe, given.overrides)
-            index = preflight(config, note=print)
+            folder = local_folder("--output", given.output) if given.output else None
+            index = preflight(config, output=folder, note=print)
             config, told = fit.here(config)
             print(told, end="\n" if told else "")
             run = RunFolder.create(config, given.output, " ".join(["python -m didr_core.train", *sys.argv[1:]]))

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves_with_path, tree_map_with_path
 
+from didr_core.config.files import mapping
 from didr_core.config.provenance import versions
 from didr_core.networks import fsdp, optim
 from didr_core.train.learner import Learner
@@ -136,7 +137,7 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
         DIDRError: no checkpoint there, a damaged one (see :func:`verify`), or one of another model.
     """
     files = verify(folder)
-    state = json.loads((folder / STATE).read_text())
+    state = mapping((folder / STATE).read_bytes(), f"checkpoint {folder}: {STATE}")
     with fits(folder), torch.no_grad():
         for part in ("generator_opt", "assistant_opt"):
             if f"{part}.0.safetensors" in files:
@@ -159,7 +160,9 @@ def read(folder: Path, part: str) -> dict[str, Tensor]:
     Raises:
         DIDRError: no checkpoint there, or a damaged one (see :func:`verify`).
     """
-    found = {name.partition("/")[2]: value for name, value in _tensors(folder, verify(folder, part))}
+    files = verify(folder, part)
+    with fits(folder):
+        found = {name.partition("/")[2]: value for name, value in _tensors(folder, files)}
     return found if found or part == "generator" else read(folder, "generator")
 
 
@@ -168,7 +171,7 @@ def fits(folder: Path) -> Iterator[None]:
     """Inside, what an intact checkpoint holds is loaded into networks; a DIDRError where these are others."""
     try:
         yield
-    except (LookupError, RuntimeError, ValueError) as error:
+    except (LookupError, RuntimeError, ValueError, SafetensorError) as error:
         raise DIDRError(f"checkpoint {folder}: does not fit this recipe ({str(error)[:200]})") from error
 
 
@@ -192,11 +195,11 @@ def verify(folder: Path, part: str = "") -> list[str]:
                         way = f"Move that folder away and repeat the command: it goes on from {older.name}, which is intact."
                         break
             raise DIDRError(f"checkpoint {folder}: damaged: {damage}. {way}") from damage
-        state = json.loads((folder / STATE).read_text())
-    if state["layout"] != LAYOUT:
+        state = mapping((folder / STATE).read_bytes(), f"checkpoint {folder}: {STATE}")
+    if state.get("layout") != LAYOUT:
         raise DIDRError(
-            f"checkpoint {folder}: of layout {state['layout']}; this version reads layout {LAYOUT}. Go on with DIDR {state['didr']}, "
-            "which reads it, or with the version in run.json."
+            f"checkpoint {folder}: of layout {state.get('layout')}; this version reads layout {LAYOUT}. Go on with DIDR "
+            f"{state.get('didr')}, which reads it, or with the version in run.json."
         )
     return files
 

@@ -119,6 +119,7 @@ class Learner:
         Raises:
             NonFiniteError: a loss or reward is NaN or infinite on any rank; the update that saw it is not applied.
         """
+        _refuse_non_finite(batch, self.step_count + 1)
         batch = batch.to(self.device)
         if self.reward is not None:
             self.scale.update(batch.spread, self.parallel)
@@ -384,6 +385,17 @@ class GeneratorPass:
     def _particles(self, tag: str, times: int) -> Tensor:
         shape = self.learner.backbone.latent_shape
         return torch.cat([self.noise.normal(self.batch.index, shape, f"{tag}/{m}") for m in range(times)])
+
+
+def _refuse_non_finite(batch: Batch, step: int) -> None:
+    """Baselines are on the CPU yet, and would spoil the reward's scale for good, in the TA's head start unseen."""
+    for known in (batch.baseline, batch.spread):
+        if known is not None and not known.isfinite().all():
+            bad = [i for i, ok in zip(batch.ids, known.isfinite().tolist(), strict=True) if not ok]
+            raise NonFiniteError(
+                f"step {step}: non-finite reward of the starting generator's pictures at prompt ids {bad}. The last good checkpoint is "
+                "kept. Look at these prompts and the reward."
+            )
 
 
 def _rate(settings: Optim, updates: int, done: float) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from didr_core.config import Config
+from didr_core.config.files import clear_partials
 from didr_core.data import scales
 from didr_core.data.feed import LocalFeed, ahead
 from didr_core.data.precompute import precompute
@@ -46,6 +47,9 @@ class Observer:
 
     def note(self, text: str, style: str = "") -> None:
         """What stays to be read."""
+
+    def stuck(self, error: DIDRError) -> None:
+        """The process hangs where no exception reaches it, and ends after this call, which comes from another thread."""
 
 
 class Journal:
@@ -211,6 +215,7 @@ def train(
 def outcome(run: RunFolder) -> Iterator[None]:
     """Keeps ``run.json``'s status true: running inside the block, then finished, failed or interrupted. One process at a time.
 
+    What a killed process left half-written in the folder is removed first.
     ``seconds`` adds up how long all such blocks of the run took; those that were killed are not in it.
 
     Raises:
@@ -218,6 +223,8 @@ def outcome(run: RunFolder) -> Iterator[None]:
     """
     with run.lock():
         run.stop_path.unlink(missing_ok=True)
+        for folder in (run.path, run.path / "grids"):
+            clear_partials(folder)
         since, before = time.time(), float(run.info().get("seconds", 0.0))
         run.update(status="running", message=None, since=since)
         try:

@@ -216,6 +216,11 @@ class RunFolder:
         return self.path / "stage.json"
 
     @property
+    def calls_path(self) -> Path:
+        """``.calls``: what each actor is at; see :class:`didr_core.train.patience.Calls`."""
+        return self.path / ".calls"
+
+    @property
     def stop_path(self) -> Path:
         """``stop``: whoever makes this file ends the run after the step that it is at, with a checkpoint."""
         return self.path / "stop"

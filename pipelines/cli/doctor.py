@@ -7,26 +7,31 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from rich.console import Console
 from rich.table import Table
 
 from didr_core import config as configs
-from didr_core.config import Config
+from didr_core.config import Config, registry
 from didr_core.plan import advice, fit, memory
 from didr_core.plan.memory import GIB, Line, Plan
 from didr_core.types import DIDRError
+from pipelines.cli.show import say_unread
 from pipelines.cluster.resources import check, demands_of
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "ray", "mlflow")
 OPTIONAL = {"bitsandbytes": "for generator.optimizer=adamw8bit"}
 
 
-def doctor(recipe: str | None, overrides: Sequence[str], gigabytes: float | None, address: str | None) -> bool:
+def doctor(
+    recipe: str | None, overrides: Sequence[str], gigabytes: float | None, address: str | None, load_code: bool = False
+) -> bool:
     """Print everything; with a recipe, its plan too.
 
     Args:
         gigabytes: of the GPU to plan for; None = the smallest one here, or 80 where there is none.
+        load_code: run the Python code that the recipe names, too; without it, such a recipe is not planned.
 
     Returns:
         Whether the recipe fits (True without one).
@@ -35,12 +40,17 @@ def doctor(recipe: str | None, overrides: Sequence[str], gigabytes: float | None
     out.print(_installed())
     cards = _gpus()
     out.print(_gpu_table(cards))
-    config = configs.load(recipe, overrides) if recipe else None
-    fits = True
-    if config is not None:
-        size = gigabytes or min((size for _, size in cards), default=80.0)
-        fits = _report(out, config, size, measured=bool(cards) and not gigabytes)
-    return _cluster(out, address, config) and fits
+    with ExitStack() as stack:
+        unread = [] if load_code else stack.enter_context(registry.code_unread())
+        config = configs.load(recipe, overrides) if recipe else None
+        fits = True
+        if unread:
+            say_unread(out, unread)
+            out.print("memory and FLOPs are not planned without it: --load-code runs it")
+        elif config is not None:
+            size = gigabytes or min((size for _, size in cards), default=80.0)
+            fits = _report(out, config, size, measured=bool(cards) and not gigabytes)
+        return _cluster(out, address, config) and fits
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -189,11 +189,14 @@ def doctor(
         float | None, typer.Option("--gpu-gb", min=1, help="GPU to plan for (default: the smallest here, else 80)")
     ] = None,
     address: Annotated[str | None, typer.Option(help="look at a Ray cluster too: auto, or HOST:PORT")] = None,
+    load_code: Annotated[
+        bool, typer.Option("--load-code", help="run the Python code that the recipe names, to plan with it")
+    ] = False,
 ) -> None:
     """What is installed, GPUs, cluster; with a recipe: does it fit, and what to change. Exit code 1 where it does not."""
     from pipelines.cli.doctor import doctor as examine
 
-    if not examine(recipe, overrides or (), gpu_gb, address):
+    if not examine(recipe, overrides or (), gpu_gb, address, load_code):
         raise typer.Exit(1)
 
 

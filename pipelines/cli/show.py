@@ -20,13 +20,23 @@ from pipelines.cluster.resources import ClusterView, align_demands
 
 
 def show(recipe: str, overrides: Sequence[str]) -> None:
-    """Print the resolved plan; reads the prompts' footers, loads no weights."""
-    config = configs.load(recipe, overrides)
+    """Print the resolved plan; reads the prompts' footers, loads no weights, runs no code that the recipe names."""
     out = Console(highlight=False)
-    text = yaml.safe_dump(configs.dump(config), sort_keys=False, allow_unicode=True)
-    out.print(Syntax(text, "yaml", background_color="default") if out.is_terminal else text)
-    for table in (_algorithm(config), _sizes(config), _components(config), _processes(config)):
-        out.print(table)
+    with registry.code_unread() as unread:
+        config = configs.load(recipe, overrides)
+        text = yaml.safe_dump(configs.dump(config), sort_keys=False, allow_unicode=True)
+        out.print(Syntax(text, "yaml", background_color="default") if out.is_terminal else text)
+        for table in (_algorithm(config), _sizes(config), _components(config), _processes(config)):
+            out.print(table)
+    say_unread(out, unread)
+
+
+def say_unread(out: Console, names: Sequence[str]) -> None:
+    """Which code a command that trains would load and run."""
+    for name in names:
+        out.print(
+            f"not loaded: {name}. `didr align` and `didr sweep` run this code: read it first. Its defaults and checks are not shown."
+        )
 
 
 def show_known() -> None:
@@ -47,6 +57,8 @@ def show_known() -> None:
 def _algorithm(config: Config) -> Table:
     """What the algorithm is, what it needs, and what its options mean."""
     method = registry.find("algorithms", config.algorithm.name)
+    if method is registry.StandIn:
+        return _table(f"algorithm {config.algorithm.name}: not loaded")
     source = (inspect.getdoc(inspect.getmodule(method)) or "").split("\n\n")[0].replace("\n", " ")
     table = _table(f"algorithm {config.algorithm.name}: {source}", "key", "value", "meaning")
     for name, info in type(config.algorithm).model_fields.items():
@@ -115,7 +127,9 @@ def _components(config: Config) -> Table:
 
 
 def _code(kind: str, name: str) -> str:
-    code, root = Path(inspect.getfile(registry.find(kind, name))), WORLD.parents[2]
+    if (found := registry.find(kind, name)) is registry.StandIn:
+        return "not loaded"
+    code, root = Path(inspect.getfile(found)), WORLD.parents[2]
     return str(code.relative_to(root) if code.is_relative_to(root) else code)
 
 

@@ -7,7 +7,7 @@ What would go wrong again (a NaN reward, a full disk, an exception in a reward's
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -33,9 +33,9 @@ def fitted(config: Config, view: ClusterView, at_once: int = 1) -> tuple[Config,
     return found
 
 
-def measured_scales(config: Config, view: ClusterView) -> Config:
+def measured_scales(config: Config, view: ClusterView, meanwhile: Callable[[], None] = lambda: None) -> Config:
     """:func:`didr_core.data.scales.resolve` where reward models run: this process may have no GPU."""
-    resolved: Config = elsewhere(reward_need(config.workers, view), scales.resolve, config)
+    resolved: Config = elsewhere(reward_need(config.workers, view), scales.resolve, config, meanwhile=meanwhile)
     return resolved
 
 
@@ -54,7 +54,7 @@ def fit_until_done(
     most = config.workers.max_failures
     if config.precomputed:
         _precompute(config, run, index, observer, view)
-    scorers = start_scorers(config, reward_need(config.workers, view)) if config.black_box else []
+    scorers = start_scorers(config, reward_need(config.workers, view), run.calls_path) if config.black_box else []
     for failures in range(most + 1):
         step = run.last_step()
         run.forget_after(step)
@@ -83,7 +83,8 @@ def fit_until_done(
 def _precompute(config: Config, run: RunFolder, index: PromptIndex, observer: Observer, view: ClusterView) -> None:
     workers, cursor = config.workers, run.last_step() * config.train.batch
     try:
-        precompute(config, index, cursor, encoder_need(workers, view), reward_need(workers, view), observer.stage)
+        encoder, reward = encoder_need(workers, view), reward_need(workers, view)
+        precompute(config, index, cursor, encoder, reward, observer.stage, run.calls_path)
     except Exception as error:
         if mistake := users_mistake(error):
             raise mistake from error
@@ -105,7 +106,7 @@ def _trainer(
     if step < config.train.steps and not config.precomputed:  # else each worker reads its share itself
         cursor = step * config.train.batch
         encoder, reward = encoder_need(workers, view), reward_need(workers, view)
-        datasets["train"] = prompt_stream(config, index, cursor, encoder, reward)
+        datasets["train"] = prompt_stream(config, index, cursor, encoder, reward, calls=run.calls_path)
     return TorchTrainer(
         train_worker,
         train_loop_config={

@@ -13,6 +13,7 @@ Nothing materialises on the driver, and back-pressure bounds what is made ahead 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from didr_core.data.cache import Kept
 from didr_core.data.feed import Columns, PromptEncoder, RewardPreparer, columns, to_batch
 from didr_core.data.precompute import SAYS, absent, require_room
 from didr_core.data.prompts import PromptIndex
+from didr_core.train.patience import Calls
 from didr_core.types import Batch
 from pipelines.cluster.resources import Need
 
@@ -96,31 +98,45 @@ class _Reader:
 class EncoderActor(PromptEncoder):
     """:class:`didr_core.data.feed.PromptEncoder` as a Ray Data actor."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, calls: Path | None = None) -> None:
         torch.set_num_threads(1)
-        super().__init__(config)
+        self.calls = Calls(calls, "a prompt encoder")
+        with self.calls.at("loading"):
+            super().__init__(config)
+
+    def __call__(self, batch: Columns) -> Columns:
+        """See there."""
+        with self.calls.at(f"encoding {len(batch['prompt'])} prompts"):
+            return super().__call__(batch)
 
 
 class RewardActor(RewardPreparer):
     """:class:`didr_core.data.feed.RewardPreparer` as a Ray Data actor."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, calls: Path | None = None) -> None:
         torch.set_num_threads(1)
-        super().__init__(config)
+        self.calls = Calls(calls, f"the reward actor of {config.reward and config.reward.name!r}")
+        with self.calls.at("loading"):
+            super().__init__(config)
+
+    def __call__(self, batch: Columns) -> Columns:
+        """See there."""
+        with self.calls.at(f"scoring the start's pictures of {len(batch['prompt'])} prompts"):
+            return super().__call__(batch)
 
 
 class KeptEncoder(Kept):
     """The same, for `data.cache`."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(EncoderActor, config)
+    def __init__(self, config: Config, *calls: Path) -> None:
+        super().__init__(EncoderActor, config, *calls)
 
 
 class KeptReward(Kept):
     """The same, for `data.cache`."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(RewardActor, config)
+    def __init__(self, config: Config, *calls: Path) -> None:
+        super().__init__(RewardActor, config, *calls)
 
 
 def prompt_stream(
@@ -130,6 +146,7 @@ def prompt_stream(
     encoder: Need,
     reward: Need,
     stages: tuple[type[Any], type[Any]] | None = None,
+    calls: Path | None = None,
 ) -> Dataset:
     """The run's remaining samples as a dataset of training columns, one block a rank and step.
 
@@ -137,6 +154,7 @@ def prompt_stream(
         cursor: samples that all ranks together have consumed; a multiple of ``train.batch``.
         encoder: what an encoder actor reserves. reward: what a reward-model actor reserves.
         stages: the two actor classes, called with the config (tests put cheap ones here).
+        calls: folder in which they say what they are at; given to them, too.
     """
     stages = stages or ((KeptEncoder, KeptReward) if config.cache else (EncoderActor, RewardActor))
     # or a stage's error were lost in what Ray wraps it in
@@ -146,16 +164,18 @@ def prompt_stream(
     share = config.sizes.share
     stream = ray.data.read_datasource(source, override_num_blocks=max(1, source.tasks))
     stream = stream.repartition(target_num_rows_per_block=share)
-    stream = _actors(stream, stages[0], config, share, config.workers.encoders, encoder)
+    stream = _actors(stream, stages[0], config, share, config.workers.encoders, encoder, calls)
     if config.needs_reward:
-        stream = _actors(stream, stages[1], config, share, config.workers.rewards, reward)
+        stream = _actors(stream, stages[1], config, share, config.workers.rewards, reward, calls)
     return stream
 
 
-def _actors(stream: Dataset, stage: type[Any], config: Config, share: int, size: int, need: Need) -> Dataset:
+def _actors(
+    stream: Dataset, stage: type[Any], config: Config, share: int, size: int, need: Need, calls: Path | None
+) -> Dataset:
     return stream.map_batches(
         stage,
-        fn_constructor_args=(config,),
+        fn_constructor_args=(config, calls) if calls else (config,),
         batch_size=share,
         batch_format="numpy",
         zero_copy_batch=False,
@@ -166,7 +186,13 @@ def _actors(stream: Dataset, stage: type[Any], config: Config, share: int, size:
 
 
 def precompute(
-    config: Config, index: PromptIndex, cursor: int, encoder: Need, reward: Need, say: Callable[[str, int, int], None]
+    config: Config,
+    index: PromptIndex,
+    cursor: int,
+    encoder: Need,
+    reward: Need,
+    say: Callable[[str, int, int], None],
+    calls: Path | None = None,
 ) -> None:
     """:func:`didr_core.data.precompute.precompute` by the actors of :func:`prompt_stream`, which are gone when it returns.
 
@@ -177,7 +203,7 @@ def precompute(
     todo = list(absent(config, index, stages, share, cursor))
     if not todo:
         return
-    stream = prompt_stream(config, index, todo[0] * share, encoder, reward).select_columns(["index"])
+    stream = prompt_stream(config, index, todo[0] * share, encoder, reward, calls=calls).select_columns(["index"])
     stream.context.execution_options = execution_options()
     last = config.sizes.total_prompts // share
     for number, _ in zip(range(todo[0], last), stream.iter_batches(batch_size=share), strict=True):

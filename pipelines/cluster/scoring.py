@@ -7,6 +7,7 @@ need not: :class:`ActorReward` stands in for it in the learner, and `workers.rew
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from didr_core.config import Config, build
+from didr_core.train.patience import Calls
 from didr_core.types import Tensors
 from pipelines.cluster.resources import Need
 
@@ -25,12 +27,14 @@ Arrays = dict[str, NDArray[Any]]
 class Scorer:
     """One actor: the reward model and nothing else."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, calls: Path | None = None) -> None:
         torch.set_num_threads(1)
         assert config.reward is not None
         self.device = config.torch_device
         self.reward = build("rewards", config.reward)
-        self.reward.load(self.device)
+        self.calls = Calls(calls, f"the scoring actor of {config.reward.name!r}")
+        with self.calls.at("loading"):
+            self.reward.load(self.device)
 
     def prepare(self, prompts: Sequence[str]) -> Arrays:
         """The reward's own inputs for the prompts, ``{name: [B, ...]}``."""
@@ -40,7 +44,8 @@ class Scorer:
     def score(self, images: NDArray[np.float32], inputs: Arrays) -> NDArray[np.float32]:
         """``[B, 3, H, W]`` and the prepared inputs ``{name: [B, ...]}`` to raw scores ``[B]``."""
         tensors = {name: torch.from_numpy(np.array(value)).to(self.device) for name, value in inputs.items()}
-        scores: Tensor = self.reward.score(torch.from_numpy(np.array(images)).to(self.device), tensors)
+        with self.calls.at(f"scoring {len(images)} pictures"):
+            scores: Tensor = self.reward.score(torch.from_numpy(np.array(images)).to(self.device), tensors)
         return scores.float().cpu().numpy()
 
 
@@ -83,7 +88,7 @@ class ActorReward:
         return torch.from_numpy(np.concatenate(ray.get(asked))).to(images.device)
 
 
-def start_scorers(config: Config, need: Need) -> list[Any]:
-    """`workers.rewards` actors, which live as long as this process or their handles."""
+def start_scorers(config: Config, need: Need, calls: Path | None = None) -> list[Any]:
+    """`workers.rewards` actors, which live as long as this process or their handles; in ``calls`` they say what they are at."""
     actor = ray.remote(**need.options(), max_restarts=-1, max_task_retries=-1)(Scorer)
-    return [actor.remote(config) for _ in range(config.workers.rewards)]
+    return [actor.remote(config, calls) for _ in range(config.workers.rewards)]

@@ -10,8 +10,8 @@ Three cases, told apart by :func:`where_to_run`:
 - **Attached** (an address, from the head node): `pipelines`, `didr_core` and `tune_spaces` travel to the workers as `py_modules`, so that
   every node runs the code of this checkout, not of whatever is installed there.
 
-Ray 2.60 protects a cluster of our own with a token in `~/.ray/auth_token` by itself. An attached cluster that uses tokens needs
-`RAY_AUTH_MODE=token` and the same token here; see docs/cluster.md.
+A Ray of our own listens on 127.0.0.1 alone, and is protected by a token in `~/.ray/auth_token`, which this user alone may read. An attached
+cluster that uses tokens needs `RAY_AUTH_MODE=token` and the same token here; see docs/cluster.md.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,12 @@ QUIET_ENV = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+HERE_ENV = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # where no cluster is to be, Ray listens on 127.0.0.1; on Linux, too
+    "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",  # so do the workers' collective calls
+}
+"""Of a Ray of our own: nobody outside of this machine is let in."""
+TOKEN = Path.home() / ".ray" / "auth_token"
 WAIT_FOR_NODES_S = 600.0
 """How long to wait for the nodes of a cluster that may still be starting."""
 LOOK_S = 10.0
@@ -125,9 +132,13 @@ def view_of_this_machine(config: Config, address: str | None, cpus: int | None =
     return ClusterView((Node("this machine", has),), local=True)
 
 
-def prepare_environment(verbose: bool = False) -> None:
-    """Set what Ray reads from the environment, keeping what the user has set. Call before the first `import ray`."""
-    for key, value in (ALWAYS_ENV if verbose else ALWAYS_ENV | QUIET_ENV).items():
+def prepare_environment(verbose: bool = False, *, here: bool = False) -> None:
+    """Set what Ray reads from the environment, keeping what the user has set. Call before the first `import ray`.
+
+    Args:
+        here: this process starts a Ray of its own.
+    """
+    for key, value in (ALWAYS_ENV | ({} if verbose else QUIET_ENV) | (HERE_ENV if here else {})).items():
         os.environ.setdefault(key, value)
 
 
@@ -143,13 +154,13 @@ def ray_session(address: str | None = None, num_cpus: int = 4, verbose: bool = F
     Raises:
         DIDRError: no cluster at the address, or it refused this process.
     """
-    prepare_environment(verbose)
+    place = where_to_run(address)
+    prepare_environment(verbose, here=place.kind == "here")
     import ray
 
     if ray.is_initialized():
         yield cluster_view()
         return
-    place = where_to_run(address)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     level = "INFO" if verbose else "ERROR"
     with warnings.catch_warnings():
@@ -228,9 +239,13 @@ def _start(slots: int, verbose: bool, level: str) -> None:
     """A Ray of our own. On a busy machine Ray's helpers may miss its fixed 15 s: once more, then they come from a warm disk cache."""
     import ray
 
+    with suppress(OSError):  # a home that cannot be written to
+        TOKEN.parent.mkdir(mode=0o700, exist_ok=True)
     for last in (False, True):
         try:
             ray.init("local", num_cpus=slots, log_to_driver=verbose, logging_level=level)
+            with suppress(OSError):  # Ray lets everybody read it
+                TOKEN.chmod(0o600)
             return
         except Exception as error:
             ray.shutdown()

@@ -116,7 +116,11 @@ def find(name: str) -> Space:
     if not callable(function):
         raise DIDRError(f"--space {name!r}: has no function space(). Expected `def space() -> dict`.")
     lines = (module["__doc__"] or function.__doc__ or "").strip().splitlines()
-    return read(path.stem, function(), lines[0] if lines else "")
+    try:
+        tree = function()
+    except Exception as error:
+        raise DIDRError(f"--space {name!r}: space() raised {type(error).__name__}: {error}") from error
+    return read(path.stem, tree, lines[0] if lines else "")
 
 
 def read(name: str, tree: Any, about: str = "") -> Space:

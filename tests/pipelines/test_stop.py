@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray.exceptions import WorkerCrashedError
 from toy import EVERY, toy_recipe
 from toy_sweep import new
 
 from didr_core import config as configs
+from didr_core.train.patience import running
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 from pipelines.align import align
@@ -144,6 +146,73 @@ def test_an_error_of_the_users_code_under_ray_is_told_after_one_attempt(toy: Pat
     words = f"ValueError: my reward broke (in prepare, {reward}:7)"
     assert process.returncode == 1 and run.info()["status"] == "failed" and run.info()["message"] == words, said
     assert said.strip().splitlines()[-1] == f"error: {words}" and said.count("starting workers") == 1
+
+
+HANGS = """
+import time
+from toy import {base}
+
+
+class Hangs({base}):
+    def {method}:
+        time.sleep(3600)
+"""
+
+
+def hanging(folder: Path, toy: Path, base: str, method: str, *sections: str) -> tuple[str, ...]:
+    """Words for `didr align` with a reward whose ``method`` never comes back."""
+    (folder / "hangs.py").write_text(HANGS.format(base=base, method=method))
+    recipe = folder / "hangs.yaml"
+    recipe.write_text("\n".join([f"base: {toy}", f"reward: {{name: '{folder}/hangs.py:Hangs', bad: ''}}", *sections]))
+    return ("--recipe", str(recipe), "--set", "tracking.uri=''")
+
+
+def ended_by_patience(process: subprocess.Popen[str], run: RunFolder, seconds: int, *who: str) -> None:
+    _, said = process.communicate(timeout=600)
+    message = run.info()["message"]
+    assert process.returncode == 1 and run.info()["status"] == "failed", said
+    assert all(word in message for word in who) and f"patience_s={seconds})" in message, message
+    assert said.strip().splitlines()[-1] == f"error: {message}" and "Traceback" not in said
+    assert f"at {seconds} s the run stops" in said, "the progress line has told before"
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{run.path.parent / 'mlflow.db'}")
+    assert client.get_run(run.info()["mlflow_run_id"]).info.status == "FAILED"
+
+
+def test_a_reward_that_hangs_ends_a_local_run(toy: Path, tmp_path: Path) -> None:
+    words = hanging(tmp_path, toy, "Treacherous", "score(self, images, inputs)")
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    process = started(tmp_path, "--local", *words, "--set", "workers.patience_s=20", PYTHONPATH=path)
+    ended_by_patience(process, RunFolder(tmp_path / "run"), 20, "the training (its last news: ")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_hang_under_ray_names_the_actor(toy: Path, tmp_path: Path) -> None:
+    """And such a Ray listens on loopback alone, with a token that others cannot read."""
+    words = hanging(tmp_path, toy, "Treacherous", "prepare(self, prompts)")
+    path, run = f"{ROOT}{os.pathsep}{ROOT / 'tests'}", RunFolder(tmp_path / "run")
+    process = started(tmp_path, *words, "--set", "workers.patience_s=90", PYTHONPATH=path, HOME=str(tmp_path / "home"))
+    deadline = time.monotonic() + 400
+    while not run.calls_path.is_dir() or not any(
+        who.startswith("the reward actor") for who, _ in running(run.calls_path)
+    ):
+        assert time.monotonic() < deadline and process.poll() is None, run.info().get("message")
+        time.sleep(0.5)
+    doors = {door for p in psutil.Process(process.pid).children(recursive=True) for door in listening(p)}
+    outside = [door for door in doors if door[0].removeprefix("::ffff:") not in ("127.0.0.1", "::1")]
+    assert len(doors) > 5 and len(outside) <= 1, outside  # where torch's workers find each other: docs/cluster.md
+    assert (tmp_path / "home" / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+    ended_by_patience(process, run, 90, "the reward actor of ", "hangs.py:Hangs' (process ")
+
+
+def listening(process: psutil.Process) -> set[tuple[str, int]]:
+    try:
+        return {(c.laddr.ip, c.laddr.port) for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    except psutil.Error:  # it has ended
+        return set()
 
 
 @pytest.mark.ray

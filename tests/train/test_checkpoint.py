@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from random_models import sdxl_folder
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from small_learner import batch, learner
 
 from didr_core.train import checkpoint
@@ -144,3 +149,44 @@ def test_a_kill_while_writing_leaves_no_checkpoint_and_is_cleared_away(run: RunF
     checkpoint.Saver(subject).save(run.checkpoint(3), {"n": 3}, then=lambda: run.prune(2))
     assert run.checkpoints() == [2, 3] and not list((run.path / "checkpoints").glob(".*"))
     assert checkpoint.load(run.checkpoint(3), subject) == {"n": 3}
+
+
+@pytest.mark.parametrize("place", ["a part", "the second part", "state.json", "SHA256SUMS", "fsync", "rename"])
+def test_a_disk_that_fills_costs_the_new_checkpoint_alone(
+    run: RunFolder, subject: Learner, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+    pruned: list[int] = []
+    calls = {"a part": 0, "the second part": 1}
+
+    def full(
+        real: Callable[..., Any], wanted: Callable[..., bool], error: type[Exception] = OSError
+    ) -> Callable[..., Any]:
+        def write(*arguments: Any, **named: Any) -> Any:
+            if wanted(*arguments):
+                raise (
+                    OSError(errno.ENOSPC, "No space left on device")
+                    if error is OSError
+                    else error("I/O error: No space left on device (os error 28)")
+                )
+            return real(*arguments, **named)
+
+        return write
+
+    if place in calls:
+        left = iter([False] * calls[place] + [True] * 9)
+        monkeypatch.setattr(checkpoint, "save_file", full(save_file, lambda *_: next(left), SafetensorError))
+    elif place == "fsync":
+        monkeypatch.setattr(os, "fsync", full(os.fsync, lambda *_: True))
+    elif place == "rename":
+        monkeypatch.setattr(os, "replace", full(os.replace, lambda *_: True))
+    else:
+        monkeypatch.setattr(Path, "write_text", full(Path.write_text, lambda path, *_: path.name == place))
+    with pytest.raises(DIDRError) as error:
+        checkpoint.Saver(subject).save(run.checkpoint(3), {"n": 3}, then=lambda: pruned.append(1))
+    monkeypatch.undo()
+    said = str(error.value)
+    assert re.search(rf"{run.checkpoint(3)}: the disk is full: about [\d,]+ bytes needed, [\d,]+ free", said)
+    assert "\n" not in said and run.checkpoints() == [1, 2] and not pruned
+    assert before == {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+    assert checkpoint.load(run.checkpoint(run.last_step()), subject) == {"n": 2}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from didr_core import config as configs
+from didr_core.config.files import held
 from didr_core.export.sample import OneStep
 from didr_core.train.loop import outcome
 from didr_core.train.run_folder import RunFolder, read_lines
@@ -84,3 +85,20 @@ def test_lines(run: RunFolder, name: str, damage: str) -> None:
     assert [row["step"] for row in read_lines(path)] == [1, 2]
     path.write_bytes(b"")
     assert read_lines(path) == []
+
+
+def test_what_a_kill_left_half_written_is_removed_by_the_next_start(run: RunFolder) -> None:
+    """As export, replaced files and grids name them; not what a living process writes, and an export that was taken away comes back."""
+    for name in (".export.41.part", ".export.42.part", ".export.41.old", "export"):
+        (run.path / name / "unet").mkdir(parents=True)
+    (run.path / "grids").mkdir()
+    for name in (".run.0a1b2c3d.part.json", "grids/.step-1.0a1b2c3d.part.png"):
+        (run.path / name).write_text("{")
+    with held(run.path / ".export.42.part"), outcome(run):
+        there = {path.name for path in run.path.rglob("*")}
+    assert ".export.42.part" in there and "export" in there
+    assert not {name for name in there if name.endswith(".old") or ".41." in name or "0a1b2c3d" in name}
+    (run.path / "export").rename(run.path / ".export.41.old")
+    with outcome(run):
+        pass
+    assert (run.path / "export" / "unet").is_dir() and not list(run.path.glob(".export*"))

@@ -1,0 +1,200 @@
+"""Whatever a user may hand in, damaged or senseless: it is taken, or refused with an error of ours. Never anything else.
+
+Some hundred examples of each by default; `DIDR_FUZZ=200 pytest tests/test_fuzz.py` makes 200 times as many (about ten minutes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from didr_core import config as configs
+from didr_core.config.load import _known_keys
+from didr_core.data.prompts import PromptIndex
+from didr_core.train import checkpoint
+from didr_core.train.run_folder import RunFolder, read_lines
+from didr_core.types import DIDRError
+from pipelines.sweeps import space
+
+TIMES = float(os.environ.get("DIDR_FUZZ", "1"))
+pytestmark = pytest.mark.timeout(120 * max(1.0, TIMES))
+
+
+def examples(count: int) -> Callable[[Any], Any]:
+    kinds = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+    return settings(max_examples=int(count * TIMES), deadline=None, database=None, suppress_health_check=kinds)
+
+
+def ours(do: Callable[[], object]) -> None:
+    with suppress(DIDRError):
+        do()
+
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["tiny", "didr"])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6) | st.integers(), v, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(_known_keys()) | st.text(max_size=10)
+SECTIONS = st.sampled_from([key for key in _known_keys() if "." not in key])
+DAMAGES = st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=4)), min_size=1, max_size=4)
+
+
+def damaged(data: bytes, damages: list[tuple[int, bytes]], cut: int) -> bytes:
+    """``data`` with bytes replaced here and there, and cut short (or not, where ``cut`` is 0)."""
+    found = bytearray(data)
+    for place, new in damages:
+        place %= max(1, len(found))
+        found[place : place + len(new)] = new
+    return bytes(found[: len(found) - cut % max(1, len(found))])
+
+
+@examples(60)
+@given(
+    tree=st.dictionaries(SECTIONS | st.text(max_size=6) | st.integers(), VALUES, max_size=3),
+    base=st.sampled_from(["tiny", 3, [], "x"]),
+)
+def test_recipes_of_any_tree(tmp_path: Path, tree: dict[Any, Any], base: Any) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"base": base} | tree, allow_unicode=True), encoding="utf-8", errors="replace")
+    ours(lambda: configs.load(str(path)))
+
+
+@examples(100)
+@given(text=st.binary(max_size=40) | st.text(alphabet="{}[]:,&*!|>-? \n\t'\"%@`#ab1", max_size=40).map(str.encode))
+def test_recipes_of_any_bytes(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text)
+    ours(lambda: configs.load(str(path)))
+
+
+@examples(60)
+@given(items=st.lists(st.tuples(KEYS, VALUES.map(lambda v: yaml.safe_dump(v)) | st.text(max_size=10)), max_size=3))
+def test_overrides(items: list[tuple[str, str]]) -> None:
+    ours(lambda: configs.load("exact_2d", [f"{key}={text}" for key, text in items]))
+
+
+@examples(60)
+@given(
+    name=st.text(max_size=12),
+    colon=st.sampled_from(["", ":", ":R", ".py:R", "/x.py:R", "..:R", "os:path", "didr_core.types:Batch"]),
+)
+@pytest.mark.parametrize("key", ["reward.name", "algorithm.name", "drp.estimator"])
+def test_plug_ins(key: str, name: str, colon: str) -> None:
+    ours(lambda: configs.load("exact_2d", values={key: name + colon}))
+
+
+KINDS = st.sampled_from(["grid", "choice", "uniform", "loguniform", "x"])
+DOMAINS = st.dictionaries(KINDS, st.lists(SCALARS, max_size=3), min_size=1, max_size=1)
+
+
+@examples(60)
+@given(tree=st.dictionaries(KEYS, VALUES | DOMAINS, max_size=3))
+def test_spaces(tree: dict[str, Any]) -> None:
+    def use() -> None:
+        found = space.read("mine", tree)
+        for search in ("grid", "random"):
+            space.check(found, space.draw(found, search, 3, 0)[:3], "exact_2d", [])
+        space.check(found, space.corners(found)[:3], "exact_2d", [])
+
+    ours(use)
+
+
+@examples(60)
+@given(
+    text=st.text(max_size=30)
+    | st.sampled_from(["def space():\n    return 3", "1 / 0", "def space():\n    raise KeyError(1)", "space = 1"])
+)
+def test_space_files(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    ours(lambda: space.find(str(path)))
+
+
+def shard() -> bytes:
+    file = io.BytesIO()
+    table = pa.table({"id": [f"p{n}" for n in range(20)], "prompt": [f"a red circle {n}" for n in range(20)]})
+    pq.write_table(table, file, row_group_size=8)
+    return file.getvalue()
+
+
+SHARD = shard()
+
+
+@examples(200)
+@given(damages=DAMAGES, cut=st.integers(0, 400))
+def test_shards(damages: list[tuple[int, bytes]], cut: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "a.parquet").write_bytes(damaged(SHARD, damages, cut))
+
+        def use() -> None:
+            index = PromptIndex.open(folder)
+            index.scan()
+            index.read(np.arange(25), 0)
+            index.first(5)
+            assert index.fingerprint
+
+        ours(use)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_file({"generator/w": torch.ones(3)}, folder / "generator.0.safetensors")
+    save_file({"ema/w": torch.ones(3)}, folder / "ema.0.safetensors")
+    (folder / "state.json").write_text('{"layout": 2, "didr": "0.3.0", "extra": {}, "learner": {}}')
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+FILES = ["generator.0.safetensors", "ema.0.safetensors", "state.json", "SHA256SUMS"]
+
+
+@examples(150)
+@given(name=st.sampled_from(FILES), damages=DAMAGES, cut=st.integers(0, 60), summed=st.booleans())
+def test_checkpoints(
+    written: dict[str, bytes], name: str, damages: list[tuple[int, bytes]], cut: int, summed: bool
+) -> None:
+    """Damaged after the sums were made; with ``summed``, files of somebody else with right sums."""
+    files = dict(written)
+    if summed and name in files:
+        files[name] = damaged(files[name], damages, cut)
+    order = sorted(files, key=lambda file: file == "state.json")
+    files["SHA256SUMS"] = "".join(f"{hashlib.sha256(files[n]).hexdigest()}  {n}\n" for n in order).encode()
+    if not summed:
+        files[name] = damaged(files[name], damages, cut)
+    with tempfile.TemporaryDirectory() as folder:
+        step = RunFolder(Path(folder)).checkpoint(1)
+        step.mkdir(parents=True)
+        for file, data in files.items():
+            (step / file).write_bytes(data)
+        for part in ("generator", "ema"):
+            ours(lambda part=part: checkpoint.read(step, part))  # type: ignore[misc]
+        ours(lambda: checkpoint.verify(step))
+
+
+@examples(100)
+@given(data=st.binary(max_size=60) | st.text(alphabet='{}[]":,0123 \nstep', max_size=40).map(str.encode))
+@pytest.mark.parametrize("name", ["run.json", "config.yaml", "metrics.jsonl"])
+def test_files_of_a_run(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    run = RunFolder(tmp_path)
+    ours({"run.json": run.info, "config.yaml": run.config, "metrics.jsonl": lambda: read_lines(run.metrics_path)}[name])
