@@ -20,8 +20,7 @@ from didr_core.algorithms import losses
 from didr_core.config.registry import find, names
 from didr_core.data.feed import LocalFeed
 from didr_core.train import checkpoint
-from didr_core.train.generator_pass import GeneratorPass
-from didr_core.train.learner import Learner
+from didr_core.train.learner import GeneratorPass, Learner
 from didr_core.types import Batch, DIDRError, GeneratorContext
 from pipelines.cli.show import show
 
