@@ -146,6 +146,13 @@ def optimizer(weights: Weights, settings: Optim, seed: int) -> torch.optim.Optim
     return made
 
 
+def rate(settings: Optim, updates: int, done: float) -> float:
+    """Share of the learning rate after ``updates`` of the network and the share ``done`` of the run: up, constant, down, all linear."""
+    warm = min(1.0, (updates + 1) / settings.warmup) if settings.warmup else 1.0
+    left = (1 - done) / settings.decay if settings.decay else 1.0
+    return warm * min(1.0, left)
+
+
 def begin(optimizer: torch.optim.Optimizer) -> None:
     """Make the moments that a first update makes, where there are none, to have something to load into. Weights stay as they are."""
     if optimizer.state:

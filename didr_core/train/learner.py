@@ -27,7 +27,7 @@ from didr_core.diffusion.schedule import LATEST, coeffs_like, diffuse
 from didr_core.networks import fsdp, lora, optim, roles
 from didr_core.networks.compiled import Blocks
 from didr_core.train.distributed import Single
-from didr_core.train.reward_scale import RewardScale
+from didr_core.train.reward_scale import RewardScale, refuse_non_finite
 from didr_core.types import Backbone, Batch, NonFiniteError, Parallel, Reward, StepReport
 
 Which = Literal["generator", "ema", "start", "reference"]
@@ -119,7 +119,7 @@ class Learner:
         Raises:
             NonFiniteError: a loss or reward is NaN or infinite on any rank; the update that saw it is not applied.
         """
-        _refuse_non_finite(batch, self.step_count + 1)
+        refuse_non_finite(batch, self.step_count + 1)
         batch = batch.to(self.device)
         if self.reward is not None:
             self.scale.update(batch.spread, self.parallel)
@@ -238,7 +238,7 @@ class Learner:
             )
         torch.nn.utils.clip_grads_with_norm_(weights, settings.max_grad_norm, norm)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _rate(settings, updates, self.step_count / self.config.train.steps)
+            group["lr"] = settings.lr * optim.rate(settings, updates, self.step_count / self.config.train.steps)
         optimizer.step()
         return {k: v.item() for k, v in means.items()} | {f"grad/{name}": size}
 
@@ -385,21 +385,3 @@ class GeneratorPass:
     def _particles(self, tag: str, times: int) -> Tensor:
         shape = self.learner.backbone.latent_shape
         return torch.cat([self.noise.normal(self.batch.index, shape, f"{tag}/{m}") for m in range(times)])
-
-
-def _refuse_non_finite(batch: Batch, step: int) -> None:
-    """Baselines are on the CPU yet, and would spoil the reward's scale for good, in the TA's head start unseen."""
-    for known in (batch.baseline, batch.spread):
-        if known is not None and not known.isfinite().all():
-            bad = [i for i, ok in zip(batch.ids, known.isfinite().tolist(), strict=True) if not ok]
-            raise NonFiniteError(
-                f"step {step}: non-finite reward of the starting generator's pictures at prompt ids {bad}. The last good checkpoint is "
-                "kept. Look at these prompts and the reward."
-            )
-
-
-def _rate(settings: Optim, updates: int, done: float) -> float:
-    """Share of the learning rate after ``updates`` of the network and the share ``done`` of the run: up, constant, down, all linear."""
-    warm = min(1.0, (updates + 1) / settings.warmup) if settings.warmup else 1.0
-    left = (1 - done) / settings.decay if settings.decay else 1.0
-    return warm * min(1.0, left)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from didr_core.types import DIDRError, Parallel
+from didr_core.types import Batch, DIDRError, NonFiniteError, Parallel
 
 
 class RewardScale:
@@ -17,14 +17,14 @@ class RewardScale:
         )  # sum of batch means of the variance, number of batches
 
     def update(self, spread: Tensor | None, parallel: Parallel) -> None:
-        """Add a batch's variances ``[B]``. A non-finite one comes with a non-finite baseline, which is refused with its prompt id later.
+        """Add a batch's variances ``[B]``, all finite (:func:`refuse_non_finite`).
 
         Raises:
             DIDRError: the reward is the same for all pictures of every prompt so far.
         """
         if spread is None:
             return
-        mean = torch.where(spread.isfinite(), spread, 1.0).double().mean()
+        mean = spread.double().mean()
         parallel.mean_([mean])
         self.total += torch.stack([mean, torch.ones_like(mean)])
         if not self.total[0] > 0:
@@ -45,3 +45,18 @@ class RewardScale:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Inverse of :meth:`state_dict`."""
         self.total.copy_(state["total"])
+
+
+def refuse_non_finite(batch: Batch, step: int) -> None:
+    """Of a batch on the CPU: one would spoil the scale for good, while the TA has its head start unseen.
+
+    Raises:
+        NonFiniteError: a baseline or spread is NaN or infinite.
+    """
+    for known in (batch.baseline, batch.spread):
+        if known is not None and not known.isfinite().all():
+            bad = [i for i, ok in zip(batch.ids, known.isfinite().tolist(), strict=True) if not ok]
+            raise NonFiniteError(
+                f"step {step}: non-finite reward of the starting generator's pictures at prompt ids {bad}. The last good checkpoint is "
+                "kept. Look at these prompts and the reward."
+            )
