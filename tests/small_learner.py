@@ -56,7 +56,8 @@ def held(subject: Learner) -> int:
         (subject.assistant_weights, subject.assistant_opt),
     ):
         tensors += list(weights.values.values())
-        tensors += [p.grad for p in weights.values.values() if p.grad is not None]
+        trained = (*weights.values.values(), *weights.network.parameters())
+        tensors += [p.grad for p in trained if p.grad is not None]
         tensors += [v for s in optimizer.state.values() for v in s.values() if v.numel() > 1 or v.dim()]
     storages = [(t.to_local() if is_sharded(t) else t).untyped_storage() for t in tensors]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())

@@ -7,7 +7,6 @@ import json
 import math
 import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -313,7 +312,6 @@ def quiet() -> None:
         import diffusers
         import transformers
 
-    warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()

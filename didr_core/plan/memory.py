@@ -243,11 +243,13 @@ def _trained(learner: Learner) -> dict[str, tuple[optim.Weights, torch.optim.Opt
 
 def _held(learner: Learner, config: Config) -> list[Line]:
     """Weights, masters, gradients, moments and average: each tensor once; adapters before the bases that they lie in."""
-    seen: dict[int, Tensor] = {}  # kept alive: another tensor would get its address
+    seen: dict[tuple[int, int], Tensor] = {}  # kept alive: another tensor would get its address
     lines: list[Line] = []
 
     def add(owner: str, what: str, tensors: Iterable[Tensor], parts: int = 1, small: bool = False) -> None:
-        new = {t.untyped_storage()._cdata: t for t in tensors if t.dim() and t.untyped_storage()._cdata not in seen}
+        # by place: gradients of adapters are views of one storage
+        places = {(t.untyped_storage()._cdata, int(t.storage_offset())): t for t in tensors if t.dim()}
+        new = {place: t for place, t in places.items() if place not in seen}
         seen.update(new)
         if new:
             how, size = _times(new.values())
@@ -261,7 +263,11 @@ def _held(learner: Learner, config: Config) -> list[Line]:
         parts = config.workers.train if full and config.roles.fsdp else 1
         add(role, "weights" if full else "adapter", weights.network.parameters(), parts)
         add(role, "master weights", weights.values.values(), parts)
-        add(role, "gradients", (v.grad for v in weights.values.values() if v.grad is not None), parts)
+        trained = (
+            *weights.values.values(),
+            *weights.network.parameters(),
+        )  # adapters have gradients beside their masters'
+        add(role, "gradients", (v.grad for v in trained if v.grad is not None), parts)
         small = getattr(config, role).optimizer == "adamw8bit"
         add(role, "Adam moments", (t for s in optimizer.state.values() for t in s.values()), parts, small)
         if role == "generator":
