@@ -46,7 +46,7 @@ class Blocks:
             for block, root in blocks:
                 shape = type(block), tuple((p.shape, p.dtype) for p in block.parameters())
                 kind = kinds.setdefault((id(root), shape), _Kind(self, Mode.of(root), type(block).forward))
-                block.__class__ = _switched(type(block))
+                block.__class__ = _switched(type(block))  # type: ignore[arg-type]
                 block.__dict__["kind"] = kind
 
     def run(self, work: Callable[[], Result], undo: Callable[[], None]) -> Result:

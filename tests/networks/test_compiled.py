@@ -28,6 +28,7 @@ RECIPE = {"generator": "full", "assistant": "lora", "gradient_checkpointing": Tr
 LORA = {"generator": "lora", "assistant": "lora", "gradient_checkpointing": True}  # of zimage_1gpu
 ODE = {"estimator": "ode", "steps": 2, "gradient_checkpointing": True}
 HYBRID = {"estimator": "hybrid", "steps": 2, "particles": 2}
+LR = 1.0  # of plain gradient descent: far enough that rounding the weights is nothing
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "full, tweedie": ("aot_eager", "sdxl", FULL, {"estimator": "tweedie"}),
     "recipe, tweedie, inductor": ("inductor", "sdxl", RECIPE, {"estimator": "tweedie"}),
@@ -56,13 +57,23 @@ def made(folders: dict[str, Path], family: str, how: str, parallel: Any = None, 
     backbone = {"name": family} | ({"max_tokens": 192, "resolution": 64} if family == "zimage" else {})
     train = {"compile": how, "micro_batch": 2} | changes.pop("train", {})
     changes = {"reward": {"name": "toy:Treacherous", "bad": ""}, "algorithm": {"name": "didr"}} | changes
-    return learner(folders[family], parallel, backbone=backbone, train=train, guidance={"reference": 3.0}, **changes)
+    rates = {"generator": {"lr": LR}, "assistant": {"lr": LR}}
+    subject = learner(
+        folders[family], parallel, backbone=backbone, train=train, guidance={"reference": 3.0}, **rates, **changes
+    )
+    for name in ("generator", "assistant"):  # Adam divides rounding errors by their own size
+        values = getattr(subject, f"{name}_weights").values.values()
+        setattr(subject, f"{name}_opt", torch.optim.SGD(list(values)))
+    return subject
 
 
 def after(subject: Learner, updates: int, data: Batch) -> tuple[list[float], list[Tensor]]:
-    """Losses; gradients of the last update and weights."""
+    """Losses; weights and gradients of the last update."""
+    start = [v.detach().clone() for v in subject.generator_weights.values.values()]
     metrics = [subject.step(data).metrics for _ in range(updates)]
     held = [v for w in (subject.generator_weights, subject.assistant_weights) for v in w.values.values()]
+    moved = (fsdp.whole(v.detach() - s).abs().max() for v, s in zip(held, start, strict=False))
+    assert max(moved) > 1e-3
     tensors = [t for v in held for t in (v, v.grad) if t is not None]
     return [m[f"loss/{k}"] for m in metrics for k in ("assistant", "generator")], [
         fsdp.whole(t.detach()).clone() for t in tensors
