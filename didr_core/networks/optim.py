@@ -95,8 +95,8 @@ class Weights:
     @torch.no_grad()
     def publish(self) -> None:
         """Masters to the network."""
-        if self._rounded:
-            torch._foreach_copy_([p for p, _ in self._rounded], [master for _, master in self._rounded])
+        for p, master in self._rounded:
+            p.copy_(master)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The network's, with masters in place of what is rounded from them."""
