@@ -48,16 +48,16 @@ def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers
     stage: Say = run.stage if first else lambda *_: None
     todo = run.last_step() < config.train.steps
     stream: Iterable[Batch] = ()
-    if todo and config.precomputed:
-        cursor = run.last_step() * config.train.batch
-        stream = ahead(LocalFeed(config, cursor, rank=ranks.rank, world_size=ranks.world_size))
-    elif todo:  # the actors start when the first batch is asked for: let them load their models while we load ours
+    if todo and not config.precomputed:  # the actors start when the first batch is asked for: let them load their models while we load ours
         stream = ahead(batches(ray.train.get_dataset_shard("train"), config.sizes.share))
     stage("loading networks", 0, 0)
     reward = ActorReward(scorers) if scorers else None
     learner = Learner(config, device=ray.train.torch.get_device(), parallel=ranks, reward=reward)
     journal = Journal(run, config, learner, corpus)
     journal.restore()
+    if todo and config.precomputed:  # after our own: two threads that import transformers at once see half of it
+        cursor = run.last_step() * config.train.batch
+        stream = ahead(LocalFeed(config, cursor, rank=ranks.rank, world_size=ranks.world_size))
     grid = Gallery(learner, config, run, save_grid).after if first and config.evaluation.every else None
     stage("waiting for the first prompts", 0, 0)
     loop(learner, stream, journal, Reporter(), writes=first, grid=grid, profile=profile)
