@@ -26,6 +26,10 @@ class NonFiniteError(DIDRError):
     """A loss or a reward is NaN or infinite. Carries the prompt ids; the last good checkpoint is untouched."""
 
 
+class NoAnswerError(DIDRError):
+    """A process or thread hangs. Who tells it ends the process hard: an ordinary exit would wait for the thread."""
+
+
 @dataclass(frozen=True)
 class Condition:
     """What a denoiser is told about ``B`` prompts: named tensors, each with leading axis ``B``."""

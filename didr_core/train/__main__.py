@@ -8,6 +8,7 @@ An entry point stands above every room: it puts training, scores and export toge
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.loop import Observer, outcome
 from didr_core.train.run_folder import RunFolder, local_folder
-from didr_core.types import DIDRError, StepReport
+from didr_core.types import DIDRError, NoAnswerError, StepReport
 
 
 class _Lines(Observer):
@@ -61,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.write_config(config)
             train_and_finish(config, run, index, _Lines())
     except DIDRError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, NoAnswerError):
+            os._exit(1)
         return 1
     print(f"done: {Path(run.path)}")
     return 0

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from didr_core.train.loop import Observer
-from didr_core.types import DIDRError, StepReport
+from didr_core.types import NoAnswerError, StepReport
 
 GRACE_S = 30.0
 """From the exception in a thread that hangs to the end of its process: code that is not Python's hears no exception."""
@@ -102,7 +102,7 @@ class Patience(Observer):
         """Call it now and then, from any thread.
 
         Raises:
-            DIDRError: somebody has not answered for ``seconds``; names whom.
+            NoAnswerError: somebody has not answered for ``seconds``; names whom.
         """
         now = time.monotonic()
         if now - self._looked < self.every:
@@ -118,7 +118,7 @@ class Patience(Observer):
             who, since = next(call[0] for call, began in self._seen.items() if began == first), first
         waited = f"{who} has not answered for {now - since:.0f} s"
         if now - since >= self.seconds:
-            raise DIDRError(
+            raise NoAnswerError(
                 f"{waited}, so the run was stopped (workers.patience_s={self.seconds:g}). `--resume` goes on from the last checkpoint; "
                 "where it is slow and does not hang, with a larger --set workers.patience_s."
             )
@@ -134,13 +134,13 @@ class Patience(Observer):
         if threading.current_thread() is not threading.main_thread():  # no other one hears signals
             yield
             return
-        done, found = threading.Event(), DIDRError()
+        done, found = threading.Event(), NoAnswerError()
 
         def look() -> None:
             while not done.wait(self.every):
                 try:
                     self.look()
-                except DIDRError as error:
+                except NoAnswerError as error:
                     found.args = error.args
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
                     break

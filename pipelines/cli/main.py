@@ -273,10 +273,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "didr") -> None:
 def _explain(error: Any, verbose: bool) -> int:
     """A user's mistake is one clear block, a wrong option one line; anything else is a defect and keeps its traceback."""
     from didr_core.config.passwords import redacted
-    from didr_core.types import DIDRError
+    from didr_core.types import DIDRError, NoAnswerError
 
-    if isinstance(error, DIDRError) and not verbose:
+    hangs = isinstance(error, NoAnswerError)
+    if hangs or (isinstance(error, DIDRError) and not verbose):
         typer.echo(redacted(f"error: {error}"), err=True)
+        if hangs:
+            sys.stdout.flush()
+            os._exit(1)
         return 1
     if hasattr(error, "format_message"):
         error.show()
