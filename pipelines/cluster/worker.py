@@ -48,7 +48,9 @@ def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers
     stage: Say = run.stage if first else lambda *_: None
     todo = run.last_step() < config.train.steps
     stream: Iterable[Batch] = ()
-    if todo and not config.precomputed:  # the actors start when the first batch is asked for: let them load their models while we load ours
+    if (
+        todo and not config.precomputed
+    ):  # the actors start when the first batch is asked for: let them load their models while we load ours
         stream = ahead(batches(ray.train.get_dataset_shard("train"), config.sizes.share))
     stage("loading networks", 0, 0)
     reward = ActorReward(scorers) if scorers else None
