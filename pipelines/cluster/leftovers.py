@@ -1,7 +1,8 @@
 """What a killed driver left running. Ray's agents outlive a `kill -9` of the driver by minutes, and hold a quarter of a gigabyte.
 
-A driver writes down every process that descends from it, with its start time, beside its other files. The next one in that folder ends
-those that are still there, and nothing else: a process that has got the same number since has another start time.
+A driver writes down itself and every process that descends from it, with their start times, beside its other files. The next one in that
+folder ends those that are still there where the driver is not, and nothing else: a process that has got the same number since has another
+start time, and a driver that lives on (a notebook, say) still uses what it started.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -32,16 +34,17 @@ def looked_after(folder: Path) -> Callable[[], None]:
     known: set[tuple[int, float]] = set()
     looked = float("-inf")
 
-    def record() -> None:
+    def look() -> None:
         nonlocal looked
         if time.monotonic() - looked < LOOK_S:
             return
         looked = time.monotonic()
         if not (found := set(_started())) <= known:
             known.update(found)
-            replace_text(path, json.dumps({"host": platform.node(), "processes": sorted(known)}) + "\n")
+            record = {"host": platform.node(), "driver": _known(psutil.Process()), "processes": sorted(known)}
+            replace_text(path, json.dumps(record) + "\n")
 
-    return record
+    return look
 
 
 def end_leftovers(path: Path) -> list[int]:
@@ -50,11 +53,11 @@ def end_leftovers(path: Path) -> list[int]:
     record: dict[str, object] = {}
     with suppress(OSError, DIDRError):  # none, or cut short: then nobody can say whose they are
         record = mapping(path.read_bytes(), str(path))
-    if record.get("host") == platform.node():
-        for pid, began in record.get("processes") or ():  # type: ignore[attr-defined]
+    if record.get("host") == platform.node() and _living(record.get("driver")) is None:
+        for known in record.get("processes") or ():  # type: ignore[attr-defined]
             with suppress(psutil.Error):
-                process = psutil.Process(pid)
-                if abs(process.create_time() - began) <= SAME_S and process.uids().real == os.getuid():
+                process = _living(known)
+                if process is not None and process.uids().real == os.getuid():
                     process.kill()
                     ended.append(process)
     psutil.wait_procs(ended, timeout=10)
@@ -65,4 +68,18 @@ def end_leftovers(path: Path) -> list[int]:
 def _started() -> Iterator[tuple[int, float]]:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            yield process.pid, process.create_time()
+            yield _known(process)
+
+
+def _known(process: psutil.Process) -> tuple[int, float]:
+    return process.pid, process.create_time()
+
+
+def _living(known: Any) -> psutil.Process | None:
+    """The process that :func:`_known` told of, if it still runs."""
+    with suppress(psutil.Error, TypeError, ValueError):
+        pid, began = known
+        process = psutil.Process(pid)
+        if abs(process.create_time() - began) <= SAME_S and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None

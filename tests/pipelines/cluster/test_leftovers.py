@@ -57,6 +57,13 @@ def test_what_a_killed_driver_started_is_ended_by_the_next(tmp_path: Path, sleep
     assert alive(sleeper.pid), "somebody else's"
 
 
+def test_a_driver_that_lives_on_keeps_what_it_started(tmp_path: Path, sleeper: psutil.Process) -> None:
+    looked_after(tmp_path)()  # one run in this process, then another in its folder
+    assert [sleeper.pid, sleeper.create_time()] in json.loads((tmp_path / RECORD).read_text())["processes"]
+    looked_after(tmp_path)
+    assert alive(sleeper.pid)
+
+
 @pytest.mark.parametrize("change", ["start time", "host", "cut", "foreign"])
 def test_another_process_of_that_number_is_left_alone(tmp_path: Path, sleeper: psutil.Process, change: str) -> None:
     began = sleeper.create_time() - (60 if change == "start time" else 0)
