@@ -49,6 +49,7 @@ def config_of(row: Mapping[str, Any], size: str, folder: Path) -> Config:
     values: dict[str, Any] = {"name": "gpu_step", "judge": None, "data": {"prompts": "none"}}
     values |= {"backbone.pipeline": "none", "backbone.generator": "none", "reward.path": "none"}
     values["train.assistant_warmup"] = 0  # every iteration that is timed is a whole one
+    values["roles.gradient_checkpointing"] = True  # where recipes leave it to what fits
     family = configs.load(row["recipe"]).backbone.name
     if size == "tiny":
         parts = random_models.PARTS[family]

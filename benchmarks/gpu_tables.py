@@ -147,8 +147,9 @@ def _row_for(config: Config, rows: Sequence[Row]) -> Row | None:
         "generator": config.roles.generator,
         "assistant": config.roles.assistant,
         "estimator": config.drp.estimator,
-        "micro": config.sizes.micro_batch,
+        "micro": config.train.micro_batch,
         "checkpointing": config.roles.gradient_checkpointing,
     }
+    wanted = {key: value for key, value in wanted.items() if value != "auto"}
     fit = [r for r in rows if r["size"] == "full" and "phases" in r and wanted.items() <= r["case"].items()]
     return max(fit, key=lambda r: (r["date"], r["images_per_s"]), default=None)

@@ -152,7 +152,7 @@ class PromptIndex:
     def _samples(self, indices: Sequence[int], table: pa.Table) -> list[Prompt]:
         """Rows of :meth:`_rows` as samples, without byte-order marks; raises DIDRError for a blank one."""
         inked = pc.fill_null(pc.match_substring_regex(table.column("prompt"), VISIBLE), False)
-        if not pc.all(inked).as_py():
+        if pc.any(pc.invert(inked)).as_py():
             row = table.slice(inked.index(False).as_py(), 1).to_pylist()[0]
             raise DIDRError(
                 f"{self.key}: the prompt at {self.shards[row['shard']]}:{row['row']} (shard:row, column {self.column!r}) is "
