@@ -253,6 +253,7 @@ def test_didr_core_imports_with_ray_and_mlflow_absent() -> None:
 
 def test_what_passes_through_ray_s_helpers_imports_no_torch() -> None:
     """A stream and a function by name are unpickled by four processes of Ray's, one after the other, before training starts."""
-    check = "import sys; import pipelines.cluster.prompts, pipelines.cluster.remote, didr_core.train.run_folder; assert 'torch' not in sys.modules"
+    handed_on = "pipelines.cluster.prompts, pipelines.cluster.remote, didr_core.train.run_folder"
+    check = f"import sys, {handed_on}; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
     assert not done.returncode, done.stderr
