@@ -18,18 +18,19 @@ class Noise:
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         self.seed, self.device = seed, device
 
-    def _generator(self, index: int, tag: str) -> torch.Generator:
+    def generator(self, index: int, tag: str) -> torch.Generator:
+        """That of one sample's numbers, fresh."""
         digest = hashlib.blake2b(f"{self.seed}/{index}/{tag}".encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def normal(self, index: Tensor | Sequence[int], shape: Sequence[int], tag: str) -> Tensor:
         """``[B, *shape]`` standard normal, float32."""
-        rows = [torch.randn(tuple(shape), generator=self._generator(int(i), tag)) for i in index]
+        rows = [torch.randn(tuple(shape), generator=self.generator(int(i), tag)) for i in index]
         return ahead(torch.stack(rows), self.device)
 
     def uniform(self, index: Tensor | Sequence[int], tag: str, low: float = 0.0, high: float = 1.0) -> Tensor:
         """``[B]`` uniform in [low, high), float32, on the host: what hangs on times is decided there."""
-        rows = [torch.rand((), generator=self._generator(int(i), tag)) for i in index]
+        rows = [torch.rand((), generator=self.generator(int(i), tag)) for i in index]
         return low + (high - low) * torch.stack(rows)
 
 

@@ -1,15 +1,8 @@
 """Score models against each other: same held-out prompts, same noise, the training reward and the held-out judge.
 
-An :class:`Evaluator` encodes the prompts once, then makes any number of models' pictures batch by batch and keeps measures only (never
-the pictures), so that it runs at any resolution:
-
-- ``reward``: the reward that was trained on; ``judge``: the held-out reward, never trained on;
-- ``clipped``, ``saturation``, ``latent_mean``, ``latent_std``: the watch against reward hacking, to be read against the start's;
-- ``diversity``, ``layout_diversity``: root mean square difference between a prompt's pictures across noise seeds, of pixels and of
-  their 8x8 means (two seeds at least);
-- ``features``, where asked for: what distances between laws of pictures are measured on;
-- with ``world="tiny"`` what the analytic checker measures: utility, strict and loose accuracy, facets, and the entropies of what captions
-  leave free.
+An :class:`Evaluator` encodes the prompts once, then makes any number of models' pictures batch by batch and keeps what its
+:class:`didr_core.evaluate.judges.Judges` measure of them (never the pictures), so that it runs at any resolution. Workers of one
+process group share the work: each draws and measures its part of the prompts, and all get the whole.
 """
 
 from __future__ import annotations
@@ -18,36 +11,30 @@ import copy
 import hashlib
 import json
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from didr_core.config import Component, Config, build
+from didr_core.config import Config, build
 from didr_core.data.cache import read_arrays, write_arrays
 from didr_core.diffusion import sampling
 from didr_core.evaluate.contestants import Contestant
+from didr_core.evaluate.judges import Drawn, Judges, of_latents
 from didr_core.evaluate.scores import Scores
-from didr_core.types import Backbone, Condition, NonFiniteError, Reward, Tensors
-from didr_core.world import assess
-from didr_core.world.checker import FACETS
-from didr_core.world.scenes import KINDS
+from didr_core.train.distributed import Single
+from didr_core.types import Backbone, Condition, Parallel, Reward, Tensors
 
 Progress = Callable[[str, int, int], None]
 """``(model, pictures done, pictures to do)``."""
 Measured = dict[str, NDArray[Any]]
 """``{measure: [1, S, N]}``, and ``features [1, S, N, D]`` where they are looked at."""
-
-SIDE = 4  # of the shrunken pictures that stand in for features
 
 
 @contextmanager
@@ -93,6 +80,7 @@ class Evaluator:
         batch: int = 64,
         device: torch.device | str = "cpu",
         cache: Path | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
         """Encode ``prompts``: text towers are needed now and not later.
 
@@ -103,8 +91,9 @@ class Evaluator:
             reward: the training reward. judge: the held-out one.
             world: "tiny" adds the analytic checker of the bundled world; its captions only.
             features: measure ``features`` too, the judge's own of its picture tower (the reward's, where there is no judge).
-            batch: prompts a batch.
+            batch: prompts a batch, at most.
             cache: folder for the latents of contestants that have a fingerprint.
+            parallel: workers that make the same evaluator and share its work; each must make the same calls.
 
         Raises:
             ValueError: no prompts, no seeds, or a seed twice.
@@ -112,9 +101,15 @@ class Evaluator:
         if not prompts or not seeds or len(set(seeds)) < len(seeds):
             raise ValueError(f"nothing to score: {len(prompts)} prompts, seeds {list(seeds)} (each once)")
         self.backbone, self.prompts, self.seeds = backbone, list(prompts), list(seeds)
-        self.rewards = {name: r for name, r in (("reward", reward), ("judge", judge)) if r is not None}
-        self.world, self.features, self.device, self.cache = world, features, device, cache
-        self._parts = [self._ready(i, self.prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
+        rewards = {name: r for name, r in (("reward", reward), ("judge", judge)) if r is not None}
+        self.judges = Judges(rewards, world, features, device)
+        self.device, self.cache, self.parallel = device, cache, parallel or Single()
+        if len(prompts) < self.parallel.world_size:  # not one for each: all do the whole
+            self.parallel = Single()
+        rank, workers = self.parallel.rank, self.parallel.world_size
+        rounds = -(-len(prompts) // (batch * workers))
+        shares = np.array_split(np.arange(len(prompts)), rounds * workers)[rank::workers]
+        self._parts = [self._ready(int(share[0]), self.prompts[share[0] : share[-1] + 1]) for share in shares]
 
     @classmethod
     def of(
@@ -131,17 +126,16 @@ class Evaluator:
         """With what a recipe names: backbone, decoder, reward and judge are loaded where they are not given."""
         backbone = backbone or build("backbones", config.backbone)
         backbone.load_decoder()
-        reward = reward or _loaded(config.reward, device)
-        judge, world = _loaded(config.judge, device), config.evaluation.world
+        world = config.evaluation.world
+        mine = Judges.load({"reward": None if reward else config.reward, "judge": config.judge}, world, device).rewards
+        reward, judge = reward or mine.get("reward"), mine.get("judge")
         with text_towers(backbone, device):
             return cls(backbone, prompts, seeds, reward=reward, judge=judge, world=world, device=device, **more)
 
     @torch.no_grad()
     def _ready(self, first: int, prompts: Sequence[str]) -> _Part:
         condition = self.backbone.encode(prompts).to(self.device)
-        prepared = {name: reward.prepare(prompts) for name, reward in self.rewards.items()}
-        inputs = {name: {k: v.to(self.device) for k, v in tensors.items()} for name, tensors in prepared.items()}
-        return _Part(first, prompts, condition, inputs)
+        return _Part(first, prompts, condition, self.judges.prepare(prompts))
 
     def first(self, prompts: int, seeds: int = 1) -> Self:
         """The same for the first prompts and noise seeds only: a quick look. Noise belongs to a prompt's place, so pictures stay."""
@@ -172,7 +166,7 @@ class Evaluator:
             raise ValueError(f"nothing to score: models {names} (each once)")
         found = {c.name: self._look(c, progress) for c in contestants}
         models, arrays = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
-        return Scores.build(models, arrays, self.prompts, self.seeds, facts=facts, focus=focus, world=self.world)
+        return Scores.build(models, arrays, self.prompts, self.seeds, facts=facts, focus=focus, world=self.judges.world)
 
     def measure(self, contestant: Contestant) -> Measured:
         """All measures of its pictures.
@@ -184,7 +178,9 @@ class Evaluator:
 
     def measured(self, contestant: Contestant, key: str, folder: Path) -> Measured:
         """:meth:`measure`, kept in ``folder``; ``key`` must change whenever the pictures or the rewards would."""
-        wanted = hashlib.sha256(json.dumps([key, self.prompts, self.seeds, self.features]).encode()).hexdigest()[:16]
+        wanted = hashlib.sha256(json.dumps([key, self.prompts, self.seeds, self.judges.features]).encode()).hexdigest()[
+            :16
+        ]
         file = folder / f"{contestant.name}-{wanted}.npz"
         measured = read_arrays(file)
         if measured is None:
@@ -195,95 +191,46 @@ class Evaluator:
     @torch.no_grad()
     def _look(self, contestant: Contestant, progress: Progress | None = None) -> tuple[dict[str, Any], Measured]:
         """What is known of the model itself, and its measures."""
-        values: dict[str, dict[int, list[NDArray[Any]]]] = defaultdict(lambda: defaultdict(list))
-        seconds, made, total = 0.0, 0, len(self.prompts) * len(self.seeds)
-        for part in self._parts:
-            seen: list[Tensor] = []
-            for place, seed in enumerate(self.seeds):
+        seconds, made = 0.0, 0
+        done, total = 0, len(self.prompts) * len(self.seeds)
+
+        def drawn(part: _Part) -> Iterator[Drawn]:
+            nonlocal seconds, made, done
+            for seed in self.seeds:
                 began = time.perf_counter()
                 latent, fresh = self._latents(contestant, part, seed)
                 images = self.backbone.decode(latent).float()
                 seconds, made = seconds + (time.perf_counter() - began) * bool(fresh), made + fresh
-                for name, value in self._measures(part, latent, images).items():
-                    values[name][place].append(value)
-                seen.append(images)
+                yield images, of_latents(latent)
+                done += len(part.prompts) * self.parallel.world_size  # the others are about as far
                 if progress:
-                    progress(contestant.name, part.first * len(self.seeds) + len(seen) * len(part.prompts), total)
-            if len(seen) > 1:
-                for name, value in _diversity(torch.stack(seen)).items():
-                    values[name][0].append(value)
+                    progress(contestant.name, min(done, total), total)
+
+        values = [self.judges.look(part.prompts, part.inputs, drawn(part)) for part in self._parts]
+        measured = {name: self._whole([part[name] for part in values])[None] for name in values[0]}
+        seconds, made = self._sum(np.array([seconds, made])).tolist()
         row = {"steps": contestant.steps, "guidance": contestant.guidance, "seconds": round(seconds, 3)}
-        row |= {"pictures_made": made, "pictures_cached": total - made}
-        return row, {
-            name: np.stack([np.concatenate(parts) for parts in by_seed.values()])[None]
-            for name, by_seed in values.items()
-        }
+        return row | {"pictures_made": int(made), "pictures_cached": total - int(made)}, measured
+
+    def _whole(self, values: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """One measure of this worker's parts ``[S, b, ...]`` to that of all prompts ``[S, N, ...]``."""
+        if self.parallel.world_size == 1:
+            return np.concatenate(values, 1)
+        whole = np.zeros((len(values[0]), len(self.prompts), *values[0].shape[2:]))
+        for part, value in zip(self._parts, values, strict=True):
+            whole[:, part.first : part.first + len(part.prompts)] = value
+        summed = self._sum(whole)
+        kind = values[0].dtype
+        return (np.rint(summed) if kind.kind in "iub" else summed).astype(kind)
+
+    def _sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Over all workers; numbers that one has and the others hold zeros for come back as they were."""
+        mine = torch.from_numpy(values).to(self.device)
+        self.parallel.mean_([mine])
+        return np.asarray(mine.cpu().numpy() * self.parallel.world_size)
 
     def _latents(self, contestant: Contestant, part: _Part, seed: int) -> tuple[Tensor, int]:
         positions = range(part.first, part.first + len(part.prompts))
         z = sampling.noise(seed, positions, self.backbone.latent_shape).to(self.device)
         names = [f"{seed}/{position}/{prompt}" for position, prompt in zip(positions, part.prompts, strict=True)]
         return contestant.latents(part.condition, z, names, self.cache)
-
-    def _measures(self, part: _Part, latent: Tensor, images: Tensor) -> dict[str, NDArray[Any]]:
-        """Everything that is measured of a batch of pictures, ``[B]`` each."""
-        measures = _watch(latent.float(), images)
-        for name, reward in self.rewards.items():
-            value = reward.score(images, part.inputs[name]).float().cpu().numpy()
-            if not np.isfinite(value).all():
-                prompts = [p for p, known in zip(part.prompts, np.isfinite(value), strict=True) if not known]
-                raise NonFiniteError(f"{name}: not finite for {len(prompts)} prompts, the first: {prompts[:3]}")
-            measures[name] = value
-        if self.features:
-            measures["features"] = _features(self.rewards.get("judge", self.rewards.get("reward")), images)
-        if self.world == "tiny":
-            measures |= _world(images, part.prompts)
-        return measures
-
-
-def _loaded(config: Component | None, device: torch.device | str) -> Reward | None:
-    if config is None:
-        return None
-    reward: Reward = build("rewards", config)
-    reward.load(device)
-    return reward
-
-
-def _features(reward: Reward | None, images: Tensor) -> NDArray[Any]:
-    """``[B, D]``, float32: of the reward's picture tower; for a reward without ``features`` the pictures shrunk to 4 x 4 pixels."""
-    found = reward.features(images) if reward and reward.features else F.adaptive_avg_pool2d(images, SIDE).flatten(1)
-    return np.asarray(found.float().cpu().numpy())
-
-
-def _watch(latent: Tensor, images: Tensor) -> dict[str, NDArray[Any]]:
-    """Per picture: latent mean and standard deviation, share of clipped values, mean HSV saturation."""
-    flat = latent.flatten(1)
-    top, bottom = images.amax(1), images.amin(1)
-    measures = {
-        "latent_mean": flat.mean(1),
-        "latent_std": flat.std(1),
-        "clipped": ((images <= 1 / 512) | (images >= 1 - 1 / 512)).float().flatten(1).mean(1),
-        "saturation": ((top - bottom) / top.clamp_min(1e-6)).flatten(1).mean(1),
-    }
-    return {name: value.cpu().numpy() for name, value in measures.items()}
-
-
-def _diversity(images: Tensor) -> dict[str, NDArray[Any]]:
-    """``[S, B, 3, H, W]`` to the root mean square difference over pairs of seeds, per prompt ``[B]``."""
-    small = F.adaptive_avg_pool2d(images.flatten(0, 1), 8).unflatten(0, images.shape[:2])
-    measures = {}
-    for name, pictures in (("diversity", images), ("layout_diversity", small)):
-        pairs = [(a - b).square().flatten(1).mean(1) for a, b in combinations(pictures, 2)]
-        measures[name] = torch.stack(pairs).mean(0).sqrt().cpu().numpy()
-    return measures
-
-
-def _world(images: Tensor, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """The analytic checker's measures; a facet that a caption does not ask for is NaN, codes say what captions left free."""
-    seen = assess.assess(images.cpu().numpy(), captions)
-    measures = {f"right_{n}" if n in FACETS else n: seen[n].astype(np.float64) for n in assess.MEASURES}
-    measures["right_relation"] = np.where(seen["kind"] == "relation", measures["right_relation"], np.nan)
-    measures["right_background"] = np.where(seen["background_free"], np.nan, measures["right_background"])
-    for kind in KINDS:
-        measures[f"strict_{kind}"] = np.where(seen["kind"] == kind, measures["strict"], np.nan)
-    return measures | {name: seen[name] for name in ("background_code", "position_code", "position_group")}

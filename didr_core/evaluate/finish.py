@@ -1,4 +1,5 @@
-"""What a run shows and leaves behind: before/after pictures, held-out scores, the export. Runs where the networks are (rank 0)."""
+"""What a run shows and leaves behind: before/after pictures, held-out scores, the export. Runs where the networks are: all workers score,
+each a part of the prompts, and rank 0 writes."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from didr_core.evaluate.evaluator import Evaluator, text_towers
 from didr_core.evaluate.scores import Scores, card_section, origin, read_scores
 from didr_core.export.folder import export_run, exported
 from didr_core.train.learner import Learner
-from didr_core.train.loop import Observer, train
+from didr_core.train.loop import train
+from didr_core.train.observer import Observer
 from didr_core.train.patience import Patience
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import Backbone
@@ -88,22 +90,23 @@ def train_and_finish(
 def finish(
     learner: Learner, config: Config, run: RunFolder, say: Say = lambda *_: None, draw: Draw | None = None
 ) -> None:
-    """Grid (where there is something to draw with), ``scores.json``, ``export/``. Safe to repeat.
+    """Grid (where there is something to draw with), ``scores.json``, ``export/``. Safe to repeat. Every worker must call it.
 
     Raises:
         DIDRError: the disk is full, or an export folder holds something that is not ours.
     """
-    picture = run.path / "grid.png"
-    if draw:
+    picture, writes = run.path / "grid.png", not learner.parallel.rank
+    if draw and writes:
         say("drawing the grid", 0, 0)
         Gallery(learner, config, run, draw).show(
             picture, f"{config.name}: before and after {config.sizes.generator_updates} generator updates"
         )
     if config.evaluation.prompts:
         score(learner, config, run, say)
-    say("exporting", 0, 0)
-    scored = bool(config.evaluation.prompts)
-    export(config, run, learner.backbone, learner.generator("ema"), scored=scored, overwrite=True)
+    if writes:
+        say("exporting", 0, 0)
+        scored = bool(config.evaluation.prompts)
+        export(config, run, learner.backbone, learner.generator("ema"), scored=scored, overwrite=True)
 
 
 def export(
@@ -137,7 +140,7 @@ def export(
 
 
 def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
-    """Every contestant on the held-out prompts; writes ``scores.json`` and ``scores.npz``."""
+    """Every contestant on the held-out prompts, shared by all workers; rank 0 writes ``scores.json`` and ``scores.npz``."""
     say("scoring", 0, 0)
     generators = {"start": learner.generator("start"), "aligned": learner.generator("ema")}
     if config.evaluation.control:
@@ -150,13 +153,15 @@ def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
         backbone=learner.backbone,
         reward=learner.reward,
         batch=config.train.at_once or 64,
+        parallel=learner.parallel,
     )
     scores = evaluator.compare(
         contestants(config, learner.backbone, generators, learner.generator("reference")),
         facts=origin(config.data.heldout or config.data.prompts, run.commands() or ["didr align"]),
         progress=lambda name, done, total: say(f"scoring {name}", done, total),
     )
-    scores.write(run.path)
+    if not learner.parallel.rank:
+        scores.write(run.path)
     return scores
 
 

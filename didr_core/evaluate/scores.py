@@ -61,8 +61,9 @@ for _kind in ("single", "count", "pair", "relation"):
 
 
 def describe(name: str) -> Measure:
-    """The entry of :data:`MEASURES`, or a plain one for a measure that a world brought itself."""
-    return MEASURES.get(name) or Measure(name.replace("_", " "), shown=False)
+    """The entry of :data:`MEASURES`, one for a reward by its name (``reward/hpsv2``), or a plain one for what a world brought itself."""
+    plain = Measure(name.removeprefix("reward/").replace("_", " "), shown=name.startswith("reward/"))
+    return MEASURES.get(name) or plain
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,19 @@ def comparison_table(
                 ]
             )
     return header, rows
+
+
+def win_matrix(tree: Mapping[str, Any], name: str) -> dict[str, dict[str, dict[str, float]]]:
+    """``{a: {b: {"mean", "low", "high"}}}``: the share of prompts and noises in which a beats b by the measure ``name``, a tie a half;
+    empty where it gives no wins."""
+    matrix: dict[str, dict[str, dict[str, float]]] = {}
+    for pair in tree["pairs"]:
+        wins = pair["measures"].get(name, {}).get("wins")
+        if wins and wins["mean"] is not None:
+            matrix.setdefault(pair["a"], {})[pair["b"]] = dict(wins)
+            other = {"mean": 1 - wins["mean"], "low": 1 - wins["high"], "high": 1 - wins["low"]}
+            matrix.setdefault(pair["b"], {})[pair["a"]] = other
+    return matrix
 
 
 def card_section(tree: Mapping[str, Any] | None) -> str:

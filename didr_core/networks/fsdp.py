@@ -73,8 +73,10 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if is_sharded(value) else value
 
 
-def whole_state(network: nn.Module) -> dict[str, Tensor]:
-    """The state of a split network on the CPU of rank 0; empty elsewhere. Every worker must call it."""
+def whole_state(network: nn.Module, everywhere: bool = False) -> dict[str, Tensor]:
+    """The state of a split network on the CPU of rank 0, or of all; empty elsewhere. Every worker must call it."""
+    if everywhere:
+        return {name: whole(value).detach().cpu() for name, value in network.state_dict().items()}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

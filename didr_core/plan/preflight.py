@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,11 @@ from didr_core.export.folder import find_export
 from didr_core.networks import optim
 from didr_core.networks.tokenizers import longer_than
 from didr_core.plan import advice, fit
-from didr_core.train.run_folder import local_folder
+from didr_core.train.run_folder import LEAST_FREE, local_folder, room
 from didr_core.types import DIDRError
 
 SCAN_ROWS = 200_000
 COUNTED = 5_000  # prompts whose tokens are counted
-LEAST_FREE = 64 * 2**20
 
 
 def preflight(
@@ -94,18 +92,3 @@ def _cut(name: str, tokenizers: Mapping[Path, int], texts: Sequence[str]) -> str
     counts = {tokens: longer_than(folder, tokens, texts) for folder, tokens in tokenizers.items()}
     tokens = max(counts, key=lambda tokens: counts[tokens], default=0)
     return f"{counts[tokens]:,} by the {name} ({tokens} tokens)" if tokens and counts[tokens] else ""
-
-
-def room(key: str, path: Path, needed: int = LEAST_FREE) -> None:
-    """Whether the disk where ``path`` is, or will be made, has ``needed`` bytes.
-
-    Raises:
-        DIDRError: it has not, or a file is in the way; names ``key``, path, needed and free.
-    """
-    folder = next(p for p in (path, *path.parents) if p.exists())
-    if not folder.is_dir():
-        raise DIDRError(f"{key}={str(path)!r}: {folder} is a file. Expected a folder.")
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise DIDRError(
-            f"{key}={str(path)!r}: {free:,} bytes free on its disk; a run needs at least {needed:,}. Free some, or choose another folder."
-        )

@@ -18,7 +18,8 @@ from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
-from didr_core.train.loop import Observer, outcome
+from didr_core.train.loop import outcome
+from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder, local_folder
 from didr_core.types import DIDRError, NoAnswerError, StepReport
 

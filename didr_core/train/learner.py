@@ -100,18 +100,17 @@ class Learner:
             return roles.start(self.backbone, self.config.backbone, self.config.roles, self.generator_net, self.device)
         return {"generator": self.generator_net, "ema": self.ema_net, "reference": self.reference_net}[which]
 
-    def whole_average(self) -> nn.Module | None:
-        """The generator's running average in one piece; where it is split over workers, on rank 0 alone, and every worker must call it."""
+    def whole_average(self, everywhere: bool = False) -> nn.Module | None:
+        """The generator's running average in one piece; where it is split over workers, on rank 0 alone unless ``everywhere``, and every
+        worker must call it."""
         if not (self.fsdp and self.config.roles.generator == "full"):
             return self.ema_net
-        state = fsdp.whole_state(self.ema_net)
-        if self.parallel.rank:
-            return None
-        return roles.filled(self.backbone, state, self.device)
+        state = fsdp.whole_state(self.ema_net, everywhere)
+        return roles.filled(self.backbone, state, self.device) if state else None
 
     def gather(self) -> None:
-        """Training is over: from now on :meth:`generator` gives whole networks on rank 0. Every worker must call it."""
-        self.ema_net = self.whole_average() or self.ema_net
+        """Training is over: from now on :meth:`generator` gives whole networks. Every worker must call it."""
+        self.ema_net = self.whole_average(everywhere=True) or self.ema_net
 
     def step(self, batch: Batch) -> StepReport:
         """One iteration on this rank's share of the global batch.

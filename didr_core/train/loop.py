@@ -1,7 +1,7 @@
 """The training loop: batches in, steps, checkpoints and metrics out. One process of it; no Ray, no MLflow.
 
 `python -m didr_core.train` runs it in this process, `pipelines/align.py` in each Ray Train worker. What else wants to hear of progress
-(console, MLflow, a report at checkpoints) is an :class:`Observer`.
+(console, MLflow, a report at checkpoints) is an :class:`didr_core.train.observer.Observer`.
 """
 
 from __future__ import annotations
@@ -25,31 +25,13 @@ from didr_core.train import checkpoint
 from didr_core.train.alarms import Alarms
 from didr_core.train.ending import in_words
 from didr_core.train.learner import Learner
+from didr_core.train.observer import Observer
 from didr_core.train.profile import Profile
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import Batch, DIDRError, NonFiniteError, StepReport
 
 Grid = Callable[[int, nn.Module], Any]
 """Draws pictures of the step and network that it is given."""
-
-
-class Observer:
-    """Hears of a run's progress; every method may be left as it is."""
-
-    def step(self, report: StepReport) -> None:
-        """One iteration is done. Metrics are global means, plus ``time/step`` and ``time/data`` in seconds."""
-
-    def checkpoint(self, step: int) -> None:
-        """A checkpoint after ``step`` is on disk, or on its way there where networks are split; on ranks but 0: the step is reached."""
-
-    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
-        """What is being done outside of steps: loading, exporting, scoring; counts where there is something to count."""
-
-    def note(self, text: str, style: str = "") -> None:
-        """What stays to be read."""
-
-    def stuck(self, error: DIDRError) -> None:
-        """The process hangs where no exception reaches it, and ends after this call, which comes from another thread."""
 
 
 class Journal:

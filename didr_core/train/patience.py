@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from didr_core.train.loop import Observer
+from didr_core.train.observer import Observer
 from didr_core.types import NoAnswerError, StepReport
 
 GRACE_S = 30.0

@@ -35,6 +35,7 @@ from didr_core.config.files import mapping, replace_text
 from didr_core.config.provenance import provenance, versions
 from didr_core.types import DIDRError, StepReport
 
+LEAST_FREE = 64 * 2**20
 Status = Literal["running", "finished", "failed", "interrupted"]
 FREE_TO_CHANGE = (
     "workers",
@@ -102,8 +103,8 @@ class RunFolder:
         )
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """One process at a time trains in a run folder; the system frees the lock when that process dies.
+    def lock(self, doing: str = "training") -> Iterator[None]:
+        """One process at a time trains (or what else it is ``doing``) in a folder; the system frees the lock when that process dies.
 
         Raises:
             DIDRError: another process holds it.
@@ -115,7 +116,7 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise DIDRError(
-                    f"run {self.path}: another process is training in it. Wait for it, or stop it first."
+                    f"run {self.path}: another process is {doing} in it. Wait for it, or stop it first."
                 ) from error
             yield
 
@@ -302,3 +303,18 @@ def disk(key: str, path: Path, needed: int = 0) -> Iterator[None]:
         raise DIDRError(
             f"{key} {path}: cannot write ({getattr(error, 'strerror', '') or error}). Check the path and its permissions."
         ) from error
+
+
+def room(key: str, path: Path, needed: int = LEAST_FREE) -> None:
+    """Whether the disk where ``path`` is, or will be made, has ``needed`` bytes.
+
+    Raises:
+        DIDRError: it has not, or a file is in the way; names ``key``, path, needed and free.
+    """
+    folder = next(p for p in (path, *path.parents) if p.exists())
+    if not folder.is_dir():
+        raise DIDRError(f"{key}={str(path)!r}: {folder} is a file. Expected a folder.")
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise DIDRError(
+            f"{key}={str(path)!r}: {free:,} bytes free on its disk; a run needs at least {needed:,}. Free some, or choose another folder."
+        )

@@ -1,4 +1,4 @@
-"""`didr`: align, sweep, sample, export, doctor, config. A command imports the heavy libraries it needs: `didr --help` is quick."""
+"""`didr`: align, sweep, evaluate, sample, export, doctor, config. A command imports the heavy libraries that it needs."""
 
 from __future__ import annotations
 
@@ -119,6 +119,47 @@ def sweep(
         command=_command(),
     )
     job.sweep(options, output=output, resume=resume, address=address, verbose=verbose)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME[=PATH][,OPTION=VALUE...]",
+            help="start, teacher (the recipe's), or NAME=PATH of a run, diffusers folder, network, LoRA or folder of pictures; options: "
+            "steps, guidance, timesteps (999/749/...), scheduler, size, dtype, base; repeatable",
+        ),
+    ],
+    out: Annotated[str, typer.Option("--out", "-o", help="folder; the same command again goes on in it")],
+    recipe: Recipe = "tiny",
+    prompts: Annotated[str | None, typer.Option(help="prompts (default: the recipe's held-out ones)")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="how many, the first (default: all of --prompts)")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="noise seeds a prompt (default: the recipe's)")] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            "--rewards",
+            metavar="[NAME=]KEY[,OPTION=VALUE...]",
+            help="e.g. hpsv2,path=FOLDER; repeatable (default: the recipe's reward and judge)",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="prompts drawn at once")] = 64,
+    overrides: Overrides = None,
+    local: Annotated[bool, typer.Option("--local", help="one process, without Ray")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="a Ray cluster: auto, or HOST:PORT (default: a Ray of our own)")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Score any models on the same prompts and noise: pictures, rewards, intervals, who wins, report."""
+    from pipelines import evaluate as job
+
+    options = job.Options(model, recipe, overrides or (), prompts, count, seeds, reward or (), batch, _command())
+    job.evaluate(options, out, local=local, address=address, verbose=verbose)
 
 
 @app.command()
@@ -264,7 +305,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "didr") -> None:
         sys.exit(_explain(error, verbose="-v" in given or "--verbose" in given))
     if code in STOPPED:  # 130 is also what typer makes of Ctrl-C
         typer.echo(
-            "interrupted; `didr align --resume RUN` or `didr sweep --resume NAME` goes on from the last checkpoint",
+            "interrupted; `didr align --resume RUN`, `didr sweep --resume NAME` or the same `didr evaluate` goes on from there",
             err=True,
         )
     sys.exit(code if isinstance(code, int) else 0)

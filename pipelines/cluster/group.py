@@ -19,7 +19,7 @@ from didr_core.data import feed, scales
 from didr_core.data.precompute import SAYS, absent, require_room
 from didr_core.data.prompts import PromptIndex
 from didr_core.plan import fit
-from didr_core.train.loop import Observer
+from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError
 from pipelines.cluster.prompts import execution_options, prompt_stream

@@ -10,7 +10,7 @@ import contextlib
 import json
 from typing import Any
 
-from didr_core.train.loop import Observer
+from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import StepReport
 

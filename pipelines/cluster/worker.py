@@ -15,7 +15,8 @@ from didr_core.data.prompts import Columns
 from didr_core.evaluate.finish import Gallery, Say, finish
 from didr_core.train import distributed
 from didr_core.train.learner import Learner
-from didr_core.train.loop import Journal, Observer, loop
+from didr_core.train.loop import Journal, loop
+from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import Batch, Parallel
 from pipelines.cluster.remote import users_mistake
@@ -64,8 +65,7 @@ def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers
     stage("waiting for the first prompts", 0, 0)
     loop(learner, stream, journal, Reporter(), writes=first, grid=grid, profile=profile)
     learner.gather()
-    if first:
-        finish(learner, config, run, stage, save_grid)
+    finish(learner, config, run, stage, save_grid)
 
 
 def batches(shard: Any, share: int) -> Iterator[Batch]:

@@ -76,11 +76,11 @@ class Progress:
                 self.note(f"alarm {name} at step {step}: {explain(name)}", style="yellow")
         self._show(force=step >= self.total)
 
-    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
-        """What happens before and after the steps: "starting", "scoring aligned", ..."""
+    def phase(self, name: str, done: int = 0, total: int = 0, left: float | None = None) -> None:
+        """What happens before and after the steps: "starting", "scoring aligned", ...; ``left``: seconds to its end."""
         changed = name != self._phase
         self._phase = name
-        self._show(force=changed, done=done, total=total)
+        self._show(force=changed, done=done, total=total, left=left)
 
     def note(self, text: str, style: str = "") -> None:
         """A line that stays."""
@@ -108,10 +108,11 @@ class Progress:
             parts.append("ALARM " + ", ".join(self._alarms))
         return "  ".join(parts)
 
-    def _show(self, force: bool, done: int = 0, total: int = 0) -> None:
+    def _show(self, force: bool, done: int = 0, total: int = 0, left: float | None = None) -> None:
         text = (
             self.line() if not self._phase else f"{self.title}  {self._phase}" + (f"  {done}/{total}" if total else "")
         )
+        text += "" if left is None else f"  ETA {clock(left)}"
         if self._live:
             share, whole = (done, total) if self._phase else (self.step, self.total)
             self._live.update(self._render(text, share, whole))
@@ -156,9 +157,10 @@ def print_summary(
     steps: str = "",
     seconds: float | None = None,
     profile: Mapping[str, Any] | None = None,
+    focus: str = "aligned",
     stream: TextIO | None = None,
 ) -> None:
-    """The models side by side, what the aligned one wins, alarms, how long it took, and where the results lie.
+    """The models side by side, what the aligned one (``focus``) wins, alarms, how long it took, and where the results lie.
 
     Args:
         steps: how many of which kind, see :func:`pipelines.report.page.steps_told`.
@@ -172,12 +174,11 @@ def print_summary(
     if scores:
         counts = scores["counts"]
         out.print(f"\n{counts['prompts']} held-out prompts x {counts['seeds']} noise seeds, ± half the 95 % interval")
-        out.print(rich_table(*table(scores)))
-        header, rows = comparison_table(
-            scores, "aligned", [m for m in ("reward", "judge", "utility") if m in scores["measures"]]
-        )
+        out.print(rich_table(*table(scores), bold=focus))
+        judged = [m for m in scores["measures"] if m in ("judge", "utility") or m.startswith("reward")]
+        header, rows = comparison_table(scores, focus, judged)
         if rows:
-            out.print("\naligned against the others, prompt by prompt")
+            out.print(f"\n{focus} against the others, prompt by prompt")
             out.print(rich_table(header, rows))
     for name in alarms:
         out.print(Text(f"alarm {name}: {explain(name)}", style="yellow"), soft_wrap=True)

@@ -69,21 +69,18 @@ def write_report(run: Path) -> Path:
     by_name: dict[str, list[int]] = {}
     for row in alarms:
         by_name.setdefault(row["alarm"], []).append(int(row["step"]))
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).get_template("page.html.j2")
-    page = template.render(
+    page = render(
+        "page.html.j2",
         name=str(config.get("name") or folder.name),
         folder=folder.name,
-        facts=[f for f in (when and f"{when} UTC", commit and f"commit {commit}", _hardware(facts)) if f],
+        facts=[f for f in (when and f"{when} UTC", commit and f"commit {commit}", hardware_of(facts)) if f],
         history=history,
         updates=sum("loss/generator" in row for row in history),
         verdict=_verdict(scores, wins),
         tiles=list(_tiles(history, info, scores, wins)),
         grid=_picture(folder / "grid.png"),
         wins=sorted(wins, key=lambda row: list(scores["models"]).index(row["against"])) if scores else [],
-        scores=_score_tables(scores) if scores else None,
+        scores=score_tables(scores, "aligned") if scores else None,
         curves=_picture(folder / "curves.png") if history else None,
         alarms=by_name,
         explain=explain,
@@ -95,17 +92,27 @@ def write_report(run: Path) -> Path:
             "prompts": facts.get("prompts_source"),
             "noise seeds": ", ".join(map(str, (scores or {}).get("seeds", []))),
             "MLflow run": info.get("mlflow_run_id"),
-            "hardware": _hardware(facts),
+            "hardware": hardware_of(facts),
             "versions": ", ".join(f"{k} {v}" for k, v in (facts.get("versions") or {}).items()),
         },
         config=yaml.safe_dump(config, sort_keys=False) if config else "",
-        colours=MODEL_COLOURS,
+        focus="aligned",
     )
     replace_text(folder / "report.html", page)
     return folder / "report.html"
 
 
-def _hardware(facts: Mapping[str, Any]) -> str:
+def render(template: str, **values: Any) -> str:
+    """A template of this folder, filled: what users wrote is escaped, a name that it does not get is an error."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(template).render(colours=MODEL_COLOURS, **values)
+
+
+def hardware_of(facts: Mapping[str, Any]) -> str:
+    """What a table was made on, in words; empty where unknown."""
     hardware = facts.get("hardware") or {}
     if gpus := hardware.get("gpus"):
         return f"{len(gpus)} × {gpus[0]}"
@@ -173,7 +180,8 @@ def _tiles(
             yield {"value": total, "label": f"in all: {clock(sum(times))} of steps, then start-up, scoring, export"}
 
 
-def _score_tables(scores: Mapping[str, Any]) -> dict[str, Any]:
+def score_tables(scores: Mapping[str, Any], focus: str) -> dict[str, Any]:
+    """The tables of a scores.json: short, everything, and what ``focus`` has over the others."""
     header, rows = table(scores, True)
     measures = [[header[i], *(row[i] for row in rows)] for i in range(1, len(header))]
     return {
@@ -181,7 +189,7 @@ def _score_tables(scores: Mapping[str, Any]) -> dict[str, Any]:
         "measures": list(scores["measures"]),
         "short": table(scores),
         "everything": (["measure", *(row[0] for row in rows)], measures),  # measures down, models across
-        "differences": comparison_table(scores, "aligned", list(scores["measures"])),
+        "differences": comparison_table(scores, focus, list(scores["measures"])),
     }
 
 

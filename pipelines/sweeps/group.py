@@ -15,7 +15,7 @@ from torch import nn
 
 from didr_core.data.prompts import open_prompts
 from didr_core.export.sample import trained_generator
-from didr_core.train.loop import Observer
+from didr_core.train.observer import Observer
 from didr_core.types import DIDRError
 from pipelines.cluster.group import fit_until_done
 from pipelines.cluster.remote import elsewhere, in_thread

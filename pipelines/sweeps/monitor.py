@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.text import Text
 
 from didr_core.train.alarms import explain
-from didr_core.train.loop import Observer
+from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError, StepReport
 from pipelines.cluster.watch import Follower

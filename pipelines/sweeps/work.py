@@ -24,7 +24,8 @@ from didr_core.evaluate import finish
 from didr_core.evaluate.contestants import fingerprint
 from didr_core.export.sample import trained_generator
 from didr_core.train.learner import Learner
-from didr_core.train.loop import Journal, Observer, loop, outcome
+from didr_core.train.loop import Journal, loop, outcome
+from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError, NonFiniteError
 from pipelines.report.figures import save_grid

@@ -27,7 +27,8 @@ from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
 from didr_core.train.distributed import ProcessGroup
 from didr_core.train.learner import Learner
-from didr_core.train.loop import Journal, Observer, loop, outcome, train
+from didr_core.train.loop import Journal, loop, outcome, train
+from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 from pipelines.align import align

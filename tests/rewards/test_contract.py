@@ -103,7 +103,7 @@ def test_the_feed_the_trainer_the_actor_and_the_evaluation_refuse_it(toy: Path) 
         config, list(good.prompts), range(1), "cpu", backbone=learner.backbone, reward=learner.reward
     )
     with pytest.raises(DIDRError, match=r"shape \[1\]"):
-        evaluator._measures(evaluator._parts[0], torch.rand(4, 4, 4, 4), torch.rand(4, 3, 8, 8))
+        evaluator.judges.look(good.prompts, evaluator._parts[0].inputs, [(torch.rand(4, 3, 8, 8), {})])
 
 
 def test_a_score_without_its_gradient_is_refused() -> None:

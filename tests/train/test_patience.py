@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from didr_core.train import patience as module
-from didr_core.train.loop import Observer
+from didr_core.train.observer import Observer
 from didr_core.train.patience import Calls, Patience, running
 from didr_core.types import DIDRError, StepReport
 
@@ -131,7 +131,7 @@ def test_a_hang_in_the_main_thread_ends_with_the_sentence(hang: str) -> None:
 DEAF = """
 import signal, time
 from didr_core.train import patience
-from didr_core.train.loop import Observer
+from didr_core.train.observer import Observer
 class Said(Observer):
     def stuck(self, error):
         print("stuck:", error, flush=True)

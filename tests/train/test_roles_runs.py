@@ -23,7 +23,8 @@ from didr_core.plan.preflight import preflight
 from didr_core.train import checkpoint
 from didr_core.train import distributed as parallel
 from didr_core.train.learner import Learner
-from didr_core.train.loop import Journal, Observer, loop
+from didr_core.train.loop import Journal, loop
+from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder
 from didr_core.world import random_models
 from pipelines.cli import main as cli
@@ -141,7 +142,7 @@ def _train(run: RunFolder, steps: int, rank: int) -> None:
     loop(learner, feed, journal, Observer(), writes=rank == 0, grid=grid)
     learner.gather()
     dist.barrier()  # rank 0 counts checkpoints
-    if rank == 0 and steps == 3:
+    if steps == 3:
         finish(learner, config, run, draw=save_grid)
 
 

@@ -1,0 +1,307 @@
+"""The models of `didr evaluate`: what a person names, how it is sampled, and its pictures, by stock diffusers.
+
+    --model start                                the recipe's own start; `teacher`: its reference, many guided steps
+    --model aligned=runs/tiny-20261127-071656    a run of ours (its export), or an export folder
+    --model sdxl=FOLDER,steps=50,guidance=8      a diffusers pipeline folder
+    --model dmd2=unet.bin,base=FOLDER            a network, file or folder, in the pipeline ``base``; one step, unless told
+    --model mine=lora.safetensors,base=FOLDER    a LoRA on it
+    --model others=PICTURES                      ready pictures: manifest.jsonl, or one a prompt (and seed) in the order of names
+
+Every picture has a generator of its own, keyed by (seed, place of its prompt): the same one that this project's own samplers take, so that
+models of one latent shape start from the same noise whatever their batch, and stochastic schedulers are repeatable. Of the families that
+this package knows the noise is drawn in float32, whatever they compute in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from didr_core import config as configs
+from didr_core.config import Component, Config, build, fingerprint, locate
+from didr_core.config.provenance import versions
+from didr_core.config.registry import Strict, find
+from didr_core.diffusion.noise import Noise
+from didr_core.export.card import public_path
+from didr_core.networks.loading import class_of, quiet, read_json, reason, shapes_of, uncollected, variant
+from didr_core.types import DIDRError
+
+FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "ZImagePipeline": "zimage"}
+"""Pipelines whose networks alone, and runs of ours, are read by the backbones of this package."""
+PARTS = {"sdxl": "unet", "zimage": "transformer"}
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+Kind = Literal["pipeline", "network", "lora", "pictures"]
+
+
+class Sampling(Strict):
+    """Options after a model's name; what is left out is the pipeline's own (one step for a generator)."""
+
+    steps: int | None = Field(None, ge=1, description="num_inference_steps")
+    guidance: float | None = Field(None, ge=0, description="guidance_scale, as the pipeline means it")
+    timesteps: tuple[int, ...] | None = Field(None, description="e.g. 999/749/499/249; instead of steps")
+    scheduler: str | None = Field(None, description="class of diffusers, made of the pipeline's own configuration")
+    size: int | None = Field(None, ge=1, description="pixels of a side")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="float32, on a GPU bfloat16")
+    base: str | None = Field(None, description="the pipeline folder that a network or a LoRA belongs to")
+
+
+class Pictures(Protocol):
+    """Something that has a picture for every prompt and noise seed."""
+
+    calls: int
+
+    def draw(self, prompts: Sequence[str], places: Sequence[int], seed: int) -> tuple[Tensor, Tensor | None]:
+        """``[B, 3, H, W]`` in [0, 1] on the CPU, and the clean latents where there are some; ``calls`` counts the network's."""
+        ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as it was named, before anything is loaded. Pickles small."""
+
+    name: str
+    path: str
+    kind: Kind
+    sampling: Sampling
+    family: str = ""  # of this package's backbones, where it is one
+    backbone: Component | None = None  # that reads a network alone
+
+    @property
+    def cost(self) -> int:
+        """Network calls a picture, about: what a progress bar weighs it by."""
+        return 0 if self.kind == "pictures" else len(self.sampling.timesteps or ()) or self.sampling.steps or 50
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that its pictures follow from, but prompts and seeds."""
+        told = self.sampling.model_dump(mode="json", exclude={"base"})
+        paths = [Path(self.path), *([locate(self.sampling.base)] if self.sampling.base else [])]
+        code = {name: versions().get(name) for name in ("torch", "diffusers", "transformers")}
+        return fingerprint.digest(self.kind, told, code if self.kind != "pictures" else {}, *paths)
+
+    def row(self) -> dict[str, Any]:
+        """What a table says of it, without the machine's folders."""
+        told = self.sampling.model_dump(mode="json", exclude={"base"}, exclude_none=True)
+        return {"kind": self.kind, "source": public_path(self.path)} | (told if self.kind != "pictures" else {})
+
+    def load(self, device: torch.device, prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
+        """Ready to draw.
+
+        Raises:
+            DIDRError: weights or pictures that are not what they seemed.
+        """
+        return Folder(self, prompts, seeds) if self.kind == "pictures" else Pipeline(self, device)
+
+
+def parse(text: str, config: Config) -> Model:
+    """``NAME[=PATH][,option=value...]``; ``config``: the recipe, whose own start and teacher have no path.
+
+    Raises:
+        DIDRError: nothing there, an unknown option, or a network without its pipeline.
+    """
+    head, *options = text.split(",")
+    name, _, path = head.partition("=")
+    given: dict[str, Any] = dict(part.partition("=")[::2] for part in options)
+    if "timesteps" in given:
+        given["timesteps"] = given["timesteps"].split("/")
+    recipe = config.backbone.model_dump()
+    if name in ("start", "teacher") and not path:
+        if recipe["name"] not in PARTS:
+            raise DIDRError(f"--model {text!r}: recipe {config.name!r} draws no pictures with diffusers. Give a path.")
+        path = recipe["pipeline"] if name == "teacher" else recipe["generator"] or recipe["pipeline"]
+        given.setdefault("base", recipe["pipeline"])
+        if name == "teacher":
+            own = recipe["name"] == "zimage"  # whose pipeline counts guidance from zero
+            given.setdefault("steps", config.evaluation.teacher_steps or 50)
+            given.setdefault("guidance", config.guidance.reference - own)
+    elif not path:
+        name, path = Path(head).stem or head, head
+    try:
+        sampling = Sampling.model_validate(given)
+    except ValidationError as error:
+        raise DIDRError(f"--model {text!r}: {_told(error.errors()[0])}") from error
+    found = locate(path).absolute()
+    if (found / "run.json").is_file():
+        if not (found / "export" / "model_index.json").is_file():
+            raise DIDRError(f"--model {text!r}: that run is not exported. Say `didr export --run {path}` first.")
+        found /= "export"
+    kind = _kind(text, found)
+    one_step = name == "start" or kind == "network"
+    if kind in ("network", "lora"):
+        base = sampling.base or recipe.get("pipeline")
+        if not base or not (locate(base) / "model_index.json").is_file():
+            raise DIDRError(
+                f"--model {text!r}: a {kind} needs its pipeline, base={base!r}; give base=FOLDER of diffusers"
+            )
+        sampling = sampling.model_copy(update={"base": base})
+    family, backbone = "", None
+    if kind != "pictures":
+        pipeline = found if kind == "pipeline" else locate(str(sampling.base))
+        family = FAMILIES.get(str(read_json("--model", pipeline / "model_index.json").get("_class_name")), "")
+        backbone = config.backbone if family == config.backbone.name else None
+        if kind == "pipeline" and (found / "config.yaml").is_file():  # an export of ours
+            one_step, backbone = True, configs.recorded(found / "config.yaml", values=DRAWING).backbone
+        if kind == "network":
+            if not family:
+                raise DIDRError(
+                    f"--model {text!r}: networks alone are read of {', '.join(FAMILIES)}. Give a whole pipeline."
+                )
+            backbone = backbone or find("backbones", family).Config(name=family, pipeline=str(pipeline))
+            backbone = backbone.model_copy(update={"pipeline": str(pipeline), "generator": str(found)})
+            build("backbones", backbone)  # looks at names and shapes
+    if one_step and backbone is not None:
+        sampling = _one_step(sampling, backbone)
+    return Model(name, str(found), kind, sampling, family, backbone if kind == "network" else None)
+
+
+DRAWING = {"algorithm": "diff_instruct", "reward": None, "judge": None}  # what trained an export need not be here
+
+
+def _one_step(sampling: Sampling, backbone: Component) -> Sampling:
+    """As generators of ours are sampled, where the person has not said otherwise."""
+    if sampling.steps or sampling.timesteps:
+        return sampling
+    own: dict[str, Any] = {"guidance": 0.0, "size": getattr(backbone, "resolution", None)}
+    if backbone.name == "sdxl":
+        own |= {"steps": 1, "timesteps": (backbone.timestep,), "scheduler": "LCMScheduler"}  # type: ignore[attr-defined]
+    else:
+        own |= {"steps": backbone.steps}  # type: ignore[attr-defined]
+    return sampling.model_copy(update={k: v for k, v in own.items() if getattr(sampling, k) is None})
+
+
+def _kind(text: str, path: Path) -> Kind:
+    if path.is_file():
+        names = shapes_of(f"--model {text.partition('=')[0]}", path)
+        return "lora" if any("lora" in name.lower() for name in names) else "network"
+    if (path / "model_index.json").is_file():
+        return "pipeline"
+    if (path / "config.json").is_file():
+        return "network"
+    if path.is_dir() and ((path / MANIFEST).is_file() or any(p.suffix.lower() in PICTURES for p in path.iterdir())):
+        return "pictures"
+    raise DIDRError(
+        f"--model {text!r}: expected a run, a diffusers folder, a folder or file of a network, a LoRA or a folder of pictures at {path}"
+    )
+
+
+def _told(error: Any) -> str:
+    key, known = str(error["loc"][0]), list(Sampling.model_fields)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known, 1)
+        return f"unknown option {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+    return f"{key}: {error['msg']} (got {error['input']!r})"
+
+
+class Pipeline:
+    """A stock diffusers pipeline."""
+
+    def __init__(self, model: Model, device: torch.device) -> None:
+        quiet()
+        self.model, told = model, model.sampling
+        dtype = told.dtype if told.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+        folder = Path(model.path) if model.kind == "pipeline" else locate(str(told.base))
+        parts: dict[str, Any] = {}
+        part = next((p for p in ("unet", "transformer") if (folder / p).is_dir()), "unet")
+        if model.backbone is not None:
+            parts[part] = build("backbones", model.backbone).load_network("generator").to(getattr(torch, dtype))
+        try:
+            with uncollected():
+                pipe = class_of("DiffusionPipeline").from_pretrained(
+                    folder, dtype=getattr(torch, dtype), variant=variant(folder / part), **parts
+                )
+            if model.kind == "lora":
+                pipe.load_lora_weights(model.path)
+            if told.scheduler:
+                pipe.scheduler = class_of(told.scheduler).from_config(pipe.scheduler.config)
+        except Exception as error:  # whatever files and settings lead diffusers to
+            raise DIDRError(f"--model {model.name}: diffusers cannot make it of {folder} ({reason(error)})") from error
+        pipe.set_progress_bar_config(disable=True)
+        pipe.watermark = None  # SDXL's would be in some pictures and not in others, by what is installed
+        self.pipe, self.calls = pipe.to(device), 0
+        network = getattr(pipe, part, None)
+        if isinstance(network, torch.nn.Module):
+            network.register_forward_pre_hook(self._count)
+        self._takes = inspect.signature(pipe.__call__).parameters
+        size, self._shape = told.size, tuple[int, ...]()
+        if model.family:
+            factor = pipe.vae_scale_factor
+            size = size or getattr(pipe, "default_sample_size", 1024 // factor) * factor
+            self._shape = (network.config.in_channels, size // factor, size // factor)  # type: ignore[union-attr]
+        asked = {
+            "num_inference_steps": None if told.timesteps else told.steps,
+            "guidance_scale": told.guidance,
+            "timesteps": list(told.timesteps) if told.timesteps else None,
+            **dict.fromkeys(("height", "width"), size),
+        }
+        self._asked = {key: value for key, value in asked.items() if value is not None}
+        if unknown := [key for key in self._asked if key not in self._takes]:
+            raise DIDRError(f"--model {model.name}: {type(pipe).__name__} takes no {', '.join(unknown)}; leave it out")
+
+    def _count(self, *_: Any) -> None:
+        self.calls += 1
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], places: Sequence[int], seed: int) -> tuple[Tensor, Tensor | None]:
+        """See :class:`Pictures`."""
+        last: dict[str, Tensor] = {}
+
+        def keep(pipe: Any, step: int, time: Any, told: dict[str, Any]) -> dict[str, Any]:
+            last.update(told)
+            return {}
+
+        more: dict[str, Any] = {"callback_on_step_end": keep} if "callback_on_step_end" in self._takes else {}
+        generators = [Noise(seed).generator(place, "picture") for place in places]
+        if self._shape:  # the generators go on from there
+            z = torch.stack([torch.randn(self._shape, generator=generator) for generator in generators])
+            more["latents"] = z.to(self.pipe.device, self.pipe.dtype)
+        found = self.pipe(prompt=list(prompts), generator=generators, output_type="pt", **self._asked, **more)
+        latents = last.get("latents")
+        return found.images.float().cpu().clamp(0, 1), None if latents is None else latents.float().cpu()
+
+
+MANIFEST = "manifest.jsonl"
+
+
+class Folder:
+    """Ready pictures: those that ``manifest.jsonl`` names (a line ``{"prompt", "file"}`` and, where there are several, ``"seed"``), or all
+    files in the order of their names, seed by seed within a prompt."""
+
+    calls = 0
+
+    def __init__(self, model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+        folder, self._of = Path(model.path), dict[tuple[int, int], Path]()
+        wanted = [(place, seed) for place in range(len(prompts)) for seed in seeds]
+        if (folder / MANIFEST).is_file():
+            rows = [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines() if line.strip()]
+            known = {(row["prompt"], row.get("seed", seeds[0])): folder / row["file"] for row in rows}
+            self._of = {key: known[prompts[key[0]], key[1]] for key in wanted if (prompts[key[0]], key[1]) in known}
+        else:
+            files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+            if len(files) == len(wanted):
+                self._of = dict(zip(wanted, files, strict=True))
+        if len(self._of) < len(wanted):
+            place, seed = next(key for key in wanted if key not in self._of)
+            raise DIDRError(
+                f"--model {model.name}: {folder} has not the picture of {prompts[place]!r}, seed {seed}. Expected {MANIFEST} with a line a "
+                f"picture, or {len(prompts)} prompts x {len(seeds)} seeds = {len(wanted)} pictures in the order of their names."
+            )
+
+    def draw(self, prompts: Sequence[str], places: Sequence[int], seed: int) -> tuple[Tensor, Tensor | None]:
+        """See :class:`Pictures`."""
+        made = []
+        for place in places:
+            with Image.open(self._of[place, seed]) as image:
+                made.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255)
+        return torch.stack(made), None

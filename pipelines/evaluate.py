@@ -1,0 +1,238 @@
+"""`didr evaluate`: any checkpoints on the same prompts from the same noise, scored by the same rewards; report, MLflow.
+
+    python -m pipelines.evaluate --model start --model aligned=runs/NAME --model teacher --out runs/contest    # also for `ray job submit`
+
+The folder is a :class:`didr_core.evaluate.contest.Contest`: the same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from didr_core import config as configs
+from didr_core.config import Component, Config, build
+from didr_core.config.files import replace_text
+from didr_core.config.registry import component
+from didr_core.data.prompts import PromptIndex
+from didr_core.evaluate.contest import Contest, Item, run
+from didr_core.evaluate.models import parse
+from didr_core.evaluate.scores import origin
+from didr_core.export.card import public_path
+from didr_core.train.ending import stoppable
+from didr_core.train.observer import Observer
+from didr_core.train.patience import Patience
+from didr_core.train.run_folder import RunFolder, disk, local_folder, room
+from didr_core.types import DIDRError
+from didr_core.world.captions import parse_caption
+from pipelines.cluster.disks import check_disks
+from pipelines.cluster.leftovers import looked_after
+from pipelines.cluster.session import await_room, pulse, ray_session, slots, where_to_run
+from pipelines.report.console import Progress, print_summary, warn
+from pipelines.report.contest import write_contest_report
+from pipelines.tracking import tracker as tracking
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compared, in a person's words."""
+
+    models: Sequence[str]
+    recipe: str = "tiny"
+    overrides: Sequence[str] = ()
+    prompts: str | None = None  # the recipe's held-out ones
+    count: int | None = None  # all of `prompts`; of the recipe's, `evaluation.prompts`
+    seeds: int | None = None  # the recipe's
+    rewards: Sequence[str] = ()  # the recipe's reward and judge
+    batch: int = 64
+    command: str = ""
+
+
+def evaluate(
+    options: Options, out: str, *, local: bool = False, address: str | None = None, verbose: bool = False
+) -> Path:
+    """Draw and judge what is missing in the folder ``out``, then compare; returns the folder.
+
+    Args:
+        local: one process, no Ray. address: a Ray cluster; see :func:`pipelines.cluster.session.ray_session`.
+
+    Raises:
+        DIDRError: anything the user can mend. What is done stays.
+        SystemExit: Ctrl-C or SIGTERM.
+    """
+    began = time.monotonic()
+    config = configs.load(options.recipe, options.overrides)
+    folder = RunFolder(local_folder("--out", out))
+    contest = plan(options, config, folder.path)
+    with disk("--out", folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    room("--out", folder.path)
+    check_disks(config.tracking, folder.path, ray=not local and where_to_run(address).kind == "here")
+    with folder.lock("evaluating"), stoppable(), ExitStack() as stack:
+        record = looked_after(folder.path)
+        progress = stack.enter_context(ContestProgress(contest))
+        uri = tracking.preflight(config.tracking, folder.path.parent)
+        if progress.todo:
+            work = _here(config, contest) if local else _on_ray(config, contest, address, verbose, record, progress)
+            for item in work:
+                progress.did(item)
+        progress.phase("comparing")
+        focus = next((m.name for m in contest.models if m.name == "aligned"), contest.models[0].name)
+        source = public_path(options.prompts or config.data.heldout or config.data.prompts)
+        scores = contest.scores(origin(source, [options.command] if options.command else []), focus)
+        scores.write(folder.path)
+        write_contest_report(contest, scores, focus)
+        _track(config, folder.path, scores.tree, uri)
+    print_summary(scores.tree, folder.path, focus=focus, seconds=time.monotonic() - began)
+    return folder.path
+
+
+def plan(options: Options, config: Config, folder: Path) -> Contest:
+    """What the options mean, with everything looked at that can be known to be wrong before a weight is loaded.
+
+    Raises:
+        DIDRError: a model, reward or prompt that is not what it should be.
+    """
+    models = tuple(parse(text, config) for text in options.models)
+    names = [model.name for model in models]
+    if not names or len(set(names)) < len(names) or any("/" in name for name in names):
+        raise DIDRError(f"--model: expected models of different names without '/', got {names}; say NAME=PATH")
+    source = options.prompts or config.data.heldout or config.data.prompts
+    index = PromptIndex.open(source, config.data.column, config.data.id_column, "--prompts")
+    count = options.count or (len(index) if options.prompts else config.evaluation.prompts)
+    prompts = tuple(prompt.prompt for prompt in index.first(count))
+    rewards: Mapping[str, Component | None] = {"reward": config.reward, "judge": config.judge}
+    if options.rewards:
+        rewards = dict(map(parse_reward, options.rewards))
+    kept = {name: reward for name, reward in rewards.items() if reward is not None}
+    for reward in kept.values():
+        build("rewards", reward).check()
+    world = config.evaluation.world
+    if world == "tiny":
+        try:
+            for prompt in prompts:
+                parse_caption(prompt)
+        except ValueError as error:
+            warn(f"evaluation.world=tiny: its checker is left out, {error}")
+            world = "none"
+    seeds = tuple(range(options.seeds or config.evaluation.seeds))
+    return Contest(folder, models, prompts, seeds, kept, world, options.batch)
+
+
+def parse_reward(text: str) -> tuple[str, Component]:
+    """``[NAME=]KEY[,option=value...]`` to the name of its measure and its config.
+
+    Raises:
+        DIDRError: an unknown key or option.
+    """
+    head, *options = text.split(",")
+    name, _, key = head.rpartition("=")
+    try:
+        made = component("rewards").func({"name": key, **dict(o.partition("=")[::2] for o in options)})  # type: ignore[call-arg]
+    except ValueError as error:
+        raise DIDRError(f"--reward {text!r}: {error}") from error
+    return f"reward/{name or key}", made
+
+
+class ContestProgress(Progress):
+    """Pictures done of all, and when the rest will be, by what each model costs."""
+
+    def __init__(self, contest: Contest) -> None:
+        super().__init__(0, title="evaluate")
+        self.contest, self.todo = contest, contest.todo()
+        self.pictures = len(contest.models) * len(contest.prompts) * len(contest.seeds)
+        self.missing = sum(self._pictures(item) for item in self.todo)
+        self.cost, self.spent, self.began = sum(map(contest.cost, self.todo)), 0, time.monotonic()
+        done = self.pictures - self.missing
+        self.note(f"evaluation {contest.folder}" + (f": {done} of {self.pictures} pictures are scored" if done else ""))
+
+    def did(self, item: Item) -> None:
+        """One more block."""
+        self.missing -= self._pictures(item)
+        self.spent += self.contest.cost(item)
+        left = (time.monotonic() - self.began) * (self.cost - self.spent) / max(1, self.spent)
+        self.phase("pictures scored", self.pictures - self.missing, self.pictures, left)
+
+    def _pictures(self, item: Item) -> int:
+        return len(self.contest.places(item[1])) * len(self.contest.seeds)
+
+
+def _here(config: Config, contest: Contest) -> Iterator[Item]:
+    torch.set_num_threads(max(config.train.threads, os.cpu_count() or 1))
+    return run(contest, config.torch_device)
+
+
+def _on_ray(
+    config: Config,
+    contest: Contest,
+    address: str | None,
+    verbose: bool,
+    record: Callable[[], None],
+    progress: ContestProgress,
+) -> Iterator[Item]:
+    """By actors, which a thread of this process waits for while it looks whether all are alive."""
+    progress.phase("starting Ray")
+    calls = RunFolder(contest.folder).calls_path
+    shutil.rmtree(calls, ignore_errors=True)
+    with ray_session(address, slots(config), verbose) as view:
+        record()
+        # Ray's libraries read their environment when they are imported: the session has set it
+        from pipelines.cluster.pictures import contest_on_ray, demands
+        from pipelines.cluster.remote import in_thread
+        from pipelines.cluster.watch import POLL_S
+
+        placed = await_room(lambda v: demands(config, v), view, progress.phase)
+        patience, check_alive = Patience(Observer(), config.workers.patience_s, calls), pulse()
+        done: queue.Queue[Item] = queue.Queue()
+
+        def work() -> None:
+            for item in contest_on_ray(config, contest, placed.cluster, calls):
+                done.put(item)
+
+        progress.phase("starting generator and reward actors")
+        working = in_thread(work)
+        while not working.done() or not done.empty():
+            with suppress(queue.Empty):
+                yield done.get(timeout=POLL_S)
+                patience.stage("a block was scored")
+            check_alive()
+            patience.look()
+            record()
+        working.result()
+    shutil.rmtree(calls, ignore_errors=True)
+
+
+def _track(config: Config, folder: Path, tree: Mapping[str, Any], uri: str) -> None:
+    """One MLflow run a folder: means of all measures, the report and the numbers it shows."""
+    note = folder / "mlflow.json"
+    known = json.loads(note.read_text()) if note.is_file() else {}
+    with tracking.open_tracker(
+        config, folder, run_id=known.get("run_id"), uri=uri, tags={"didr.kind": "evaluation"}
+    ) as kept:
+        if kept.run_id:
+            replace_text(note, json.dumps({"run_id": kept.run_id}))
+        means = {
+            f"{model}/{name}": entry["mean"]
+            for model, row in tree["models"].items()
+            for name, entry in row["measures"].items()
+        }
+        kept.final({name: mean for name, mean in means.items() if mean is not None})
+        for name in ("report.html", "scores.json", "scores.npz"):
+            kept.artifact(folder / name)
+
+
+if __name__ == "__main__":
+    from pipelines.cli.main import main
+
+    main(["evaluate", *sys.argv[1:]], prog=f"python -m {Path(__file__).parent.name}.evaluate")
