@@ -110,7 +110,7 @@ def plan(options: Options, config: Config, folder: Path) -> Contest:
         raise DIDRError(f"--model: expected models of different names without '/', got {names}; say NAME=PATH")
     source = options.prompts or config.data.heldout or config.data.prompts
     index = PromptIndex.open(source, config.data.column, config.data.id_column, "--prompts")
-    count = options.count or (len(index) if options.prompts else config.evaluation.prompts)
+    count = options.count or (0 if options.prompts else config.evaluation.prompts) or len(index)
     prompts = tuple(prompt.prompt for prompt in index.first(count))
     rewards: Mapping[str, Component | None] = {"reward": config.reward, "judge": config.judge}
     if options.rewards:
@@ -127,6 +127,9 @@ def plan(options: Options, config: Config, folder: Path) -> Contest:
             warn(f"evaluation.world=tiny: its checker is left out, {error}")
             world = "none"
     seeds = tuple(range(options.seeds or config.evaluation.seeds))
+    for model in models:
+        if model.kind == "pictures":
+            model.load(torch.device("cpu"), prompts, seeds)
     return Contest(folder, models, prompts, seeds, kept, world, options.batch)
 
 

@@ -32,7 +32,7 @@ ORDER = (
     ("pipelines.report", "pipelines.tracking"),
     ("pipelines.cluster",),
     ("pipelines.sweeps",),
-    ("pipelines.align", "pipelines.sweep"),
+    ("pipelines.align", "pipelines.sweep", "pipelines.evaluate"),
     ("pipelines.cli",),
 )
 FLOOR = {name: floor for floor, names in enumerate(ORDER) for name in names}
@@ -133,6 +133,19 @@ def test_no_module_imports_itself_round_a_corner() -> None:
     modules = {module_of(p): p for package in (*PACKAGES, "benchmarks", "examples") for p in sources(package)}
     graph = {name: {to for _, to in imports(path) if to in modules and to != name} for name, path in modules.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def test_evaluation_imports_no_training_loss() -> None:
+    """Nor the learner, the loop or an estimator, by whatever way: only the end of a run (`finish.py`) holds what it trained."""
+    modules = {module_of(p): p for package in PACKAGES for p in sources(package)}
+    reached = {"pipelines.evaluate", *(m for m in modules if m.startswith("didr_core.evaluate."))}
+    reached -= {"didr_core.evaluate.finish"}
+    todo = set(reached)
+    while todo:
+        todo = {to for name in todo for _, to in imports(modules[name]) if to in modules} - reached
+        reached |= todo
+    trains = ("didr_core.algorithms", "didr_core.drs", "didr_core.train.learner", "didr_core.train.loop")
+    assert len(reached) > 30 and not {name for name in reached if name.startswith(trains)}
 
 
 @pytest.mark.parametrize(

@@ -132,12 +132,13 @@ def component(kind: str) -> BeforeValidator:
         try:
             return (own := find(kind, value["name"]).Config).model_validate(dict(value))
         except ValidationError as error:
-            raise ValueError("; ".join(_explain_own(e, own, value["name"]) for e in error.errors())) from None
+            raise ValueError("; ".join(explain_own(e, own, value["name"]) for e in error.errors())) from None
 
     return BeforeValidator(validate)
 
 
-def _explain_own(error: Any, own: type[BaseModel], name: str) -> str:
+def explain_own(error: Any, own: type[BaseModel], name: str) -> str:
+    """One of pydantic's errors in words, of the options ``own`` that belong to ``name``."""
     key, value = ".".join(str(p) for p in error["loc"]), error["input"]
     if error["type"] == "extra_forbidden":
         known = [k for k in own.model_fields if k != "name"]

@@ -14,7 +14,6 @@ this package knows the noise is drawn in float32, whatever they compute in.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from torch import Tensor
 from didr_core import config as configs
 from didr_core.config import Component, Config, build, fingerprint, locate
 from didr_core.config.provenance import versions
-from didr_core.config.registry import Strict, find
+from didr_core.config.registry import Strict, explain_own, find
 from didr_core.diffusion.noise import Noise
 from didr_core.export.card import public_path
 from didr_core.networks.loading import class_of, quiet, read_json, reason, shapes_of, uncollected, variant
@@ -40,7 +39,6 @@ from didr_core.types import DIDRError
 
 FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "ZImagePipeline": "zimage"}
 """Pipelines whose networks alone, and runs of ours, are read by the backbones of this package."""
-PARTS = {"sdxl": "unet", "zimage": "transformer"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 Kind = Literal["pipeline", "network", "lora", "pictures"]
 
@@ -111,6 +109,43 @@ def parse(text: str, config: Config) -> Model:
     Raises:
         DIDRError: nothing there, an unknown option, or a network without its pipeline.
     """
+    name, path, sampling = _read(text, config)
+    found = locate(path).absolute()
+    if (found / "run.json").is_file():
+        if not (found / "export" / "model_index.json").is_file():
+            raise DIDRError(f"--model {text!r}: that run is not exported. Say `didr export --run {path}` first.")
+        found /= "export"
+    kind = _kind(text, found)
+    if kind == "pictures":
+        return Model(name, str(found), kind, sampling)
+    if kind != "pipeline":
+        sampling = sampling.model_copy(update={"base": sampling.base or config.backbone.model_dump().get("pipeline")})
+    pipeline = found if kind == "pipeline" else locate(sampling.base or "")
+    if not (pipeline / "model_index.json").is_file():
+        raise DIDRError(
+            f"--model {text!r}: a {kind} needs its pipeline; give base=FOLDER of diffusers, not {sampling.base!r}"
+        )
+    family = FAMILIES.get(str(read_json("--model", pipeline / "model_index.json").get("_class_name")), "")
+    backbone = config.backbone if family == config.backbone.name else None
+    if kind == "network":
+        if not family:
+            raise DIDRError(
+                f"--model {text!r}: networks alone are read of {', '.join(FAMILIES)}. Give a whole pipeline."
+            )
+        backbone = backbone or find("backbones", family).Config(name=family, pipeline=str(pipeline))
+        backbone = backbone.model_copy(update={"pipeline": str(pipeline), "generator": str(found)})
+        build("backbones", backbone)  # looks at names and shapes
+    exported = kind == "pipeline" and (found / "config.yaml").is_file()
+    if exported:  # by us; what trained it need not be here
+        drawing = {"algorithm": "diff_instruct", "reward": None, "judge": None}
+        backbone = configs.recorded(found / "config.yaml", values=drawing).backbone
+    if backbone is not None and (exported or name == "start" or kind == "network"):
+        sampling = _one_step(sampling, backbone)
+    return Model(name, str(found), kind, sampling, family, backbone if kind == "network" else None)
+
+
+def _read(text: str, config: Config) -> tuple[str, str, Sampling]:
+    """Name, path and options; those of the recipe's start and teacher are filled in."""
     head, *options = text.split(",")
     name, _, path = head.partition("=")
     given: dict[str, Any] = dict(part.partition("=")[::2] for part in options)
@@ -118,66 +153,31 @@ def parse(text: str, config: Config) -> Model:
         given["timesteps"] = given["timesteps"].split("/")
     recipe = config.backbone.model_dump()
     if name in ("start", "teacher") and not path:
-        if recipe["name"] not in PARTS:
-            raise DIDRError(f"--model {text!r}: recipe {config.name!r} draws no pictures with diffusers. Give a path.")
-        path = recipe["pipeline"] if name == "teacher" else recipe["generator"] or recipe["pipeline"]
-        given.setdefault("base", recipe["pipeline"])
-        if name == "teacher":
-            own = recipe["name"] == "zimage"  # whose pipeline counts guidance from zero
-            given.setdefault("steps", config.evaluation.teacher_steps or 50)
-            given.setdefault("guidance", config.guidance.reference - own)
+        if recipe["name"] not in FAMILIES.values():
+            raise DIDRError(f"--model {text!r}: diffusers draws none of recipe {config.name!r}. Give a path.")
+        path, given["base"] = recipe["pipeline"], recipe["pipeline"]
+        if name == "start":
+            path = recipe["generator"] or path
+        else:
+            fewer = recipe["name"] == "zimage"  # whose pipeline counts guidance from zero
+            known = {"steps": config.evaluation.teacher_steps or 50, "guidance": config.guidance.reference - fewer}
+            given = known | given
     elif not path:
         name, path = Path(head).stem or head, head
     try:
-        sampling = Sampling.model_validate(given)
+        return name, path, Sampling.model_validate(given)
     except ValidationError as error:
-        raise DIDRError(f"--model {text!r}: {_told(error.errors()[0])}") from error
-    found = locate(path).absolute()
-    if (found / "run.json").is_file():
-        if not (found / "export" / "model_index.json").is_file():
-            raise DIDRError(f"--model {text!r}: that run is not exported. Say `didr export --run {path}` first.")
-        found /= "export"
-    kind = _kind(text, found)
-    one_step = name == "start" or kind == "network"
-    if kind in ("network", "lora"):
-        base = sampling.base or recipe.get("pipeline")
-        if not base or not (locate(base) / "model_index.json").is_file():
-            raise DIDRError(
-                f"--model {text!r}: a {kind} needs its pipeline, base={base!r}; give base=FOLDER of diffusers"
-            )
-        sampling = sampling.model_copy(update={"base": base})
-    family, backbone = "", None
-    if kind != "pictures":
-        pipeline = found if kind == "pipeline" else locate(str(sampling.base))
-        family = FAMILIES.get(str(read_json("--model", pipeline / "model_index.json").get("_class_name")), "")
-        backbone = config.backbone if family == config.backbone.name else None
-        if kind == "pipeline" and (found / "config.yaml").is_file():  # an export of ours
-            one_step, backbone = True, configs.recorded(found / "config.yaml", values=DRAWING).backbone
-        if kind == "network":
-            if not family:
-                raise DIDRError(
-                    f"--model {text!r}: networks alone are read of {', '.join(FAMILIES)}. Give a whole pipeline."
-                )
-            backbone = backbone or find("backbones", family).Config(name=family, pipeline=str(pipeline))
-            backbone = backbone.model_copy(update={"pipeline": str(pipeline), "generator": str(found)})
-            build("backbones", backbone)  # looks at names and shapes
-    if one_step and backbone is not None:
-        sampling = _one_step(sampling, backbone)
-    return Model(name, str(found), kind, sampling, family, backbone if kind == "network" else None)
-
-
-DRAWING = {"algorithm": "diff_instruct", "reward": None, "judge": None}  # what trained an export need not be here
+        raise DIDRError(f"--model {explain_own(error.errors()[0], Sampling, repr(text))}") from error
 
 
 def _one_step(sampling: Sampling, backbone: Component) -> Sampling:
     """As generators of ours are sampled, where the person has not said otherwise."""
     if sampling.steps or sampling.timesteps:
         return sampling
-    own: dict[str, Any] = {"guidance": 0.0, "size": getattr(backbone, "resolution", None)}
+    known = backbone.model_dump()
+    own = {"guidance": 0.0, "size": known["resolution"], "steps": known.get("steps", 1)}
     if backbone.name == "sdxl":
-        own |= {"steps": 1, "timesteps": (backbone.timestep,), "scheduler": "LCMScheduler"}  # type: ignore[attr-defined]
-    else:
-        own |= {"steps": backbone.steps}  # type: ignore[attr-defined]
+        own |= {"timesteps": (known["timestep"],), "scheduler": "LCMScheduler"}
     return sampling.model_copy(update={k: v for k, v in own.items() if getattr(sampling, k) is None})
 
 
@@ -194,14 +194,6 @@ def _kind(text: str, path: Path) -> Kind:
     raise DIDRError(
         f"--model {text!r}: expected a run, a diffusers folder, a folder or file of a network, a LoRA or a folder of pictures at {path}"
     )
-
-
-def _told(error: Any) -> str:
-    key, known = str(error["loc"][0]), list(Sampling.model_fields)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, 1)
-        return f"unknown option {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
-    return f"{key}: {error['msg']} (got {error['input']!r})"
 
 
 class Pipeline:

@@ -133,6 +133,25 @@ def test_sweep_as_a_job(head: Head, clone: Path, tmp_path: Path) -> None:
     assert (tmp_path / "s" / "export" / "model_index.json").is_file()
 
 
+def test_evaluate_as_a_job(head: Head, clone: Path, tmp_path: Path) -> None:
+    words = [
+        "--model",
+        "start",
+        "--model",
+        "teacher,steps=2",
+        "--count",
+        "4",
+        "--batch",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = head.submit(clone, "python", "-m", "pipelines.evaluate", *words, "--set", "tracking.uri=none", timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(json.loads((tmp_path / "out" / "scores.json").read_text())["models"]) == ["start", "teacher"]
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
 def test_a_failing_job_says_why_last_and_exits_non_zero(head: Head, clone: Path) -> None:
     done = head.submit(clone, "python", "-m", "pipelines.align", "--recipe", "tiny", "--set", "drp.beta=-1")
     assert done.returncode == 1
