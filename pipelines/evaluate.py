@@ -24,7 +24,7 @@ import torch
 from didr_core import config as configs
 from didr_core.config import Component, Config, build
 from didr_core.config.files import replace_text
-from didr_core.config.registry import component
+from didr_core.config.registry import configured
 from didr_core.data.prompts import PromptIndex
 from didr_core.evaluate.contest import Contest, Item, run
 from didr_core.evaluate.models import parse
@@ -55,7 +55,7 @@ class Options:
     count: int | None = None  # all of `prompts`; of the recipe's, `evaluation.prompts`
     seeds: int | None = None  # the recipe's
     rewards: Sequence[str] = ()  # the recipe's reward and judge
-    batch: int = 64
+    batch: int | None = None  # 8; the bundled world's small pictures 64
     command: str = ""
 
 
@@ -115,9 +115,9 @@ def plan(options: Options, config: Config, folder: Path) -> Contest:
     rewards: Mapping[str, Component | None] = {"reward": config.reward, "judge": config.judge}
     if options.rewards:
         rewards = dict(map(parse_reward, options.rewards))
-    kept = {name: reward for name, reward in rewards.items() if reward is not None}
-    for reward in kept.values():
+    for reward in filter(None, rewards.values()):
         build("rewards", reward).check()
+    kept = {name: reward.model_dump(mode="json") for name, reward in rewards.items() if reward is not None}
     world = config.evaluation.world
     if world == "tiny":
         try:
@@ -130,7 +130,8 @@ def plan(options: Options, config: Config, folder: Path) -> Contest:
     for model in models:
         if model.kind == "pictures":
             model.load(torch.device("cpu"), prompts, seeds)
-    return Contest(folder, models, prompts, seeds, kept, world, options.batch)
+    batch = options.batch or (64 if config.evaluation.world == "tiny" else 8)
+    return Contest(folder, models, prompts, seeds, kept, world, batch)
 
 
 def parse_reward(text: str) -> tuple[str, Component]:
@@ -142,7 +143,7 @@ def parse_reward(text: str) -> tuple[str, Component]:
     head, *options = text.split(",")
     name, _, key = head.rpartition("=")
     try:
-        made = component("rewards").func({"name": key, **dict(o.partition("=")[::2] for o in options)})  # type: ignore[call-arg]
+        made = configured("rewards", {"name": key, **dict(o.partition("=")[::2] for o in options)})
     except ValueError as error:
         raise DIDRError(f"--reward {text!r}: {error}") from error
     return f"reward/{name or key}", made

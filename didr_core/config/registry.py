@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -120,21 +121,26 @@ class Strict(BaseModel):
 
 
 def component(kind: str) -> BeforeValidator:
-    """For a field that names a component of ``kind``: turns a name, or a mapping with ``name``, into that component's own Config."""
+    """For a field that names a component of ``kind``; see :func:`configured`."""
+    return BeforeValidator(partial(configured, kind))
 
-    def validate(value: Any) -> Any:
-        if isinstance(value, BaseModel) or value is None:
-            return value
-        if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping) or "name" not in value:
-            raise ValueError(f"expected a name or a mapping with 'name', got {value!r}")
-        try:
-            return (own := find(kind, value["name"]).Config).model_validate(dict(value))
-        except ValidationError as error:
-            raise ValueError("; ".join(explain_own(e, own, value["name"]) for e in error.errors())) from None
 
-    return BeforeValidator(validate)
+def configured(kind: str, value: Any) -> Any:
+    """A name, or a mapping with ``name``, as that component's own Config.
+
+    Raises:
+        ValueError: it has no name, or options that are not the component's.
+    """
+    if isinstance(value, BaseModel) or value is None:
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise ValueError(f"expected a name or a mapping with 'name', got {value!r}")
+    try:
+        return (own := find(kind, value["name"]).Config).model_validate(dict(value))
+    except ValidationError as error:
+        raise ValueError("; ".join(explain_own(e, own, value["name"]) for e in error.errors())) from None
 
 
 def explain_own(error: Any, own: type[BaseModel], name: str) -> str:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from didr_core.config import Component, fingerprint
 from didr_core.config.files import replaced
+from didr_core.config.registry import configured
 from didr_core.evaluate.judges import Drawn, Judges, of_latents
 from didr_core.evaluate.models import Model, Pictures
 from didr_core.evaluate.scores import Arrays, Scores
@@ -49,7 +50,9 @@ class Contest:
     models: tuple[Model, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    rewards: Mapping[str, Component]
+    rewards: Mapping[
+        str, Any
+    ]  # options of each by the name of its measure, plain: its class may live in a file of the user's
     world: str = "none"
     batch: int = 64  # prompts a block
 
@@ -57,13 +60,17 @@ class Contest:
     def keys(self) -> list[tuple[str, str]]:
         """Names of each model's folders of pictures and of scores."""
         asked = hashlib.sha256(json.dumps([self.prompts, self.seeds, self.batch]).encode()).hexdigest()
-        judged = {name: fingerprint.component("rewards", reward) for name, reward in self.rewards.items()}
+        judged = {name: fingerprint.component("rewards", config) for name, config in self.judges().items()}
         keys = []
         for model in self.models:
             drawn = fingerprint.digest(model.fingerprint, asked)
             scored = fingerprint.digest(drawn, judged, self.world)
             keys.append((f"{model.name}-{drawn[:12]}", f"{model.name}-{scored[:12]}"))
         return keys
+
+    def judges(self) -> dict[str, Component]:
+        """The rewards' configs."""
+        return {name: configured("rewards", tree) for name, tree in self.rewards.items()}
 
     @property
     def blocks(self) -> int:
@@ -156,7 +163,7 @@ class Hand:
         contest, places = self.contest, self.contest.places(item[1])
         if contest.scores_of(item).is_file():
             return
-        self._judges = self._judges or Judges.load(contest.rewards, contest.world, self.device)
+        self._judges = self._judges or Judges.load(contest.judges(), contest.world, self.device)
         prompts = [contest.prompts[i] for i in places]
         table = pq.read_table(contest.pictures(item))
         found = self._judges.look(prompts, self._judges.prepare(prompts), self._seeds(table, len(places)))

@@ -15,7 +15,6 @@ this package knows the noise is drawn in float32, whatever they compute in.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from didr_core import config as configs
 from didr_core.config import Component, Config, build, fingerprint, locate
+from didr_core.config.files import mapping
 from didr_core.config.provenance import versions
 from didr_core.config.registry import Strict, explain_own, find
 from didr_core.diffusion.noise import Noise
@@ -267,8 +267,8 @@ MANIFEST = "manifest.jsonl"
 
 
 class Folder:
-    """Ready pictures: those that ``manifest.jsonl`` names (a line ``{"prompt", "file"}`` and, where there are several, ``"seed"``), or all
-    files in the order of their names, seed by seed within a prompt."""
+    """Ready pictures: those that ``manifest.jsonl`` names (a line ``{"prompt", "file"}`` and, where there are several, ``"seed"``, or their
+    number, ``"picture"``), or all files in the order of their names, seed by seed within a prompt."""
 
     calls = 0
 
@@ -276,8 +276,12 @@ class Folder:
         folder, self._of = Path(model.path), dict[tuple[int, int], Path]()
         wanted = [(place, seed) for place in range(len(prompts)) for seed in seeds]
         if (folder / MANIFEST).is_file():
-            rows = [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines() if line.strip()]
-            known = {(row["prompt"], row.get("seed", seeds[0])): folder / row["file"] for row in rows}
+            known = {}
+            for number, line in enumerate((folder / MANIFEST).read_bytes().splitlines(), 1):
+                row = mapping(line, f"{folder / MANIFEST}, line {number}")
+                place = row.get("picture", 0)
+                seed = row.get("seed", seeds[place] if place < len(seeds) else None)
+                known[row.get("prompt"), seed] = folder / row.get("file", "")
             self._of = {key: known[prompts[key[0]], key[1]] for key in wanted if (prompts[key[0]], key[1]) in known}
         else:
             files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)

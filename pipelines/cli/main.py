@@ -136,7 +136,10 @@ def evaluate(
     out: Annotated[str, typer.Option("--out", "-o", help="folder; the same command again goes on in it")],
     recipe: Recipe = "tiny",
     prompts: Annotated[str | None, typer.Option(help="prompts (default: the recipe's held-out ones)")] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="how many, the first (default: all of --prompts)")] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, help="of them, the first (default: all; of the recipe's, evaluation.prompts)"),
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="noise seeds a prompt (default: the recipe's)")] = None,
     reward: Annotated[
         list[str] | None,
@@ -147,7 +150,9 @@ def evaluate(
             help="e.g. hpsv2,path=FOLDER; repeatable (default: the recipe's reward and judge)",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="prompts drawn at once")] = 64,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="prompts drawn at once (default: 8; the bundled world's 64)")
+    ] = None,
     overrides: Overrides = None,
     local: Annotated[bool, typer.Option("--local", help="one process, without Ray")] = False,
     address: Annotated[

@@ -33,7 +33,7 @@ def contest(tmp_path_factory: pytest.TempPathFactory) -> Contest:
     config = configs.load(str(toy_recipe(folder)))
     assert config.reward is not None
     models = tuple(parse(text, config) for text in ("start", "teacher,steps=2"))
-    return Contest(folder / "out", models, TEXTS, (0, 1), {"reward": config.reward}, batch=3)
+    return Contest(folder / "out", models, TEXTS, (0, 1), {"reward": config.reward.model_dump()}, batch=3)
 
 
 @pytest.fixture(scope="module")
