@@ -27,9 +27,11 @@ from safetensors.torch import save_file
 from didr_core import config as configs
 from didr_core.config.load import _known_keys
 from didr_core.data.prompts import PromptIndex
+from didr_core.evaluate.models import Folder, Model, Sampling, parse
 from didr_core.train import checkpoint
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError
+from pipelines.evaluate import parse_reward
 from pipelines.sweeps import space
 
 TIMES = float(os.environ.get("DIDR_FUZZ", "1"))
@@ -189,6 +191,32 @@ def test_checkpoints(
         for part in ("generator", "ema"):
             ours(lambda part=part: checkpoint.read(step, part))  # type: ignore[misc]
         ours(lambda: checkpoint.verify(step))
+
+
+OPTIONS = st.sampled_from(["steps", "guidance", "timesteps", "scheduler", "size", "dtype", "base", "path"]) | st.text(
+    max_size=5
+)
+
+
+@examples(60)
+@given(
+    head=st.sampled_from(["start", "teacher", "a=", "a=world://generator", "pickscore", "x=hpsv2"])
+    | st.text(max_size=12),
+    options=st.lists(
+        st.tuples(OPTIONS, st.sampled_from(["1", "1/2", "x", "-1", "nan", ""]) | st.text(max_size=4)), max_size=2
+    ),
+)
+def test_models_and_rewards_of_an_evaluation(head: str, options: list[tuple[str, str]]) -> None:
+    text, config = ",".join([head, *(f"{key}={value}" for key, value in options)]), configs.load("tiny")
+    ours(lambda: parse(text, config))
+    ours(lambda: parse_reward(text))
+
+
+@examples(100)
+@given(data=st.binary(max_size=40) | st.text(alphabet='{}[]":,01 \nprompt', max_size=40).map(str.encode))
+def test_manifests_of_ready_pictures(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "manifest.jsonl").write_bytes(data)
+    ours(lambda: Folder(Model("ready", str(tmp_path), "pictures", Sampling()), ["prompt"], [0]))
 
 
 @examples(100)

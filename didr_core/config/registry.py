@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -222,4 +223,4 @@ def bundled(path: str) -> Path | None:
 
 def locate(path: str) -> Path:
     """``world://x`` is inside the bundled world; anything else is a path as it stands."""
-    return bundled(path) or Path(path).expanduser()
+    return bundled(path) or Path(os.path.expanduser(path))

@@ -266,9 +266,18 @@ class Pipeline:
 MANIFEST = "manifest.jsonl"
 
 
+class Line(Strict, extra="ignore"):
+    """Of a manifest."""
+
+    prompt: str
+    file: str
+    seed: int | None = None  # or, where a prompt has several pictures:
+    picture: int = Field(0, ge=0, description="its place among the seeds")
+
+
 class Folder:
-    """Ready pictures: those that ``manifest.jsonl`` names (a line ``{"prompt", "file"}`` and, where there are several, ``"seed"``, or their
-    number, ``"picture"``), or all files in the order of their names, seed by seed within a prompt."""
+    """Ready pictures: those that the :class:`Line` s of ``manifest.jsonl`` name, or all files in the order of their names, seed by seed
+    within a prompt."""
 
     calls = 0
 
@@ -278,11 +287,15 @@ class Folder:
         if (folder / MANIFEST).is_file():
             known = {}
             for number, line in enumerate((folder / MANIFEST).read_bytes().splitlines(), 1):
-                row = mapping(line, f"{folder / MANIFEST}, line {number}")
-                place = row.get("picture", 0)
-                seed = row.get("seed", seeds[place] if place < len(seeds) else None)
-                known[row.get("prompt"), seed] = folder / row.get("file", "")
-            self._of = {key: known[prompts[key[0]], key[1]] for key in wanted if (prompts[key[0]], key[1]) in known}
+                where = f"{folder / MANIFEST}, line {number}"
+                try:
+                    row = Line.model_validate(mapping(line, where))
+                except ValidationError as error:
+                    raise DIDRError(f"{where}: {explain_own(error.errors()[0], Line, 'it')}") from error
+                seed = seeds[row.picture] if row.seed is None and row.picture < len(seeds) else row.seed
+                known[row.prompt, seed] = folder / row.file
+            found = {key: known.get((prompts[key[0]], key[1])) for key in wanted}
+            self._of = {key: path for key, path in found.items() if path and path.is_file()}
         else:
             files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
             if len(files) == len(wanted):

@@ -12,16 +12,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_scores import PROMPTS, Brightness, Gain, Toy
 from toy import toy_recipe
 
 from didr_core import config as configs
 from didr_core.evaluate import contest as contests
 from didr_core.evaluate.contest import Contest, Hand, run
 from didr_core.evaluate.contestants import one_step_contestant
-from didr_core.evaluate.evaluator import Evaluator
+from didr_core.evaluate.evaluator import Evaluator, Measured
 from didr_core.evaluate.models import parse
 from didr_core.evaluate.scores import Scores, win_matrix
+from tests.evaluate.test_scores import PROMPTS, Brightness, Gain, Toy
 
 CPU = torch.device("cpu")
 TEXTS = tuple(f"a picture of {i}" for i in range(7))
@@ -123,15 +123,16 @@ class Together:
 def test_workers_that_share_the_prompts_measure_what_one_does(size: int) -> None:
     """Eight workers for seven prompts: then each does the whole."""
 
-    def scored(parallel: Any = None) -> Scores:
+    def scored(parallel: Any = None) -> tuple[dict[str, Any], Measured]:
         toy = Toy()
-        models = [one_step_contestant(n, toy, Gain(g)) for n, g in (("start", 0.5), ("aligned", 1.5))]  # type: ignore[arg-type]
-        evaluator = Evaluator(toy, PROMPTS, (0, 1), reward=Brightness(), features=True, batch=2, parallel=parallel)  # type: ignore[arg-type]
+        reward = Brightness()
+        reward.features = lambda images: images.mean((2, 3))  # type: ignore[attr-defined]
+        evaluator = Evaluator(toy, PROMPTS, (0, 1), reward=reward, features=True, batch=2, parallel=parallel)  # type: ignore[arg-type]
         batches.append(sum(len(part.prompts) for part in evaluator._parts))
-        return evaluator.compare(models)
+        return evaluator._look(one_step_contestant("aligned", toy, Gain(1.5)))  # type: ignore[arg-type]
 
     batches: list[int] = []
-    alone, found, barrier, board = scored(), {}, threading.Barrier(size), dict[int, Any]()
+    alone, found, barrier, board = scored()[1], dict[int, Any](), threading.Barrier(size), dict[int, Any]()
     batches.clear()
 
     def work(rank: int) -> None:
@@ -144,9 +145,12 @@ def test_workers_that_share_the_prompts_measure_what_one_does(size: int) -> None
         thread.join(60)
     assert sum(batches) == (7 if size < 8 else 56), "each prompt is one worker's"
     for rank in range(size):
-        assert found[rank].tree["models"]["aligned"]["pictures_made"] == 14
-        for model, values in alone.arrays.items():
-            for name, value in values.items():
-                got = found[rank].arrays[model][name]
-                assert got.dtype == value.dtype
-                np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-6)
+        row, measured = found[rank]
+        assert (
+            row["pictures_made"] == 14
+            and measured.keys() == alone.keys()
+            and measured["features"].shape == (1, 2, 7, 3)
+        )
+        for name, value in alone.items():
+            assert measured[name].dtype == value.dtype
+            np.testing.assert_allclose(measured[name], value, rtol=1e-5, atol=1e-6)
