@@ -8,7 +8,6 @@ The folder is a :class:`didr_core.evaluate.contest.Contest`: the same command ag
 from __future__ import annotations
 
 import json
-import os
 import queue
 import shutil
 import sys
@@ -173,7 +172,7 @@ class ContestProgress(Progress):
 
 
 def _here(config: Config, contest: Contest) -> Iterator[Item]:
-    torch.set_num_threads(max(config.train.threads, os.cpu_count() or 1))
+    torch.set_num_threads(config.train.threads)
     return run(contest, config.torch_device)
 
 

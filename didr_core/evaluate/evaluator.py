@@ -107,8 +107,8 @@ class Evaluator:
         if len(prompts) < self.parallel.world_size:  # not one for each: all do the whole
             self.parallel = Single()
         rank, workers = self.parallel.rank, self.parallel.world_size
-        rounds = -(-len(prompts) // (batch * workers))
-        shares = np.array_split(np.arange(len(prompts)), rounds * workers)[rank::workers]
+        parts = -(-len(prompts) // (batch * workers)) * workers  # as many for each
+        shares = np.array_split(np.arange(len(prompts)), min(parts, len(prompts)))[rank::workers]
         self._parts = [self._ready(int(share[0]), self.prompts[share[0] : share[-1] + 1]) for share in shares]
 
     @classmethod

@@ -119,15 +119,15 @@ class Together:
         self.barrier.wait()
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
-def test_workers_that_share_the_prompts_measure_what_one_does(size: int) -> None:
+@pytest.mark.parametrize(("size", "batch"), [(2, 1), (3, 2), (8, 2)])
+def test_workers_that_share_the_prompts_measure_what_one_does(size: int, batch: int) -> None:
     """Eight workers for seven prompts: then each does the whole."""
 
     def scored(parallel: Any = None) -> tuple[dict[str, Any], Measured]:
         toy = Toy()
         reward = Brightness()
         reward.features = lambda images: images.mean((2, 3))  # type: ignore[attr-defined]
-        evaluator = Evaluator(toy, PROMPTS, (0, 1), reward=reward, features=True, batch=2, parallel=parallel)  # type: ignore[arg-type]
+        evaluator = Evaluator(toy, PROMPTS, (0, 1), reward=reward, features=True, batch=batch, parallel=parallel)  # type: ignore[arg-type]
         batches.append(sum(len(part.prompts) for part in evaluator._parts))
         return evaluator._look(one_step_contestant("aligned", toy, Gain(1.5)))  # type: ignore[arg-type]
 
