@@ -171,6 +171,21 @@ class ContestProgress(Progress):
         return len(self.contest.places(item[1])) * len(self.contest.seeds)
 
 
+NEWS = "a block was scored"
+
+
+class _Hangs(Observer):
+    """Onto the progress line: who does not answer."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """See :class:`Observer`."""
+        if text != NEWS:
+            self.progress.phase(text)
+
+
 def _here(config: Config, contest: Contest) -> Iterator[Item]:
     torch.set_num_threads(config.train.threads)
     return run(contest, config.torch_device)
@@ -196,7 +211,7 @@ def _on_ray(
         from pipelines.cluster.watch import POLL_S
 
         placed = await_room(lambda v: demands(config, v), view, progress.phase)
-        patience, check_alive = Patience(Observer(), config.workers.patience_s, calls), pulse()
+        patience, check_alive = Patience(_Hangs(progress), config.workers.patience_s, calls), pulse()
         done: queue.Queue[Item] = queue.Queue()
 
         def work() -> None:
@@ -208,7 +223,7 @@ def _on_ray(
         while not working.done() or not done.empty():
             with suppress(queue.Empty):
                 yield done.get(timeout=POLL_S)
-                patience.stage("a block was scored")
+                patience.stage(NEWS)
             check_alive()
             patience.look()
             record()
