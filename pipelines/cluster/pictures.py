@@ -5,52 +5,65 @@ What travels is which block; pictures and scores lie in the contest's folder, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 from ray.data import ActorPoolStrategy
 
 from didr_core.config import Config
-from didr_core.evaluate.contest import Contest, Hand, Item
-from didr_core.train.patience import Calls
 from pipelines.cluster.prompts import IN_FLIGHT
 from pipelines.cluster.remote import users_mistake
 from pipelines.cluster.resources import ClusterView, Demands, Group, reward_need, train_need
+
+if TYPE_CHECKING:  # the stream passes through helper processes of Ray's, and torch would take a second of each
+    from didr_core.evaluate.contest import Contest, Item
 
 Row = dict[str, Any]
 """``model`` and ``block``, of an :data:`Item`."""
 
 
-class GeneratorActor:
+class _Stage:
+    """A hand on the contest, which says what it is at. Opens what it is given, and imports what it needs, when it is made."""
+
+    def __init__(self, tree: Mapping[str, Any], contest: bytes, calls: Path, who: str, threads: int) -> None:
+        import torch
+
+        from didr_core.evaluate.contest import Hand
+        from didr_core.train.patience import Calls
+
+        torch.set_num_threads(threads)
+        self.calls = Calls(calls, who)
+        self.hand = Hand(pickle.loads(contest), Config(**tree).torch_device)
+
+    def _do(self, doing: str, work: Any, row: Row) -> Row:
+        with self.calls.at(f"{doing} block {row['block']} of {self.hand.contest.models[row['model']].name}"):
+            work((row["model"], row["block"]))
+        return row
+
+
+class GeneratorActor(_Stage):
     """Draws blocks; holds one model at a time."""
 
-    def __init__(self, config: Config, contest: Contest, calls: Path) -> None:
-        torch.set_num_threads(config.train.threads)
-        self.hand, self.calls = Hand(contest, config.torch_device), Calls(calls, "a generator actor")
+    def __init__(self, tree: Mapping[str, Any], contest: bytes, calls: Path) -> None:
+        super().__init__(tree, contest, calls, "a generator actor", tree["train"]["threads"])
 
     def __call__(self, row: Row) -> Row:
         """Draw a block."""
-        name = self.hand.contest.models[row["model"]].name
-        with self.calls.at(f"drawing block {row['block']} of {name}"):
-            self.hand.draw((row["model"], row["block"]))
-        return row
+        return self._do("drawing", self.hand.draw, row)
 
 
-class JudgeActor:
+class JudgeActor(_Stage):
     """Judges blocks; holds all rewards."""
 
-    def __init__(self, config: Config, contest: Contest, calls: Path) -> None:
-        torch.set_num_threads(1)
-        self.hand, self.calls = Hand(contest, config.torch_device), Calls(calls, "a reward actor")
+    def __init__(self, tree: Mapping[str, Any], contest: bytes, calls: Path) -> None:
+        super().__init__(tree, contest, calls, "a reward actor", 1)
 
     def __call__(self, row: Row) -> Row:
         """Judge a block."""
-        with self.calls.at(f"judging block {row['block']} of {self.hand.contest.models[row['model']].name}"):
-            self.hand.judge((row["model"], row["block"]))
-        return row
+        return self._do("judging", self.hand.judge, row)
 
 
 def demands(config: Config, cluster: ClusterView) -> Demands:
@@ -74,14 +87,14 @@ def contest_on_ray(config: Config, contest: Contest, cluster: ClusterView, calls
     ray.data.DataContext.get_current().raise_original_map_exception = True
     items = contest.todo()
     stream = ray.data.from_items([{"model": m, "block": b} for m, b in items], override_num_blocks=len(items))
-    workers = config.workers
+    workers, given = config.workers, (config.model_dump(mode="json"), pickle.dumps(contest), calls)
     stages = (
         (GeneratorActor, workers.train, train_need(workers, cluster)),
         (JudgeActor, workers.rewards, reward_need(workers, cluster)),
     )
     for actor, size, need in stages:
         pool = ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=IN_FLIGHT)
-        stream = stream.map(actor, fn_constructor_args=(config, contest, calls), compute=pool, **need.options())
+        stream = stream.map(actor, fn_constructor_args=given, compute=pool, **need.options())
     try:
         for row in stream.iter_rows():
             yield row["model"], row["block"]

@@ -27,7 +27,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 HEAVY = "torch", "ray", "mlflow", "diffusers", "transformers", "numpy", "didr_core.config"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["align", "--help"], ["evaluate", "--help"], ["doctor", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["align", "--help"], ["evaluate", "--help"], ["doctor", "--help"], ["--version"]]
+)
 def test_help_needs_no_heavy_library(arguments: list[str]) -> None:
     look = f"import sys, atexit; atexit.register(lambda: print('LOADED', *[m for m in {HEAVY} if m in sys.modules]))"
     run = f"{look}; from pipelines.cli.main import main; main({arguments})"
