@@ -50,9 +50,7 @@ class Contest:
     models: tuple[Model, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    rewards: Mapping[
-        str, Any
-    ]  # options of each by the name of its measure, plain: its class may live in a file of the user's
+    rewards: Mapping[str, Any]  # options by the name of the measure, plain: a class may live in a file of the user's
     world: str = "none"
     batch: int = 64  # prompts a block
 
