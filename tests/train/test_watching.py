@@ -13,6 +13,7 @@ from didr_core import config as configs
 from didr_core.evaluate.finish import looker, train_and_finish
 from didr_core.networks import optim
 from didr_core.plan.preflight import preflight
+from didr_core.train.alarms import HACKING, Alarms
 from didr_core.train.learner import Learner
 from didr_core.train.loop import Look, outcome, train
 from didr_core.train.run_folder import RunFolder, read_lines
@@ -89,3 +90,37 @@ def test_weights_below_eps_are_counted() -> None:
             network.weight.grad = torch.tensor([[1e-4, 2e-3, 5e-4]])  # of size, so sqrt(v), of the gradient
             optimizer.step()
         assert optim.below_eps(optimizer) == pytest.approx(2 / 3)
+
+
+CURVES = json.loads((Path(__file__).parent / "recorded_curves.json").read_text())
+"""What alarms read of real runs, by step (`python -m benchmarks.alarms --curves`)."""
+
+
+def heard(run: str) -> tuple[dict[str, int], int]:
+    """The first step of each alarm, and how many steps there are."""
+    columns, alarms, first = CURVES[run], Alarms(), dict[str, int]()
+    steps = len(next(iter(columns.values())))
+    for step in range(steps):
+        seen = {name: values[step] for name, values in columns.items() if values[step] is not None}
+        for name in alarms.update(seen):
+            first.setdefault(name, step + 1)
+    return first, steps
+
+
+def test_hacking_is_heard_within_the_first_third() -> None:
+    """Where the bundled world's judge and utility both rise to the end: what is lost is what captions leave free."""
+    first, steps = heard("tiny_hacked-0")
+    assert {name for name, step in first.items() if step <= steps / 3} == {
+        HACKING,
+        "free-choice-lost",
+        "diversity-falls",
+    }
+    assert min(CURVES["tiny_hacked-0"]["heldout/judge"][9::10]) > 0.5
+
+
+def test_a_loss_that_the_table_shows_rings_and_not_before_it_is_there() -> None:
+    """Seed 0 of the default recipe on 2026-11-27: free backgrounds 1.95 bits at the start, 0.97 at the end."""
+    first, _ = heard("tiny-0")
+    lost = CURVES["tiny-0"]["heldout/background_bits"]
+    assert lost[39] > -0.2 > -0.5 > lost[49] > lost[59], "what the looks found at steps 40, 50, 60"
+    assert first == {"free-choice-lost": 50, HACKING: 56, "diversity-falls": 60}
