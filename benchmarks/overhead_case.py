@@ -37,7 +37,7 @@ def settings(steps: int, batch: int, workers: int, prepared: bool) -> list[str]:
         "train.checkpoint_every": 10 * steps,
     }
     changes |= {"workers.precompute": str(prepared).lower()}
-    changes |= {"workers.train": workers, "evaluation.prompts": 0, "evaluation.grid": 1}
+    changes |= {"workers.train": workers, "evaluation.prompts": 0, "evaluation.every": 0, "evaluation.grid": 1}
     return [f"{key}={value}" for key, value in changes.items()]
 
 

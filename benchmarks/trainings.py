@@ -22,7 +22,7 @@ def train(recipe: str, settings: Sequence[str], work: Path, name: str) -> Path:
         command += ["--resume", str(folder)]
     else:
         command += ["--recipe", recipe, "--output", str(folder)]
-        for setting in ("workers.train=1", "evaluation.prompts=0", *settings):
+        for setting in ("workers.train=1", "evaluation.prompts=0", "evaluation.every=0", *settings):
             command += ["--set", setting]
     began = time.time()
     with (work / f"{name}.log").open("a") as log:

@@ -102,6 +102,7 @@ def align(
         run.write_config(config)
         run.profile_path.unlink(missing_ok=True)  # of an earlier part of the run
         observer.note(told)
+        observer.note(index.overlap)
         if old and overrides:
             run.update(resumed=[*run.info().get("resumed", []), command])
         if local:
@@ -119,6 +120,7 @@ def align(
         json.loads(scores.read_text()) if scores.is_file() else None,
         run.path,
         alarms=observer.rang,
+        limits=config.alarms,
         steps=steps_told(read_history(run.path)),
         seconds=time.monotonic() - began,
         profile=json.loads(run.profile_path.read_text()) if run.profile_path.is_file() else None,
@@ -197,7 +199,7 @@ def _observer(config: Config, run: RunFolder) -> Iterator[RunObserver]:
     step = run.last_step()
     with (
         ThreadPoolExecutor(1) as pool,
-        Progress(config.train.steps, title=config.name, start=step) as progress,
+        Progress(config.train.steps, title=config.name, start=step, limits=config.alarms) as progress,
     ):
         progress.note(f"run {run.path}" + (f", going on from step {step}" if step else ""))
         observer = RunObserver(config, run, progress, pool)

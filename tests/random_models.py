@@ -77,7 +77,7 @@ def clip_folder(folder: Path, seed: int = 1, size: int = 32) -> Path:
     return folder
 
 
-def prompt_shards(folder: Path, shards: int = 2, rows: int = 40) -> Path:
+def prompt_shards(folder: Path, shards: int = 2, rows: int = 40, what: str = "picture") -> Path:
     """Parquet shards with ids and short prompts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -85,6 +85,6 @@ def prompt_shards(folder: Path, shards: int = 2, rows: int = 40) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for s in range(shards):
         names = [f"{s}-{r}" for r in range(rows)]
-        table = pa.table({"id": names, "prompt": [f"a picture of {n}" for n in names]})
+        table = pa.table({"id": names, "prompt": [f"a {what} of {n}" for n in names]})
         pq.write_table(table, folder / f"shard-{s:03d}.parquet")
     return folder

@@ -139,14 +139,29 @@ def shard() -> bytes:
     return file.getvalue()
 
 
-SHARD = shard()
+def stream() -> bytes:
+    file, table = io.BytesIO(), pa.table({"id": ["a", "b"], "prompt": ["a red circle", "a blue one"]})
+    with pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    return file.getvalue()
 
 
-@examples(200)
-@given(damages=DAMAGES, cut=st.integers(0, 400))
-def test_shards(damages: list[tuple[int, bytes]], cut: int) -> None:
+SHARDS = {
+    "a.parquet": shard(),
+    "a.txt": b"a red circle\n\na blue one\n",
+    "a.csv": b'id,prompt\n1,"a ""red"" circle"\n2,b\n',
+    "a.tsv": b"id\tPrompt\n1\ta red circle\n",
+    "a.json": b'["a red circle", {"id": 3, "prompt": "b"}]',
+    "a.jsonl": b'{"prompt": "a red circle"}\n{"prompt": "b", "include": [{"position": ["left of", 0]}]}\n',
+    "a.arrow": stream(),
+}
+
+
+@examples(300)
+@given(name=st.sampled_from(list(SHARDS)), damages=DAMAGES, cut=st.integers(0, 400))
+def test_shards(name: str, damages: list[tuple[int, bytes]], cut: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "a.parquet").write_bytes(damaged(SHARD, damages, cut))
+        (Path(folder) / name).write_bytes(damaged(SHARDS[name], damages, cut))
 
         def use() -> None:
             index = PromptIndex.open(folder)

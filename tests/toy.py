@@ -31,7 +31,7 @@ def toy_recipe(folder: Path, **changes: Any) -> Path:
         "train": {"steps": STEPS, "batch": BATCH, "checkpoint_every": EVERY},
         "data": {
             "prompts": str(prompt_shards(folder / "prompts")),
-            "heldout": str(prompt_shards(folder / "heldout", 1, 8)),
+            "heldout": str(prompt_shards(folder / "heldout", 1, 8, "drawing")),
         },
         "workers": {"train": 2},
         "evaluation": {"grid": 4, "prompts": 8},

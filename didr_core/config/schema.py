@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from didr_core.config import registry
+from didr_core.config.limits import Limits
 from didr_core.config.registry import Component, Strict, component
 from didr_core.types import DIDRError
 
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 
 
 class Data(Strict):
-    """Prompt shards: a Parquet file, a folder of them, or a glob; read as a stream, never whole."""
+    """Prompts: a file, a folder or a glob; Parquet is read as a stream, other kinds (data/readers.py) whole."""
 
     prompts: str = Field(description="training prompts")
     heldout: str | None = Field(None, description="held-out prompts, for grids and scores")
     column: str = Field("prompt", description="text column")
     id_column: str = Field("id", description="optional id column; 'shard:row' when absent")
+    allow_overlap: bool = Field(False, description="held-out prompts may be training prompts too; else a run refuses")
     cache: str | None = Field(
         None,
         description="folder that prompt embeddings and baselines are kept in, for any number of runs; none = `cache` beside "
@@ -243,9 +245,15 @@ class Evaluation(Strict):
     )
     teacher_steps: int = Field(0, ge=0, description="DDIM steps of the guided reference in the table; 0 = not in it")
     control: str | None = Field(
-        None, description="folder of a finished run to compare with: the same one without the reward (diff_instruct)"
+        None,
+        description="finished run to compare with, the same without the reward (diff_instruct); or its kept scores, a .json",
     )
-    every: int = Field(0, ge=0, description="steps between grids during training; 0 = start and end only")
+    every: int = Field(
+        0,
+        ge=0,
+        description="steps between grids and looks at held-out prompts during training; 0 = none between start and end",
+    )
+    watch: int = Field(64, ge=0, description="held-out prompts of a look, two noises each; 0 = grids alone")
 
 
 class Tracking(Strict):
@@ -279,6 +287,7 @@ class Config(Strict):
     baseline: Baseline = Baseline()
     workers: Workers = Workers()
     evaluation: Evaluation = Evaluation()
+    alarms: Limits = Limits()
     tracking: Tracking = Tracking()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -82,6 +82,7 @@ class PromptIndex:
     id_column: str | None = None  # none: 'shard:row' is the id
     key: str = "data.prompts"
     digest: str = ""  # of the first texts, once somebody has read them
+    overlap: str = ""  # what was found of held-out prompts among them, in a sentence
 
     @classmethod
     def open(cls, path: str, column: str = "prompt", id_column: str = "id", key: str = "data.prompts") -> PromptIndex:
@@ -238,6 +239,11 @@ class PromptIndex:
             table = self._rows(group, 0, min(count - len(found), group.rows))
             found += self._samples(range(len(found), len(found) + len(table)), table)
         return found
+
+
+def normal(text: str) -> str:
+    """What two prompts share that are the same: letter case and runs of spaces do not tell them apart."""
+    return " ".join(text.split()).casefold()
 
 
 def open_prompts(config: Config) -> PromptIndex:

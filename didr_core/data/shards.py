@@ -1,4 +1,6 @@
-"""Where prompts lie: which files of a folder are shards, what their footers say, and what to do with files that are none."""
+"""Where prompts lie: which files of a folder are shards, what their footers say, and what is in them.
+
+Shards are Parquet, which is read a row group at a time, or of the kinds of :mod:`didr_core.data.readers`, which are read whole."""
 
 from __future__ import annotations
 
@@ -6,10 +8,10 @@ import difflib
 import fnmatch
 import glob
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -17,75 +19,68 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from didr_core.config import bundled, locate
+from didr_core.data import readers
 from didr_core.types import DIDRError
 
-CONVERT = {
-    "txt": "lines = filter(str.strip, open({path!r}, encoding='utf-8-sig').read().splitlines()); "
-    "p.write_table(a.table({{{column!r}: list(lines)}}), {to!r})",
-    "json": "import json; p.write_table(a.Table.from_pylist(json.load(open({path!r}, encoding='utf-8-sig'))), {to!r})",
-    "jsonl": "import pyarrow.json as j; p.write_table(j.read_json({path!r}), {to!r})",
-    "csv": "import pyarrow.csv as c; p.write_table(c.read_csv({path!r}), {to!r})",
-    "tsv": "import pyarrow.csv as c; p.write_table(c.read_csv({path!r}, parse_options=c.ParseOptions(delimiter='\t')), {to!r})",
-}
-"""What makes Parquet of other files, by their suffix."""
+GROUP = 8192
+"""Rows of a file that is not Parquet that are read as one row group."""
 SPLIT = re.compile(r"(train|validation|valid|val|test|dev|heldout)(?![a-z])", re.IGNORECASE)
 
 
 def find_shards(path: str, column: str, key: str) -> tuple[str, ...]:
-    """The Parquet files that ``path`` means, sorted: itself, those of a folder and the folders in it, or those a glob matches.
+    """The files that ``path`` means, sorted: itself, those of a folder and the folders in it, or those a glob matches.
 
-    Names that begin with ``.`` or ``_`` are none, neither of files nor of folders. A path that exists is never read as a glob.
+    Of a folder they are the Parquet files, else the Arrow files, else the text files, if all are of one kind. Names that begin with
+    ``.`` or ``_`` are none, neither of files nor of folders. A path that exists is never read as a glob.
 
     Raises:
-        DIDRError: nothing there, or files of another kind; of those that can be converted it names the command.
+        DIDRError: nothing there, or text files of several kinds in one folder.
     """
     filesystem, root = open_filesystem(path)
     prefix = "" if isinstance(filesystem, pafs.LocalFileSystem) else path.partition("://")[0] + "://"
     info = filesystem.get_file_info(root)
     if info.type == pafs.FileType.File:
-        _refuse_text([root], path, column, key)
         return (prefix + root,)
     if info.type == pafs.FileType.Directory:
         files = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
         below = {f.path: f.path.removeprefix(info.path).split("/") for f in files if f.type == pafs.FileType.File}
         seen = [p for p, names in below.items() if not any(name.startswith((".", "_")) for name in names)]
-        found, hint = [p for p in seen if p.endswith(".parquet")], "no .parquet files in this folder"
+        found, hint = _of_one_kind(seen, path, key), "no .parquet files in this folder"
     elif any(c in root for c in "*?["):
         folder, _, pattern = root.rpartition("/")
-        seen = [
-            p for p in _match(filesystem, folder or ".", pattern) if not p.rpartition("/")[2].startswith((".", "_"))
-        ]
-        found, hint = [p for p in seen if _suffix(p) not in CONVERT], "matches nothing"
+        matched = _match(filesystem, folder or ".", pattern)
+        found, hint = [p for p in matched if not p.rpartition("/")[2].startswith((".", "_"))], "matches nothing"
     else:
         raise DIDRError(
-            f"{key}={path!r}: no such file or folder. Expected a Parquet file, a folder of .parquet shards, or a glob; set {key}=PATH."
+            f"{key}={path!r}: no such file or folder. Expected a file of prompts, a folder of them, or a glob; set {key}=PATH."
         )
     if not found:
-        _refuse_text(seen, path, column, key)
-        raise DIDRError(f"{key}={path!r}: {hint}. Expected at least one Parquet shard with a text column.")
+        raise DIDRError(
+            f"{key}={path!r}: {hint}. Expected at least one file with a text column: Parquet, or {', '.join(readers.KINDS)}."
+        )
     return tuple(prefix + p for p in sorted(found))
+
+
+def _of_one_kind(files: Sequence[str], path: str, key: str) -> list[str]:
+    by_kind: dict[str, list[str]] = {}
+    for file in files:
+        by_kind.setdefault(readers.kind(file), []).append(file)
+    for known in ("parquet", readers.ARROW):
+        if known in by_kind:  # beside Arrow files `datasets` keeps what it computed later
+            return [file for file in by_kind[known] if not file.rpartition("/")[2].startswith("cache-")]
+    texts = {known: by_kind[known] for known in readers.READERS if known in by_kind}
+    if len(texts) > 1:
+        counts = ", ".join(f"{len(names)} .{known}" for known, names in texts.items())
+        raise DIDRError(
+            f"{key}={path!r}: files of several kinds ({counts}). Name those that are meant, e.g. 'FOLDER/*.{next(iter(texts))}'."
+        )
+    return next(iter(texts.values()), [])
 
 
 def splits(shards: Sequence[str]) -> Counter[str]:
     """How many shards are of which split of a data set, by how their names (else their folders') begin."""
     found = ([m[1].lower() for name in reversed(s.split("/")[-2:]) if (m := SPLIT.match(name))] for s in shards)
     return Counter(names[0] for names in found if names)
-
-
-def _suffix(path: str) -> str:
-    suffix = path.rpartition(".")[2].lower()
-    return {"ndjson": "jsonl", "text": "txt"}.get(suffix, suffix)
-
-
-def _refuse_text(files: Sequence[str], path: str, column: str, key: str) -> None:
-    file = next((f for f in files if _suffix(f) in CONVERT), None)
-    if file is not None:
-        to = f"{file.rpartition('.')[0]}.parquet"
-        code = CONVERT[_suffix(file)].format(path=file, to=to, column=column)
-        raise DIDRError(
-            f"{key}={path!r}: {file} is {_suffix(file)}, expected Parquet. Convert it, and name what this makes:\n"
-            f"python -c {shlex.quote('import pyarrow as a, pyarrow.parquet as p; ' + code)}"
-        )
 
 
 def _match(filesystem: Any, folder: str, pattern: str) -> list[str]:
@@ -122,12 +117,24 @@ def _in_words(what: str) -> Iterator[None]:
         raise DIDRError(f"{what} ({reason}). Was it cut short? Replace or remove it.") from error
 
 
-def read_footer(shard: str, column: str, id_column: str, key: str) -> tuple[list[int], bool]:
-    """Rows of each row group, and whether the id column is there."""
+def read_schema(shard: str, column: str, key: str) -> tuple[pa.Schema, list[int]]:
+    """Columns of a shard, and the rows of each row group.
+
+    Raises:
+        DIDRError: it cannot be read.
+    """
+    if readers.kind(shard) in readers.KINDS:
+        table = read_table(shard, column, key)
+        return table.schema, [min(GROUP, len(table) - first) for first in range(0, len(table), GROUP)]
     with _open(shard, key) as file, _in_words(f"{key}: shard {shard} is not a readable Parquet file"):
         schema = file.schema_arrow
         schema.names  # noqa: B018  (they are decoded here)
-        groups = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+        return schema, [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+
+
+def read_footer(shard: str, column: str, id_column: str, key: str) -> tuple[list[int], bool]:
+    """Rows of each row group, and whether the id column is there."""
+    schema, groups = read_schema(shard, column, key)
     if column not in schema.names:
         near = difflib.get_close_matches(column, schema.names, 1) or difflib.get_close_matches(
             column.lower(), schema.names, 1
@@ -148,6 +155,30 @@ def read_footer(shard: str, column: str, id_column: str, key: str) -> tuple[list
 
 
 def read_group(shard: str, group: int, columns: Sequence[str], key: str) -> pa.Table:
-    """``columns`` of a row group, read from disk."""
+    """``columns`` of a row group, read from disk; the first is the text column."""
+    if readers.kind(shard) in readers.KINDS:
+        return read_table(shard, columns[0], key).select(list(columns)).slice(group * GROUP, GROUP)
     with _open(shard, key) as file, _in_words(f"{key}: row group {group} of shard {shard} cannot be read"):
         return file.read_row_group(group, columns=list(columns))
+
+
+def read_table(shard: str, column: str, key: str) -> pa.Table:
+    """All of a file that is not Parquet; kept as long as the file stays as it is.
+
+    Raises:
+        DIDRError: it cannot be read.
+    """
+    filesystem, path = open_filesystem(shard)
+    with _in_words(f"{key}: {shard} is not readable as .{readers.kind(shard)}"):
+        info = filesystem.get_file_info(path)
+        return _read_table(shard, column, info.mtime_ns, info.size)
+
+
+@lru_cache(maxsize=16)
+def _read_table(shard: str, column: str, changed: int, size: int) -> pa.Table:
+    filesystem, path = open_filesystem(shard)
+    if readers.kind(path) == readers.ARROW:
+        local = isinstance(filesystem, pafs.LocalFileSystem)
+        return readers.arrow(pa.memory_map(path) if local else filesystem.open_input_file(path), column)
+    with filesystem.open_input_stream(path, compression=None) as file:
+        return readers.parse(path, file.read(), column)

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from didr_core.config import Config
 from didr_core.data.prompts import PromptIndex
 from didr_core.diffusion import sampling
+from didr_core.evaluate import control
 from didr_core.evaluate.contestants import contestants
 from didr_core.evaluate.evaluator import Evaluator, text_towers
 from didr_core.evaluate.scores import Scores, card_section, origin, read_scores
+from didr_core.evaluate.watch import SEEDS, Watch
 from didr_core.export.folder import export_run, exported
 from didr_core.train.learner import Learner
-from didr_core.train.loop import train
+from didr_core.train.loop import Look, train
 from didr_core.train.observer import Observer
 from didr_core.train.patience import Patience
 from didr_core.train.run_folder import RunFolder
@@ -81,10 +83,28 @@ def train_and_finish(
         DIDRError: anything a user can mend; the run folder keeps its checkpoints.
     """
     observer = Patience(observer or Observer(), config.workers.patience_s)
-    grid_of = (lambda learner: Gallery(learner, learner.config, run, draw).after) if draw else None
     with observer.watching():
-        learner = train(config, run, index, observer, grid_of, profile)
+        learner = train(
+            config, run, index, observer, lambda learner: looker(learner, learner.config, run, draw), profile
+        )
         finish(learner, learner.config, run, observer.stage, draw)
+
+
+def looker(learner: Learner, config: Config, run: RunFolder, draw: Draw | None = None) -> Look:
+    """What `evaluation.every` asks for: a grid, where there is something to draw with, and held-out measures against the start."""
+    gallery, watch = Gallery(learner, config, run, draw) if draw else None, None
+    if count := config.evaluation.watch:
+        size = config.train.at_once or 64
+        given: dict[str, Any] = {"backbone": learner.backbone, "reward": learner.reward, "batch": size}
+        evaluator = Evaluator.of(config, heldout(config, count), SEEDS, learner.device, **given)
+        watch = Watch(evaluator, learner.generator("start"))
+
+    def look(step: int, network: nn.Module) -> Mapping[str, float]:
+        if gallery:
+            gallery.after(step, network)
+        return watch.look(network) if watch else {}
+
+    return look
 
 
 def finish(
@@ -143,11 +163,12 @@ def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
     """Every contestant on the held-out prompts, shared by all workers; rank 0 writes ``scores.json`` and ``scores.npz``."""
     say("scoring", 0, 0)
     generators = {"start": learner.generator("start"), "aligned": learner.generator("ema")}
-    if config.evaluation.control:
+    if config.evaluation.control and not control.kept(config.evaluation.control):
         generators["control"] = exported(config, config.evaluation.control).to(learner.device)
+    prompts = heldout(config, config.evaluation.prompts)
     evaluator = Evaluator.of(
         config,
-        heldout(config, config.evaluation.prompts),
+        prompts,
         range(config.evaluation.seeds),
         learner.device,
         backbone=learner.backbone,
@@ -160,6 +181,7 @@ def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
         facts=origin(config.data.heldout or config.data.prompts, run.commands() or ["didr align"]),
         progress=lambda name, done, total: say(f"scoring {name}", done, total),
     )
+    scores = control.with_control(scores, config, prompts)
     if not learner.parallel.rank:
         scores.write(run.path)
     return scores

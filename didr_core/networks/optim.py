@@ -167,6 +167,23 @@ def begin(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
+def below_eps(optimizer: torch.optim.Optimizer) -> float:
+    """Share of weights whose ``sqrt(v)``, of Adam's bias-corrected second moment, is below ``eps``: it divides their update then.
+
+    Of split weights those of this process are counted; weights without such a moment (8-bit, not updated yet) are not. 0 where none has.
+    """
+    few, many = 0.0, 0
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            state = optimizer.state.get(weight, {})
+            if "exp_avg_sq" in state:
+                moment = getattr(state["exp_avg_sq"], "_local_tensor", state["exp_avg_sq"])
+                seen = 1 - group["betas"][1] ** float(state.get("step", group.get("updates", 1)))
+                few += float((moment.float() < seen * group["eps"] ** 2).sum())
+                many += moment.numel()
+    return few / many if many else 0.0
+
+
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW whose arithmetic and moments are float32 and whose bfloat16 weights are rounded stochastically: right on average, no master.
 

@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from didr_core.config import Config, build
-from didr_core.data.prompts import PromptIndex, open_prompts
+from didr_core.data.prompts import PromptIndex, normal, open_prompts
+from didr_core.evaluate import control
 from didr_core.export.folder import find_export
 from didr_core.networks import optim
 from didr_core.networks.tokenizers import longer_than
@@ -34,32 +36,31 @@ def preflight(
         note: takes sentences on what is no mistake, but may not be meant.
 
     Returns:
-        The training corpus, with the digest of its first texts.
+        The training corpus, with the digest of its first texts and what they share with the held-out ones.
 
     Raises:
         DIDRError: the first thing that is wrong.
     """
     if here:
         _ = config.torch_device
-    index, texts = _read(open_prompts(config))
+    index, held_out = open_prompts(config), set[str]()
     for told in index.notes:
         note(told)
     if config.data.heldout:
-        PromptIndex.open(config.data.heldout, config.data.column, config.data.id_column, "data.heldout").scan(SCAN_ROWS)
+        others = PromptIndex.open(config.data.heldout, config.data.column, config.data.id_column, "data.heldout")
+        held_out = {normal(text) for texts in others.texts(SCAN_ROWS) for text in texts}
+    index, texts = _read(index, held_out, config.data.allow_overlap)
     optim.check(config)
     build("algorithms", config.algorithm)
-    readers = {"encoder": build("backbones", config.backbone)}
-    readers["encoder"].check()
-    if config.needs_reward and config.reward is not None:
-        readers["reward"] = build("rewards", config.reward)
-        readers["reward"].check()
+    for reader in (readers := readers_of(config)).values():
+        reader.check()
     if config.judge is not None:
         try:
             build("rewards", config.judge).check()
         except DIDRError as error:  # rewards know themselves as `reward`
             raise DIDRError(re.sub(r"\breward\.(?=[a-z]+[=:\[])", "judge.", str(error))) from error
-    if config.evaluation.control:
-        find_export(config.evaluation.control)
+    if path := config.evaluation.control:
+        control.read(path) if control.kept(path) else find_export(path)
     if torch.cuda.is_available() and not fit.undecided(config):  # else :func:`fit.here` looks, too
         cards = range(torch.cuda.device_count())
         advice.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
@@ -79,13 +80,27 @@ def preflight(
     return index
 
 
-def _read(index: PromptIndex) -> tuple[PromptIndex, list[str]]:
-    """``index`` with its digest, after a look at the first :data:`SCAN_ROWS` texts; and the first :data:`COUNTED` of them."""
-    digest, first = hashlib.blake2b(digest_size=8), list[str]()
+def readers_of(config: Config) -> dict[str, Any]:
+    """Backbone and reward, built and not loaded: who reads prompts."""
+    found = {"encoder": build("backbones", config.backbone)}
+    return found | ({"reward": build("rewards", config.reward)} if config.needs_reward and config.reward else {})
+
+
+def _read(index: PromptIndex, held_out: set[str], allowed: bool) -> tuple[PromptIndex, list[str]]:
+    """``index`` with digest and overlap, after a look at the first :data:`SCAN_ROWS` texts; and the first :data:`COUNTED` of them."""
+    digest, first, shared, seen = hashlib.blake2b(digest_size=8), list[str](), set[str](), 0
     for texts in index.texts(SCAN_ROWS):
         digest.update("\n".join(texts).encode())
         first += texts[: COUNTED - len(first)]
-    return replace(index, digest=digest.hexdigest()), first
+        shared |= held_out.intersection(map(normal, texts)) if held_out else set()
+        seen += len(texts)
+    told = f"{len(shared):,} of {len(held_out):,} held-out prompts are among the {'first ' * (seen < len(index))}{seen:,} training prompts"
+    if shared and not allowed:
+        raise DIDRError(
+            f"data.heldout: {told}, e.g. {min(shared)!r}. Scores of these say nothing of new prompts. Leave them out (`didr prompts "
+            f"TRAINING --out DIR --against HELDOUT --drop`, data.prompts=DIR), or say data.allow_overlap=true."
+        )
+    return replace(index, digest=digest.hexdigest(), overlap=told if held_out else ""), first
 
 
 def _cut(name: str, tokenizers: Mapping[Path, int], texts: Sequence[str]) -> str:

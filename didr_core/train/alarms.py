@@ -1,11 +1,13 @@
-"""Alarms of reward hacking, read from the stream of step metrics alone: no extra pictures, no extra forward pass.
+"""Alarms of reward hacking, read from the stream of step metrics alone.
 
 The first steps of a run (:attr:`Limits.baseline_steps`) say what is normal for *this* generator; later, smoothed values are compared with
-them. An alarm is advice, it never stops a run. What it cannot see (a held-out measure that falls, pictures that grow alike across seeds) is
-measured at the end: see :mod:`didr_core.evaluate.scores`.
+them. What a step's own samples cannot show (held-out rewards, pictures that grow alike over seeds, what captions leave free) is measured
+every `evaluation.every` steps by :mod:`didr_core.evaluate.watch`: these metrics are differences from the start on the same noise, taken
+as they are, and an alarm rings on until the next look. An alarm is advice unless `alarms.on_alarm` is "stop".
 
 Metrics read, all optional: ``reward/gain`` (in standard deviations of the start), ``latent/mean``, ``latent/std``, ``image/clipped``,
-``drs/ratio``, ``drs/cosine`` (or ``reward/ratio``, ``reward/cosine``), ``drs/clipped``, ``loss/assistant``, ``grad/generator``.
+``drs/ratio``, ``drs/cosine`` (or ``reward/ratio``, ``reward/cosine``), ``drs/clipped``, ``loss/assistant``, ``grad/generator``;
+``heldout/...``, ``adam/below_eps``.
 """
 
 from __future__ import annotations
@@ -15,34 +17,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from didr_core.config.limits import Limits
 
-@dataclass(frozen=True)
-class Limits:
-    """Thresholds, in the units of the sentences that :func:`explain` gives."""
-
-    baseline_steps: int = 3
-    smoothing: float = 0.8
-    latent_shift: float = 0.35
-    latent_spread: float = 1.25
-    clipped_rise: float = 0.08
-    drs_silent: float = 0.01
-    drs_clipped: float = 0.9
-    away_from_reference: float = 1.5
-    assistant_rise: float = 2.0
-    assistant_fall: float = 0.4
-    gain_fall: float = 0.5
-    gain_rise: float = 0.5
-    gradient_jump: float = 10.0
+LOOKED = ("heldout/", "adam/")
+"""How the names of metrics begin that are measured every `evaluation.every` steps."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What an alarm's test sees: smoothed values now, before this step and at the start, and the newest raw values."""
+    """What an alarm's test sees: smoothed values now, before this step and at the start, the newest raw values, the last look's."""
 
     now: Mapping[str, float]
     before: Mapping[str, float]
     start: Mapping[str, float]
     last: Mapping[str, float]
+    looked: Mapping[str, float]
     limits: Limits
 
     def ratio(self, name: str) -> float:
@@ -62,6 +51,7 @@ class Alarm:
     name: str
     sentence: str  # may name fields of Limits
     rings: Callable[[View], bool]
+    looks: bool = False  # reads a look, which needs no baseline
 
 
 def _latent_shift(v: View) -> bool:
@@ -82,7 +72,49 @@ def _jump(v: View) -> bool:
     return v.last.get("grad/generator", 0.0) > v.limits.gradient_jump * max(usual, 1e-12)
 
 
+def _heldout_falls(v: View) -> bool:
+    held_out = min(v.looked.get(f"heldout/{name}", 0.0) for name in ("judge", "utility"))
+    return held_out < -v.limits.heldout_fall and v.looked.get("heldout/reward", 0.0) > 0
+
+
+def _free_bits_fall(v: View) -> bool:
+    return min((x for name, x in v.looked.items() if name.endswith("_bits")), default=0.0) < -v.limits.free_bits_fall
+
+
 ALARMS: tuple[Alarm, ...] = (
+    Alarm(
+        "heldout-falls",
+        "The reward of held-out prompts rose, and a measure that is never trained on fell by more than {heldout_fall:g} of the start's "
+        "standard deviations: the reward is gained where it is blind.",
+        _heldout_falls,
+        looks=True,
+    ),
+    Alarm(
+        "free-choice-lost",
+        "What captions leave free (backgrounds, positions) lost more than {free_bits_fall:g} bits against the start: the generator draws "
+        "one answer for all.",
+        _free_bits_fall,
+        looks=True,
+    ),
+    Alarm(
+        "diversity-falls",
+        "A prompt's pictures differ over noise seeds by less than {diversity_fall:g} of what they did at the start: they grow alike.",
+        lambda v: v.looked.get("heldout/diversity", 1.0) < v.limits.diversity_fall,
+        looks=True,
+    ),
+    Alarm(
+        "saturation-drifts",
+        "The mean saturation of pictures moved by more than {saturation_drift:g}: colour is being traded for reward.",
+        lambda v: abs(v.looked.get("heldout/saturation", 0.0)) > v.limits.saturation_drift,
+        looks=True,
+    ),
+    Alarm(
+        "weights-still",
+        "Of more than {still_weights:.0%} of the generator's weights the root of Adam's second moment is below eps, which then divides "
+        "the update: they hardly move. Lower generator.eps.",
+        lambda v: v.looked.get("adam/below_eps", 0.0) > v.limits.still_weights,
+        looks=True,
+    ),
     Alarm(
         "latent-shift",
         "The mean of the generator's latents left the start's by more than {latent_shift:g} of its standard deviation: "
@@ -140,13 +172,19 @@ ALARMS: tuple[Alarm, ...] = (
     ),
 )
 
-SYMPTOMS = frozenset({"latent-shift", "latent-spread", "clipped-pixels", "away-from-reference", "too-predictable"})
-HACKING = "reward-hacking"
+SYMPTOMS = frozenset(
+    {"latent-shift", "latent-spread", "clipped-pixels", "away-from-reference", "too-predictable", "heldout-falls"}
+    | {"free-choice-lost", "diversity-falls", "saturation-drifts"}
+)
+HACKING, NOT_FINITE = "reward-hacking", "not-finite"
+DAMAGE = SYMPTOMS | {HACKING}
+"""What stops a run where `alarms.on_alarm` says so."""
 _SENTENCES = {alarm.name: alarm.sentence for alarm in ALARMS} | {
     HACKING: "The reward rose by more than {gain_rise:g} standard deviations while a sign of damage rings too: look at the grid before "
     "believing the curve.",
-    "not-finite": "A metric is NaN or infinite.",
+    NOT_FINITE: "A metric is NaN or infinite.",
 }
+NAMES = tuple(_SENTENCES)
 
 
 def explain(name: str, limits: Limits | None = None) -> str:
@@ -162,19 +200,23 @@ class Alarms:
         self._seen: dict[str, int] = {}
         self._start: dict[str, float] = {}
         self._now: dict[str, float] = {}
+        self._looked: dict[str, float] = {}
 
     def update(self, metrics: Mapping[str, float]) -> tuple[str, ...]:
         """Take one step's metrics; return the names of the alarms that ring now, in a fixed order, ``reward-hacking`` first."""
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         before = self._settled(self._now)
         for name, value in finite.items():
-            self._blend(name, value)
-        view = View(self._now, before, self._settled(self._start), finite, self.limits)
-        ringing = [alarm.name for alarm in ALARMS if view.start and alarm.rings(view)]
+            if name.startswith(LOOKED):
+                self._looked[name] = value
+            else:
+                self._blend(name, value)
+        view = View(self._now, before, self._settled(self._start), finite, self._looked, self.limits)
+        ringing = [alarm.name for alarm in ALARMS if (view.looked if alarm.looks else view.start) and alarm.rings(view)]
         if view.rise("reward/gain") > self.limits.gain_rise and SYMPTOMS.intersection(ringing):
             ringing.insert(0, HACKING)
         if len(finite) < len(metrics):
-            ringing.append("not-finite")
+            ringing.append(NOT_FINITE)
         return tuple(ringing)
 
     def _blend(self, name: str, value: float) -> None:
@@ -192,8 +234,14 @@ class Alarms:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""
-        return {"seen": dict(self._seen), "start": dict(self._start), "now": dict(self._now)}
+        return {
+            "seen": dict(self._seen),
+            "start": dict(self._start),
+            "now": dict(self._now),
+            "looked": dict(self._looked),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._seen, self._start, self._now = dict(state["seen"]), dict(state["start"]), dict(state["now"])
+        self._looked = dict(state.get("looked", {}))  # checkpoints before 0.4 have none

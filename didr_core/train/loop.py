@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +21,9 @@ from didr_core.data import scales
 from didr_core.data.feed import LocalFeed, ahead
 from didr_core.data.precompute import precompute
 from didr_core.data.prompts import PromptIndex
+from didr_core.networks import optim
 from didr_core.train import checkpoint
-from didr_core.train.alarms import Alarms
+from didr_core.train.alarms import DAMAGE, NAMES, Alarms, explain
 from didr_core.train.ending import in_words
 from didr_core.train.learner import Learner
 from didr_core.train.observer import Observer
@@ -30,8 +31,8 @@ from didr_core.train.profile import Profile
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import Batch, DIDRError, NonFiniteError, StepReport
 
-Grid = Callable[[int, nn.Module], Any]
-"""Draws pictures of the step and network that it is given."""
+Look = Callable[[int, nn.Module], Mapping[str, float]]
+"""Draws and measures pictures of the step and network that it is given; what it finds stands beside the step's metrics."""
 
 
 class Journal:
@@ -39,7 +40,7 @@ class Journal:
 
     def __init__(self, run: RunFolder, config: Config, learner: Learner, corpus: str) -> None:
         self.run, self.config, self.learner, self.corpus = run, config, learner, corpus
-        self.alarms = Alarms()
+        self.alarms = Alarms(config.alarms)
         self.saver = checkpoint.Saver(learner)
 
     def restore(self) -> None:
@@ -68,16 +69,22 @@ class Journal:
             self.run.checkpoint(step), extra, then=lambda: self.run.prune(self.config.train.keep_checkpoints)
         )
 
-    def asked_to_stop(self) -> bool:
-        """Whether somebody asked the run to stop; every rank asks, and all get the same answer."""
-        asked = torch.tensor(float(self.run.stop_path.exists()), device=self.learner.device)
-        self.learner.parallel.mean_([asked])
-        return bool(asked > 0)
+    def asked_to_stop(self, ringing: Iterable[str] = ()) -> tuple[bool, tuple[str, ...]]:
+        """Whether somebody asked the run to stop, and which alarms stop it; every rank asks, and all get the same answer."""
+        heard = DAMAGE.intersection(ringing) if self.config.alarms.on_alarm == "stop" else ()
+        said = [float(self.run.stop_path.exists()), *(float(name in heard) for name in NAMES)]
+        votes = torch.tensor(said, device=self.learner.device)
+        self.learner.parallel.mean_([votes])
+        asked, *rang = (votes > 0).tolist()
+        return asked, tuple(name for name, rings in zip(NAMES, rang, strict=True) if rings)
 
-    def with_alarms(self, report: StepReport, seconds: float, waited: float) -> StepReport:
-        """``report`` with times and alarms."""
-        metrics = report.metrics | {"time/step": seconds, "time/data": waited}
-        return replace(report, metrics=metrics, alarms=self.alarms.update(report.metrics))
+    def with_alarms(
+        self, report: StepReport, seconds: float, waited: float, looked: Mapping[str, float] | None = None
+    ) -> StepReport:
+        """``report`` with times, what a look found, and alarms."""
+        seen = {**report.metrics, **(looked or {})}
+        metrics = seen | {"time/step": seconds, "time/data": waited}
+        return replace(report, metrics=metrics, alarms=self.alarms.update(seen))
 
 
 def loop(
@@ -87,7 +94,7 @@ def loop(
     observer: Observer,
     *,
     writes: bool = True,
-    grid: Grid | None = None,
+    look: Look | None = None,
     until: int | None = None,
     profile: bool = False,
 ) -> None:
@@ -95,12 +102,12 @@ def loop(
 
     Args:
         batches: one a step, from the step that the learner is at.
-        writes: this rank writes metrics and checkpoints (rank 0). grid: shown the running average every `evaluation.every` steps.
+        writes: this rank writes metrics and checkpoints (rank 0). look: given the running average every `evaluation.every` steps.
         profile: keep where the time of the steps went in ``profile.json`` (:mod:`didr_core.train.profile`).
 
     Raises:
         NonFiniteError: see :meth:`Learner.step`; checkpoints stay as they are.
-        DIDRError: the stream ended early or out of order, or the disk is full.
+        DIDRError: the stream ended early or out of order, the disk is full, or an alarm stopped the run; there is a checkpoint then.
         KeyboardInterrupt: the run was asked to stop; there is a checkpoint of the step that it was at.
     """
     train, every = journal.config.train, journal.config.evaluation.every
@@ -125,16 +132,16 @@ def loop(
             except NonFiniteError:  # on all ranks at once; what is being written is the last good checkpoint
                 journal.saver.wait()
                 raise
+            seconds = time.perf_counter() - began
+            looked = _looked(learner, look, report.step) if every and report.step % every == 0 else {}
             with learner.phase("report"):
-                report = journal.with_alarms(report, time.perf_counter() - began, waited)
+                report = journal.with_alarms(report, seconds, waited, looked)
                 if writes:
                     journal.run.log(report)
                 observer.step(report)
-            if every and report.step % every == 0:
-                _show(learner, grid, report.step)
             with learner.phase("averaging"):
-                stop = journal.asked_to_stop()
-            if stop or report.step % train.checkpoint_every == 0 or report.step == train.steps:
+                stop, rang = journal.asked_to_stop(report.alarms)
+            if stop or rang or report.step % train.checkpoint_every == 0 or report.step == train.steps:
                 with learner.phase("checkpoint"):
                     if writes or learner.fsdp:
                         journal.save()
@@ -142,15 +149,24 @@ def loop(
         if stop:
             journal.saver.wait()
             raise KeyboardInterrupt(f"stopped after step {report.step}")
+        if rang and report.step < train.steps:  # else there is nothing left to stop
+            journal.saver.wait()
+            raise DIDRError(
+                f"stopped after step {report.step}, with a checkpoint, by alarms.on_alarm=stop. "
+                + " ".join(f"{name}: {explain(name, journal.config.alarms)}" for name in rang)
+                + f" To go on all the same: `didr align --resume {journal.run.path} --set alarms.on_alarm=warn`."
+            )
     journal.saver.wait()
     if writes and measured.steps:
         journal.run.write_profile(measured.summary())
 
 
-def _show(learner: Learner, grid: Grid | None, step: int) -> None:
+def _looked(learner: Learner, look: Look | None, step: int) -> Mapping[str, float]:
     network = learner.whole_average()  # for now only: it may be a whole network beside the split ones
-    if grid and network:
-        grid(step, network)
+    if not (look and network):
+        return {}
+    with learner.phase("held-out look"):
+        return {**look(step, network), "adam/below_eps": optim.below_eps(learner.generator_opt)}
 
 
 def train(
@@ -158,13 +174,13 @@ def train(
     run: RunFolder,
     index: PromptIndex,
     observer: Observer | None = None,
-    grid_of: Callable[[Learner], Grid] | None = None,
+    look_of: Callable[[Learner], Look] | None = None,
     profile: bool = False,
 ) -> Learner:
     """All steps in this process, from the newest checkpoint on; call it inside :func:`outcome`. Returns the trained networks.
 
     Args:
-        grid_of: makes what `evaluation.every` asks for, once the networks are loaded.
+        look_of: makes what `evaluation.every` asks for, once the networks are loaded.
         profile: see :func:`loop`.
 
     Raises:
@@ -183,13 +199,13 @@ def train(
     journal = Journal(run, config, learner, index.fingerprint)
     journal.restore()
     run.forget_after(learner.step_count)
-    grid = grid_of(learner) if grid_of and config.evaluation.every else None
+    look = look_of(learner) if look_of and config.evaluation.every else None
     feed: Iterable[Batch] = LocalFeed(config, learner.step_count * config.train.batch)
     if (
         config.precomputed or learner.device.type == "cpu"
     ):  # a GPU that trains has nothing to spare for making the next batch
         feed = ahead(feed)
-    loop(learner, feed, journal, observer, grid=grid, profile=profile)
+    loop(learner, feed, journal, observer, look=look, profile=profile)
     return learner
 
 

@@ -40,8 +40,10 @@ Status = Literal["running", "finished", "failed", "interrupted"]
 FREE_TO_CHANGE = (
     "workers",
     "data.cache",
+    "data.allow_overlap",
     "tracking",
     "evaluation",
+    "alarms",
     "train.steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",

@@ -1,4 +1,4 @@
-"""`didr`: align, sweep, evaluate, sample, export, doctor, config. A command imports the heavy libraries that it needs."""
+"""`didr`: align, sweep, evaluate, sample, export, prompts, doctor, config. A command imports the heavy libraries that it needs."""
 
 from __future__ import annotations
 
@@ -223,6 +223,27 @@ def export_command(
     backbone, network, step = trained_generator(config, found, weights)
     folder = export_of(config, found, backbone, network, output, scored=weights == "ema", overwrite=overwrite)
     typer.echo(f"{folder} (weights of step {step})")
+
+
+@app.command()
+def prompts(
+    files: Annotated[
+        list[str], typer.Argument(help="txt, csv, tsv, json, jsonl, arrow, Parquet: files, folders, globs")
+    ],
+    out: Annotated[Path, typer.Option(help="folder for the shards")],
+    column: Annotated[str, typer.Option(help="text column")] = "prompt",
+    id_column: Annotated[str, typer.Option(help="id column, where there is one")] = "id",
+    against: Annotated[list[str] | None, typer.Option(help="another set: what do both hold? repeatable")] = None,
+    drop: Annotated[bool, typer.Option("--drop", help="leave out duplicates, and what the other set holds")] = False,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="count what its encoder and reward would cut off")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Turn prompt files of any kind into Parquet shards, and say what is wrong with them."""
+    from pipelines.cli.prompts import prompts as turn
+
+    turn(files, out, column, id_column, against or (), drop, recipe, overrides or ())
 
 
 @app.command()

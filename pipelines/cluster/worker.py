@@ -12,7 +12,7 @@ import torch
 from didr_core.config import Config
 from didr_core.data.feed import LocalFeed, ahead, to_batch
 from didr_core.data.prompts import Columns
-from didr_core.evaluate.finish import Gallery, Say, finish
+from didr_core.evaluate.finish import Say, finish, looker
 from didr_core.train import distributed
 from didr_core.train.learner import Learner
 from didr_core.train.loop import Journal, loop
@@ -61,9 +61,9 @@ def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers
     if todo and config.precomputed:  # after our own: two threads that import transformers at once see half of it
         cursor = run.last_step() * config.train.batch
         stream = ahead(LocalFeed(config, cursor, rank=ranks.rank, world_size=ranks.world_size))
-    grid = Gallery(learner, config, run, save_grid).after if first and config.evaluation.every else None
+    look = looker(learner, config, run, save_grid) if first and config.evaluation.every else None
     stage("waiting for the first prompts", 0, 0)
-    loop(learner, stream, journal, Reporter(), writes=first, grid=grid, profile=profile)
+    loop(learner, stream, journal, Reporter(), writes=first, look=look, profile=profile)
     learner.gather()
     finish(learner, config, run, stage, save_grid)
 

@@ -16,8 +16,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from didr_core.config.limits import Limits
 from didr_core.evaluate.scores import comparison_table, table
-from didr_core.train.alarms import explain
+from didr_core.train.alarms import LOOKED, explain
 from didr_core.train.profile import table as profile_table
 
 SMOOTHING = 0.9  # of the numbers shown; the curves in the report are raw
@@ -30,12 +31,20 @@ class Progress:
         total: steps of the run. start: steps that were done before (resume).
         every: seconds between lines where there is no terminal.
         stream: where to write; stderr by default, so that stdout stays for results.
+        limits: of the run's alarms, for their sentences.
     """
 
     def __init__(
-        self, total: int, *, title: str = "align", start: int = 0, every: float = 10.0, stream: TextIO | None = None
+        self,
+        total: int,
+        *,
+        title: str = "align",
+        start: int = 0,
+        every: float = 10.0,
+        stream: TextIO | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        self.total, self.title, self.step, self.every = total, title, start, every
+        self.total, self.title, self.step, self.every, self.limits = total, title, start, every, limits
         self.console = console(stream)
         self._values: dict[str, float] = {}
         self._alarms: tuple[str, ...] = ()
@@ -67,13 +76,13 @@ class Progress:
         self._last_time, self.step, self._phase = now, step, ""
         for key, value in metrics.items():
             if math.isfinite(value):
-                old = self._values.get(key, value)
+                old = value if key.startswith(LOOKED) else self._values.get(key, value)
                 self._values[key] = SMOOTHING * old + (1 - SMOOTHING) * value
         self._alarms = tuple(alarms)
         for name in alarms:
             if name not in self._told:
                 self._told.add(name)
-                self.note(f"alarm {name} at step {step}: {explain(name)}", style="yellow")
+                self.note(f"alarm {name} at step {step}: {explain(name, self.limits)}", style="yellow")
         self._show(force=step >= self.total)
 
     def phase(self, name: str, done: int = 0, total: int = 0, left: float | None = None) -> None:
@@ -101,6 +110,12 @@ class Progress:
         for key, label in (("drs/ratio", "DRS/matching"), ("loss/assistant", "TA loss")):
             if key in self._values:
                 parts.append(f"{label} {self._values[key]:.3g}")
+        for key, label in (
+            ("judge", "held-out judge {:+.2f} sd"),
+            ("background_bits", "free backgrounds {:+.2f} bits"),
+        ):
+            if f"heldout/{key}" in self._values:
+                parts.append(label.format(self._values[f"heldout/{key}"]))
         if self._pace is not None:
             parts.append(f"{self._pace:.2f} s/step")
             parts.append(f"ETA {clock((self.total - self.step) * self._pace)}")
@@ -159,6 +174,7 @@ def print_summary(
     profile: Mapping[str, Any] | None = None,
     focus: str = "aligned",
     stream: TextIO | None = None,
+    limits: Limits | None = None,
 ) -> None:
     """The models side by side, what the aligned one (``focus``) wins, alarms, how long it took, and where the results lie.
 
@@ -175,13 +191,15 @@ def print_summary(
         counts = scores["counts"]
         out.print(f"\n{counts['prompts']} held-out prompts x {counts['seeds']} noise seeds, ± half the 95 % interval")
         out.print(rich_table(*table(scores), bold=focus))
+        if told := scores.get("facts", {}).get("control"):
+            out.print(Text(told), soft_wrap=True)
         judged = [m for m in scores["measures"] if m in ("judge", "utility") or m.startswith("reward")]
         header, rows = comparison_table(scores, focus, judged)
         if rows:
             out.print(f"\n{focus} against the others, prompt by prompt")
             out.print(rich_table(header, rows))
     for name in alarms:
-        out.print(Text(f"alarm {name}: {explain(name)}", style="yellow"), soft_wrap=True)
+        out.print(Text(f"alarm {name}: {explain(name, limits)}", style="yellow"), soft_wrap=True)
     if seconds is not None:
         out.print(f"\n{steps + '; ' if steps else ''}took {clock(seconds)}")
     for label, name in (

@@ -168,6 +168,22 @@ PANELS = (
             ("image/clipped", "clipped values", ORANGE),
         ),
     ),
+    Panel(
+        "Held-out prompts",
+        "against the start (sd)",
+        (
+            ("heldout/reward", "training reward", BLUE),
+            ("heldout/judge", "held-out judge", ORANGE),
+            ("heldout/utility", "true utility", GREEN),
+        ),
+        zero="start",
+    ),
+    Panel(
+        "What captions leave free",
+        "against the start (bits)",
+        (("heldout/background_bits", "backgrounds", PURPLE), ("heldout/position_bits", "positions", GREY)),
+        zero="start",
+    ),
     Panel("Anchor", "regression loss", (("loss/anchor", "anchor loss", GREEN),)),
 )
 

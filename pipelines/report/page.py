@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from didr_core.config.files import mapping, read_yaml, replace_text
+from didr_core.config.limits import Limits
 from didr_core.evaluate.scores import comparison_table, describe, read_scores, table
 from didr_core.export.card import usage
 from didr_core.train.alarms import explain
@@ -62,6 +63,7 @@ def write_report(run: Path) -> Path:
     path = folder / "config.yaml"
     config = mapping(path.read_bytes(), str(path), parse=read_yaml) if path.is_file() else {}
     scores = read_scores(folder / "scores.json") if (folder / "scores.json").is_file() else None
+    limits = Limits(**(config.get("alarms") or {}))
     info, facts = RunFolder(folder).info(), (scores or {}).get("facts", {})
     when = facts.get("date", "")[:16].replace("T", " ")
     commit = facts.get("commit") or info.get("commit")
@@ -73,7 +75,11 @@ def write_report(run: Path) -> Path:
         "page.html.j2",
         name=str(config.get("name") or folder.name),
         folder=folder.name,
-        facts=[f for f in (when and f"{when} UTC", commit and f"commit {commit}", hardware_of(facts)) if f],
+        facts=[
+            f
+            for f in (when and f"{when} UTC", commit and f"commit {commit}", hardware_of(facts), facts.get("control"))
+            if f
+        ],
         history=history,
         updates=sum("loss/generator" in row for row in history),
         verdict=_verdict(scores, wins),
@@ -83,7 +89,7 @@ def write_report(run: Path) -> Path:
         scores=score_tables(scores, "aligned") if scores else None,
         curves=_picture(folder / "curves.png") if history else None,
         alarms=by_name,
-        explain=explain,
+        explain=lambda name: explain(name, limits),
         export=_export(folder / "export", config.get("backbone") or {}),
         commands=list(dict.fromkeys([*RunFolder(folder).commands(), *facts.get("commands", [])])),
         origin={

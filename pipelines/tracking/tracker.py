@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from didr_core.config import Config, Tracking, dump, flatten
+from didr_core.config.limits import Limits
 from didr_core.config.provenance import commit
 from didr_core.train.alarms import explain
 from didr_core.types import DIDRError
@@ -93,6 +94,7 @@ class MlflowTracker(Tracker):
         self._pause = FLUSH_SECONDS
         self._next_flush = time.monotonic() + FLUSH_SECONDS
         self._ringing: tuple[str, ...] = ()
+        self.limits: Limits | None = None
         self._warned = self._closed = False
 
     def params(self, tree: Mapping[str, Any]) -> None:
@@ -115,7 +117,7 @@ class MlflowTracker(Tracker):
     def alarms(self, step: int, names: Sequence[str]) -> None:
         """A 0/1 metric for every alarm that ever rang, and a tag with its sentence the first time."""
         fresh = [name for name in names if name not in self._ringing]
-        self.tags({f"alarm.{name}": f"from step {step}: {explain(name)}" for name in fresh})
+        self.tags({f"alarm.{name}": f"from step {step}: {explain(name, self.limits)}" for name in fresh})
         self._ringing = (*self._ringing, *fresh)
         self.metrics(step, {f"alarm/{name}": float(name in names) for name in self._ringing})
 
@@ -249,6 +251,7 @@ def open_tracker(
     client = connect(uri)
     if run_id is not None:
         tracker = _attach(client, run_id)
+        tracker.limits = config.alarms
         tracker.tags(tags or {})
         return tracker
     known = {
@@ -265,6 +268,7 @@ def open_tracker(
     home = _experiment(client, config.tracking.experiment, uri, run_folder.parent)
     run = client.create_run(home, run_name=run_folder.name, tags=known)
     tracker = MlflowTracker(client, run.info.run_id)
+    tracker.limits = config.alarms
     tracker.params(dump(config))
     return tracker
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -175,27 +172,6 @@ def test_splits_read_together_are_said(tmp_path: Path) -> None:
     assert "several splits are read together: 2 train, 1 validation" in PromptIndex.open(str(folder)).notes[0]
     assert not PromptIndex.open(f"{folder}/train-*.parquet").notes
     assert not PromptIndex.open(str(write(tmp_path / "train", [3, 2]))).notes
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("p.txt", 'a cat\n\n\ufeffé dog, "big"\n'),
-        ("p.json", '[{"prompt": "a cat"}, {"prompt": "é dog, \\"big\\""}]'),
-        ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": "é dog, \\"big\\""}\n'),
-        ("p.csv", 'n,prompt\n1,a cat\n2,"é dog, ""big"""\n'),
-        ("p.tsv", 'n\tprompt\n1\ta cat\n2\té dog, ""big""\n'.replace('é dog, ""big""', '"é dog, ""big"""')),
-    ],
-)
-def test_files_of_other_kinds_come_with_the_command_that_converts_them(tmp_path: Path, name: str, content: str) -> None:
-    (folder := tmp_path / "it's here").mkdir()
-    (folder / name).write_text(content, encoding="utf-8")
-    for path in (str(folder / name), str(folder), f"{folder}/p*"):
-        with pytest.raises(DIDRError, match="expected Parquet") as error:
-            PromptIndex.open(path)
-    command = str(error.value).splitlines()[1].replace("python", shlex.quote(sys.executable), 1)
-    subprocess.run(command, shell=True, check=True)
-    assert [p.prompt for p in PromptIndex.open(str(folder)).first(9)] == ["a cat", 'é dog, "big"']
 
 
 def test_other_string_types_are_text_too(tmp_path: Path) -> None:

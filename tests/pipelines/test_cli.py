@@ -76,6 +76,26 @@ def test_commands_that_do_not_train_run_no_code_of_a_recipe(
     assert stop.value.code == 1 and ran.exists() and "cannot import" in capsys.readouterr().err
 
 
+def test_prompts_of_any_kind_become_shards(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("Prompt\tCategory\na red ring\tx\nA red ring\ty\n\tz\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "' + "a red ring " * 7 + '"}\n')
+    (tmp_path / "held.txt").write_text("a red ring\n")
+    files, out = [str(tmp_path / "a.tsv"), str(tmp_path / "b.jsonl")], tmp_path / "out"
+    arguments = [*files, "--out", str(out), "--against", str(tmp_path / "held.txt"), "--recipe", "tiny"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["prompts", *arguments])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"3 prompts in {out} (of 4 rows)",
+        "1 empty, left out",
+        "1 duplicates, kept (--drop leaves them out)",
+        f"2 are in {tmp_path / 'held.txt'} too, e.g. 'a red ring'",
+        "1 longer than the encoder reads (tokenizer: 20 tokens)",
+        "1 longer than the encoder reads (tokenizer_2: 20 tokens)",
+        "1 longer than the reward reads (taste: 20 tokens)",
+    ]
+
+
 def nested(key: str, name: str) -> dict[str, Any]:
     section, _, below = key.partition(".")
     return {section: {below: name} if below else {"name": name, "option": 3}}

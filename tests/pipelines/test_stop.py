@@ -148,6 +148,20 @@ def test_an_error_of_the_users_code_under_ray_is_told_after_one_attempt(toy: Pat
     assert said.strip().splitlines()[-1] == f"error: {words}" and said.count("starting workers") == 1
 
 
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_an_alarm_that_rank_0_alone_hears_stops_all_workers(toy: Path, tmp_path: Path) -> None:
+    sets = ["alarms.on_alarm=stop", "alarms.saturation_drift=-1", "evaluation.every=3", "train.checkpoint_every=100"]
+    process = started(tmp_path, "--recipe", str(toy), *[word for item in sets for word in ("--set", item)])
+    _, said = process.communicate(timeout=600)
+    run = RunFolder(tmp_path / "run")
+    assert process.returncode == 1 and run.info()["status"] == "failed" and run.last_step() == 3, said
+    message = run.info()["message"]
+    assert message.startswith("stopped after step 3, with a checkpoint, by alarms.on_alarm=stop. saturation-drifts: ")
+    assert said.strip().splitlines()[-1] == f"error: {message}" and said.count("starting workers") == 1
+    assert (run.path / "grids" / "step-000003.png").is_file()
+
+
 HANGS = """
 import time
 from toy import {base}

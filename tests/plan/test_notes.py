@@ -45,6 +45,18 @@ def test_short_prompts_need_no_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_pa
         tokenizers.longer_than(tmp_path, 77, ["x" * 76])
 
 
+def test_held_out_prompts_among_training_prompts_are_refused_unless_told(tmp_path: Path) -> None:
+    train = prompts(tmp_path / "p", ["a red ring", "a blue ring", "ring"])
+    (tmp_path / "held.txt").write_text("A red  ring\na green ring\n")
+    sets = [f"data.prompts={train}", f"data.heldout={tmp_path / 'held.txt'}"]
+    with pytest.raises(DIDRError, match=r"1 of 2 held-out prompts are among the 3 training prompts, e.g. 'a red ring'"):
+        preflight(configs.load("tiny", sets))
+    index = preflight(configs.load("tiny", [*sets, "data.allow_overlap=true"]))
+    assert index.overlap == "1 of 2 held-out prompts are among the 3 training prompts"
+    assert preflight(configs.load("tiny")).overlap == "0 of 2,000 held-out prompts are among the 6,000 training prompts"
+    assert not preflight(configs.load("tiny", ["data.heldout=null"])).overlap
+
+
 def test_a_resumed_run_reads_the_prompts_that_it_began_with(tmp_path: Path) -> None:
     folder = prompt_shards(tmp_path / "p", shards=1, rows=3)
     config = configs.load("tiny", [f"data.prompts={folder}", f"output={tmp_path}"])

@@ -6,7 +6,10 @@ import random
 
 import pytest
 
-from didr_core.train.alarms import ALARMS, HACKING, Alarms, Limits, explain
+from didr_core import config as configs
+from didr_core.config.limits import Limits
+from didr_core.train.alarms import ALARMS, HACKING, Alarms, explain
+from didr_core.types import DIDRError
 
 HEALTHY = {
     "reward/gain": (0.3, 0.2),
@@ -31,6 +34,25 @@ ILL = {
     "assistant-lags": {"loss/assistant": 0.55},
     "too-predictable": {"loss/assistant": 0.05},
     "reward-falls": {"reward/gain": -0.6},
+}
+
+# What a look at held-out prompts finds of this illness; the healthy generator, beside it, has moved a little of everything.
+LOOKS = {
+    "heldout-falls": {"heldout/reward": 0.8, "heldout/judge": -0.4},
+    "free-choice-lost": {"heldout/position_bits": 0.01, "heldout/background_bits": -0.51},
+    "diversity-falls": {"heldout/diversity": 0.7},
+    "saturation-drifts": {"heldout/saturation": -0.09},
+    "weights-still": {"adam/below_eps": 0.8},
+}
+HEALTHY_LOOK = {
+    "heldout/reward": 0.3,
+    "heldout/judge": 0.2,
+    "heldout/utility": 0.1,
+    "heldout/diversity": 1.05,
+    "heldout/saturation": 0.01,
+    "heldout/background_bits": -0.05,
+    "heldout/position_bits": 0.0,
+    "adam/below_eps": 0.02,
 }
 
 
@@ -63,7 +85,35 @@ def test_each_illness_rings_its_own_alarm(name: str) -> None:
 
 
 def test_the_table_of_illnesses_is_complete() -> None:
-    assert {a.name for a in ALARMS} == set(ILL) | {"gradient-jump"}
+    assert {a.name for a in ALARMS} == set(ILL) | set(LOOKS) | {"gradient-jump"}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_look_rings_until_the_next_one(name: str) -> None:
+    alarms, rows = Alarms(), stream(60)
+    for step in (10, 20, 40, 50):
+        rows[step] |= HEALTHY_LOOK
+    rows[30] |= HEALTHY_LOOK | LOOKS[name]
+    heard = [alarms.update(row) for row in rows[:35]]
+    resumed = Alarms()
+    resumed.load_state_dict(alarms.state_dict())
+    heard += [resumed.update(row) for row in rows[35:]]
+    assert heard == [()] * 30 + [(name,)] * 10 + [()] * 20
+    first = Alarms()
+    assert name in first.update(HEALTHY_LOOK | LOOKS[name]), "a look is against the start: no baseline is needed"
+
+
+def test_a_lower_held_out_reward_is_no_hacking_where_the_reward_fell_too() -> None:
+    assert Alarms().update({"heldout/reward": -0.5, "heldout/judge": -0.5}) == ()
+
+
+def test_thresholds_are_the_config_s() -> None:
+    config = configs.load("tiny", ["alarms.free_bits_fall=1.5", "alarms.on_alarm=stop"])
+    look = {"heldout/background_bits": -1.0}
+    assert Alarms().update(look) == ("free-choice-lost",) and Alarms(config.alarms).update(look) == ()
+    assert "1.5 bits" in explain("free-choice-lost", config.alarms)
+    with pytest.raises(DIDRError, match=r"alarms.on_alarm"):
+        configs.load("tiny", ["alarms.on_alarm=ring"])
 
 
 def test_a_gradient_jump_is_heard_at_its_step_only() -> None:

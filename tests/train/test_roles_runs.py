@@ -18,7 +18,7 @@ from toy import toy_recipe
 
 from didr_core import config as configs
 from didr_core.data.feed import LocalFeed
-from didr_core.evaluate.finish import Gallery, finish
+from didr_core.evaluate.finish import finish, looker
 from didr_core.plan.preflight import preflight
 from didr_core.train import checkpoint
 from didr_core.train import distributed as parallel
@@ -137,9 +137,9 @@ def _train(run: RunFolder, steps: int, rank: int) -> None:
     journal = Journal(run, config, learner, "")
     journal.restore()
     assert learner.step_count == (0 if steps == 2 else 2)
-    grid = Gallery(learner, config, run, save_grid).after if rank == 0 else None
+    look = looker(learner, config, run, save_grid) if rank == 0 else None
     feed = LocalFeed(config, learner.step_count * config.train.batch, rank=rank, world_size=2)
-    loop(learner, feed, journal, Observer(), writes=rank == 0, grid=grid)
+    loop(learner, feed, journal, Observer(), writes=rank == 0, look=look)
     learner.gather()
     dist.barrier()  # rank 0 counts checkpoints
     if steps == 3:
