@@ -95,7 +95,7 @@ def train(name: str, dim: int, weights: Sequence[float], seed: int, updates: int
     common = [f"backbone.generator={start(worlds[0])}", f"train.steps={updates}"]
     config = World(dim, 1.0).config([*common, *method.settings])
     config = config.model_copy(update={"drp": settings(method.estimator, 1.0)})
-    made, calls, seconds = finished(worlds, config, twins, updates)
+    made, half, calls, seconds = finished(worlds, config, twins, updates)
     return [
         {
             "method": name,
@@ -105,10 +105,11 @@ def train(name: str, dim: int, weights: Sequence[float], seed: int, updates: int
             "updates": updates,
             **measured(World(dim, 1.0), own),
             "distance": {f"{beta:g}": distance(own, World(dim, beta)) for beta in BETAS},
+            "halfway": {f"{beta:g}": distance(before, World(dim, beta)) for beta in BETAS},
             "evaluations": calls,
             "seconds": seconds,
         }
-        for weight, own in zip(weights, made, strict=True)
+        for weight, own, before in zip(weights, made, half, strict=True)
     ]
 
 

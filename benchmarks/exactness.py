@@ -196,7 +196,7 @@ def train(dim: int, name: str, cases: Sequence[tuple[float, int]], updates: int)
     config = worlds[0].config([f"backbone.generator={start(worlds[0])}", f"train.steps={max(updates, 1)}"])
     config = config.model_copy(update={"drp": settings(name, 1.0)})
     twins = [replicas.Replica(seed, 1 / beta) for beta, seed in cases]
-    made, calls, seconds = finished(worlds, config, twins, 0 if name == "none" else updates)
+    made, half, calls, seconds = finished(worlds, config, twins, 0 if name == "none" else updates)
     return [
         {
             "dim": dim,
@@ -206,28 +206,31 @@ def train(dim: int, name: str, cases: Sequence[tuple[float, int]], updates: int)
             "updates": updates,
             **measured(world, own),
             "distance": distance(own, world),
+            "halfway": distance(before, world),
             "reward_star": world.optimum.expected(world.reward),
             "evaluations": calls,
             "seconds": seconds,
         }
-        for world, twin, own in zip(worlds, twins, made, strict=True)
+        for world, twin, own, before in zip(worlds, twins, made, half, strict=True)
     ]
 
 
 def finished(
     worlds: Sequence[World], config: Config, twins: Sequence[replicas.Replica], updates: int
-) -> tuple[Tensor, float, float]:
-    """Trains; ``SAMPLES`` samples ``[R, N, D]``, reference calls a sample of a generator update, and processor seconds a training."""
+) -> tuple[Tensor, Tensor, float, float]:
+    """Trains; ``SAMPLES`` samples ``[R, N, D]`` at the end and halfway, reference calls a sample of an update, processor seconds each."""
 
     def exact(problem: drs.Problem) -> drs.Estimate:
         rows = torch.arange(len(problem.x)).chunk(len(worlds))
         return replicas.together([w.exact(problem.take(own)) for w, own in zip(worlds, rows, strict=True)])
 
     Exact.answer = exact
+    made: list[Tensor] = []
     began = time.process_time()
-    learner, calls = replicas.train(config, twins, updates)
-    seconds = round((time.process_time() - began) / len(twins), 1)
-    return replicas.samples(learner, len(twins), SAMPLES), calls, seconds
+    keep = lambda learner: made.append(replicas.samples(learner, len(twins), SAMPLES))  # noqa: E731
+    learner, calls = replicas.train(config, twins, updates, keep)
+    keep(learner)
+    return made[-1], made[0], calls, round((time.process_time() - began) / len(twins), 1)
 
 
 def measured(world: World, made: Tensor) -> dict[str, float]:

@@ -8,7 +8,7 @@ gradients (:class:`EachAlone`). Every replica ends where it would alone, to roun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,16 +139,20 @@ def learner(config: Config, replicas: Sequence[Replica]) -> Learner:
     )
 
 
-def train(config: Config, replicas: Sequence[Replica], updates: int) -> tuple[Learner, float]:
-    """Trained replicas, and reference calls a sample of a generator update."""
+def train(
+    config: Config, replicas: Sequence[Replica], updates: int, halfway: Callable[[Learner], None] = lambda _: None
+) -> tuple[Learner, float]:
+    """Trained replicas, and reference calls a sample of a generator update; ``halfway`` is called after half of the updates."""
     trained, calls = learner(config, replicas), [0]
     trained.reference_net.register_forward_hook(lambda _m, args, _out: calls.__setitem__(0, calls[0] + len(args[0])))
     rows = {
         name: torch.tensor([getattr(r, name) for r in replicas]).repeat_interleave(config.train.batch)
         for name in ("weight", "margin")
     }
-    for batch in batches(config.train.batch, updates, len(replicas), rows):
+    for done, batch in enumerate(batches(config.train.batch, updates, len(replicas), rows), 1):
         trained.step(batch)
+        if done == updates // 2:
+            halfway(trained)
     return trained, calls[0] / max(1, updates * config.train.batch * len(replicas))
 
 
