@@ -5,8 +5,9 @@
 Every algorithm over ten weights, in 2 and 64 dimensions: Gaussian mixtures with quadratic rewards (`benchmarks.exactness`), all from the
 same Diff-Instruct start, with the same teaching assistant and as many updates. The weight of DIDR is ``1 / beta``; rivals' weights are
 multiples of a unit (1 / N, N the dimensions; for DI*, whose norm is a root mean square, 1 / sqrt(N)), and the margin of the reward alone
-lies so far up the way from the reference's mean reward to that of p* at beta 0.1. The first seed is trained at all ten weights, the other
-seeds at those where the first came within a quarter of the method's least distance to the p* of some beta: no other weight can be best.
+lies so far up the way from the reference's mean reward to that of p* at beta 0.1. The first seed is trained at all ten weights and, of
+rivals, halfway from the weights nearest to some p* to their neighbours; the other seeds at those weights where the first came within a
+quarter of the method's least distance to some p*: hardly another can be best.
 
 Weights of a method and seed train at once (`benchmarks.replicas`), one file a training in ``--work``. Then, in ``--out``,
 ``exact_rivals.json``, a table (each algorithm's nearest weight to p* of each beta, by the median over seeds; "edge" where that is the first
@@ -37,7 +38,7 @@ from didr_core.config.files import replace_text
 from pipelines.report.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION
 
 BETAS = (3.0, 1.0, 0.3)
-DIMENSIONS = (2, 64)
+DIMENSIONS = {2: 1500, 64: 750}  # and updates
 TEMPERATURES = (10.0, 5.0, 3.0, 2.0, 1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 MULTIPLES = tuple(round(0.02 * 10 ** (k / 3), 4) for k in range(10))  # 0.02 to 20
 SHARES = tuple(k / 10 for k in range(1, 11))
@@ -113,8 +114,26 @@ def train(name: str, dim: int, weights: Sequence[float], seed: int, updates: int
     ]
 
 
-def worth_repeating(first: Rows) -> list[float]:
+def coarse(name: str, _: Rows) -> list[float]:
+    """The first seed's sweep."""
+    return list(METHODS[name].weights)
+
+
+def finer(name: str, first: Rows) -> list[float]:
+    """Then, of rivals, halfway from each beta's nearest weight to its neighbours; DIDR's own weight is known, ``1 / beta``."""
+    weights, out = sorted({r["weight"] for r in first} & set(METHODS[name].weights)), set()
+    if name.startswith("didr") or len(weights) < len(METHODS[name].weights):
+        return []
+    for beta in BETAS:
+        best = weights.index(nearest([r for r in first if r["weight"] in weights], beta)[0])
+        out |= {math.sqrt(a * b) for a, b in itertools.pairwise(weights[max(0, best - 1) : best + 2])}
+    return sorted(float(f"{w:.4g}") for w in out)
+
+
+def worth_repeating(_: str, first: Rows) -> list[float]:
     """Weights at which the first seed came within ``NEAR`` of its least distance to the p* of some beta."""
+    if not first:
+        return []
     least = {beta: min(r["distance"][f"{beta:g}"] for r in first) for beta in BETAS}
     return [r["weight"] for r in first if any(r["distance"][f"{b:g}"] <= NEAR * least[b] for b in BETAS)]
 
@@ -213,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dim", type=int, nargs="+", choices=DIMENSIONS, default=list(DIMENSIONS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=1500)
+    parser.add_argument("--updates", type=int, help="of all; by default 1,500 in 2 dimensions, 750 in 64")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after these, no further training is begun")
     parser.add_argument("--work", type=Path, default=Path("runs/exact_rivals"), help="one file a training")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -223,19 +242,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: Rows = []
     for seed, dim, name in itertools.product(range(given.seeds), given.dim, given.methods):
         # seed by seed, so that an interrupted benchmark is a smaller benchmark
-        first = [r for r in rows if (r["seed"], r["dim"], r["method"]) == (0, dim, name)]
-        weights = METHODS[name].weights if seed == 0 else worth_repeating(first) if first else ()
-        files = {w: given.work / f"{dim}-{name.replace(' ', '_')}-{w:.4g}-{seed}-{given.updates}.json" for w in weights}
-        missing = [w for w, file in files.items() if not file.is_file()]
-        if missing and time.monotonic() < until:
-            for row in train(name, dim, missing, seed, given.updates):
-                replace_text(files[row["weight"]], json.dumps(row) + "\n")
-                near = ", ".join(f"{d:.3f}" for d in row["distance"].values())
-                print(
-                    f"{files[row['weight']].stem}: {near}; reward {row['reward']:.2f}, {row['seconds']:.0f} s",
-                    flush=True,
-                )
-        rows += [json.loads(file.read_text()) for file in files.values() if file.is_file()]
+        updates = given.updates or DIMENSIONS[dim]
+        for sweep in (coarse, finer) if seed == 0 else (worth_repeating,):
+            weights = sweep(name, [r for r in rows if (r["seed"], r["dim"], r["method"]) == (0, dim, name)])
+            files = {w: given.work / f"{dim}-{name.replace(' ', '_')}-{w:.4g}-{seed}-{updates}.json" for w in weights}
+            missing = [w for w, file in files.items() if not file.is_file()]
+            if missing and time.monotonic() < until:
+                for row in train(name, dim, missing, seed, updates):
+                    replace_text(files[row["weight"]], json.dumps(row) + "\n")
+                    near = ", ".join(f"{d:.3f}" for d in row["distance"].values())
+                    stem = files[row["weight"]].stem
+                    print(f"{stem}: {near}; reward {row['reward']:.2f}, {row['seconds']:.0f} s", flush=True)
+            rows += [json.loads(file.read_text()) for file in files.values() if file.is_file()]
     print(f"{len(rows)} trainings are there", flush=True)
     if rows:
         replace_text(given.out / "exact_rivals.json", json.dumps(rows, indent=1) + "\n")

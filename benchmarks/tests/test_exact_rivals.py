@@ -43,9 +43,21 @@ def test_a_weight_with_fewer_seeds_is_not_the_nearest_and_one_far_off_gets_no_mo
         return {"weight": weight, "seed": seed, "distance": {f"{beta:g}": near for beta in exact_rivals.BETAS}}
 
     first = [row(1.0, 0, 0.1), row(2.0, 0, 0.12), row(4.0, 0, 0.2)]
-    assert exact_rivals.worth_repeating(first) == [1.0, 2.0]
+    assert exact_rivals.worth_repeating("dmdr", first) == [1.0, 2.0]
     again = [row(1.0, 1, 0.3), row(2.0, 1, 0.4)]
     assert exact_rivals.nearest([*first, *again], 1.0)[0] == 1.0
+
+
+def test_a_finer_sweep_looks_beside_the_nearest_weights_of_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(weight: float, near: float) -> dict[str, object]:
+        return {"weight": weight, "seed": 0, "distance": {f"{beta:g}": near for beta in exact_rivals.BETAS}}
+
+    for name in ("dmdr", "didr shift"):
+        monkeypatch.setitem(exact_rivals.METHODS, name, replace(exact_rivals.METHODS[name], weights=(1.0, 4.0, 16.0)))
+    first = [row(1.0, 0.3), row(4.0, 0.1), row(16.0, 0.2)]
+    assert exact_rivals.finer("dmdr", first) == [2.0, 8.0]
+    assert exact_rivals.finer("dmdr", [*first, row(2.0, 0.05)]) == [2.0, 8.0], "once, and not from where it has been"
+    assert exact_rivals.finer("didr shift", first) == [] and exact_rivals.finer("dmdr", first[:2]) == []
 
 
 def test_the_exact_front_pays_for_reward_with_distance() -> None:
