@@ -2,20 +2,24 @@
 
     python -m benchmarks.exact_rivals [--seconds 600]     # again and again until nothing is left: what is finished is kept
 
-Every algorithm over ten weights, three seeds, in 2 and 64 dimensions: Gaussian mixtures with quadratic rewards
-(`benchmarks.exactness`), all from the same Diff-Instruct start, with the same teaching assistant and 1,500 updates. The weight of DIDR
-is ``1 / beta``; rivals' weights are multiples of a unit (1 / N, N the dimensions; for DI*, whose norm is a root mean square, 1 / sqrt(N)),
-and the margin of the reward alone lies so far up the way from the reference's mean reward to that of p* at beta 0.1.
+Every algorithm over ten weights, in 2 and 64 dimensions: Gaussian mixtures with quadratic rewards (`benchmarks.exactness`), all from the
+same Diff-Instruct start, with the same teaching assistant and as many updates. The weight of DIDR is ``1 / beta``; rivals' weights are
+multiples of a unit (1 / N, N the dimensions; for DI*, whose norm is a root mean square, 1 / sqrt(N)), and the margin of the reward alone
+lies so far up the way from the reference's mean reward to that of p* at beta 0.1. The first seed is trained at all ten weights and, of
+rivals, halfway from the weights nearest to some p* to their neighbours; the other seeds at those weights where the first came within a
+quarter of the method's least distance to some p*: hardly another can be best.
 
-One file a training in ``--work``. Then, in ``--out``, ``exact_rivals.json``, a table (each algorithm's nearest weight to p* of each
-beta, by the median over seeds; "edge" where that is the first or last weight, so that a wider sweep might do better) and a figure:
-reward against distance to the reference, with the exact front, on which p* of every beta lies.
+Weights of a method and seed train at once (`benchmarks.replicas`), one file a training in ``--work``. Then, in ``--out``,
+``exact_rivals.json``, a table (each algorithm's nearest weight to p* of each beta, by the median over seeds; "edge" where that is the first
+or last weight, so that a wider sweep might do better) and a figure: reward against distance to the reference, with the exact front, on
+which p* of every beta lies.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -27,17 +31,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.exactness import World, finished, measured, settings, sliced_wasserstein, start
+from benchmarks.exactness import World, distance, finished, measured, settings, sliced_wasserstein, start
+from benchmarks.replicas import Replica
 from benchmarks.tiny_world import markdown
-from didr_core.config import Config
 from didr_core.config.files import replace_text
 from pipelines.report.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION
 
 BETAS = (3.0, 1.0, 0.3)
-DIMENSIONS = (2, 64)
+DIMENSIONS = {2: 1500, 64: 750}  # and updates
 TEMPERATURES = (10.0, 5.0, 3.0, 2.0, 1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 MULTIPLES = tuple(round(0.02 * 10 ** (k / 3), 4) for k in range(10))  # 0.02 to 20
 SHARES = tuple(k / 10 for k in range(1, 11))
+INVERSE = tuple(1 / beta for beta in TEMPERATURES)
+NEAR = 1.25
 FRONT = tuple(10 ** (k / 5) for k in range(7, -7, -1))  # betas of the exact front, 25 to 0.06
 Rows = list[dict[str, Any]]
 
@@ -46,68 +52,90 @@ Rows = list[dict[str, Any]]
 class Method:
     """How a method is trained at a weight, and its colour."""
 
-    config: Callable[[int, float, Sequence[str]], Config]
+    settings: tuple[str, ...]  # overrides at reward weight 1
+    twin: Callable[[int, int, float], Replica]  # (seed, dim, weight) -> what is trained
     weights: tuple[float, ...]
     colour: str
+    estimator: str = "default"
 
 
-def _didr(estimator: str) -> Callable[[int, float, Sequence[str]], Config]:
-    def config(dim: int, weight: float, common: Sequence[str]) -> Config:
-        world = World(dim, 1 / weight)
-        return world.config(common).model_copy(update={"drp": settings(estimator, world.beta)})
-
-    return config
+def _didr(estimator: str, colour: str) -> Method:
+    return Method(("algorithm=didr",), lambda seed, _, weight: Replica(seed, weight), INVERSE, colour, estimator)
 
 
-def _rival(name: str, unit: Callable[[int], float]) -> Callable[[int, float, Sequence[str]], Config]:
-    def config(dim: int, weight: float, common: Sequence[str]) -> Config:
-        return World(dim, 1.0).config([*common, f"algorithm={name}", f"algorithm.weight={weight * unit(dim)}"])
+def _rival(name: str, unit: Callable[[int], float], colour: str, margin: float | None = None) -> Method:
+    """``margin`` goes into the reward, where replicas differ; the algorithm's own is 0 then."""
+    own = (f"algorithm={name}", "algorithm.weight=1", *(() if margin is None else ("algorithm.margin=0",)))
+    return Method(own, lambda seed, dim, weight: Replica(seed, weight * unit(dim), margin or 0.0), MULTIPLES, colour)
 
-    return config
 
-
-def _margin(dim: int, share: float, common: Sequence[str]) -> Config:
+def _up_to_margin(seed: int, dim: int, share: float) -> Replica:
     world = World(dim, 0.1)
     low, high = world.reference.expected(world.reward), world.optimum.expected(world.reward)
-    margin = low + share * (high - low)
-    return world.config([*common, "algorithm=reward_only", f"algorithm.margin={margin}"])
+    return Replica(seed, 1.0, low + share * (high - low))
 
 
-INVERSE = tuple(1 / beta for beta in TEMPERATURES)
 METHODS = {
-    "didr exact": Method(_didr("exact"), INVERSE, INK),
-    "didr default": Method(_didr("default"), INVERSE, BLUE),
-    "didr shift": Method(_didr("shift"), INVERSE, SKY),
-    "didr tweedie": Method(_didr("tweedie"), INVERSE, "#7f9cc0"),
-    "didr ode": Method(_didr("ode"), INVERSE, GREY),
-    "diff_instruct_pp": Method(_rival("diff_instruct_pp", lambda n: 1 / n), MULTIPLES, ORANGE),
-    "diff_instruct_star": Method(_rival("diff_instruct_star", lambda n: 1 / math.sqrt(n)), MULTIPLES, GREEN),
-    "dmdr": Method(_rival("dmdr", lambda n: 1 / n), MULTIPLES, PURPLE),
-    "reward_only": Method(_margin, SHARES, VERMILION),
+    "didr default": _didr("default", BLUE),
+    "diff_instruct_pp": _rival("diff_instruct_pp", lambda n: 1 / n, ORANGE),
+    "diff_instruct_star": _rival("diff_instruct_star", lambda n: 1 / math.sqrt(n), GREEN),
+    "dmdr": _rival("dmdr", lambda n: 1 / n, PURPLE, margin=2.0),
+    "didr exact": _didr("exact", INK),
+    "didr shift": _didr("shift", SKY),
+    "reward_only": Method(("algorithm=reward_only", "algorithm.margin=0"), _up_to_margin, SHARES, VERMILION),
+    "didr tweedie": _didr("tweedie", "#7f9cc0"),
+    "didr ode": _didr("ode", GREY),
 }
 
 
-def train(method: str, dim: int, weight: float, seed: int, updates: int) -> dict[str, Any]:
-    """One training: its distances to p* of every beta, and to the reference; reward, share off support, seconds."""
-    world = World(dim, 1.0)
-    common = [f"backbone.generator={start(world)}", f"seed={seed}", f"train.steps={updates}"]
-    config = METHODS[method].config(dim, weight, common)
-    made, calls, seconds = finished(World(dim, config.drp.beta), config, seed, updates)
-    distance = {}
+def train(name: str, dim: int, weights: Sequence[float], seed: int, updates: int) -> Rows:
+    """Trainings at some weights: distances to p* of every beta, and to the reference; reward, share off support, seconds."""
+    method = METHODS[name]
+    twins = [method.twin(seed, dim, weight) for weight in weights]
+    worlds = [World(dim, 1 / twin.weight) for twin in twins]  # told to `exact` alone
+    common = [f"backbone.generator={start(worlds[0])}", f"train.steps={updates}"]
+    config = World(dim, 1.0).config([*common, *method.settings])
+    config = config.model_copy(update={"drp": settings(method.estimator, 1.0)})
+    made, half, calls, seconds = finished(worlds, config, twins, updates)
+    return [
+        {
+            "method": name,
+            "dim": dim,
+            "weight": weight,
+            "seed": seed,
+            "updates": updates,
+            **measured(World(dim, 1.0), own),
+            "distance": {f"{beta:g}": distance(own, World(dim, beta)) for beta in BETAS},
+            "halfway": {f"{beta:g}": distance(before, World(dim, beta)) for beta in BETAS},
+            "evaluations": calls,
+            "seconds": seconds,
+        }
+        for weight, own, before in zip(weights, made, half, strict=True)
+    ]
+
+
+def coarse(name: str, _: Rows) -> list[float]:
+    """The first seed's sweep."""
+    return list(METHODS[name].weights)
+
+
+def finer(name: str, first: Rows) -> list[float]:
+    """Then, of rivals, halfway from each beta's nearest weight to its neighbours; DIDR's own weight is known, ``1 / beta``."""
+    weights, out = sorted({r["weight"] for r in first} & set(METHODS[name].weights)), set()
+    if name.startswith("didr") or len(weights) < len(METHODS[name].weights):
+        return []
     for beta in BETAS:
-        target = World(dim, beta).optimum.sample(len(made), torch.Generator().manual_seed(7))
-        distance[f"{beta:g}"] = sliced_wasserstein(made, target)
-    return {
-        "method": method,
-        "dim": dim,
-        "weight": weight,
-        "seed": seed,
-        "updates": updates,
-        **measured(world, made),
-        "distance": distance,
-        "evaluations": calls,
-        "seconds": seconds,
-    }
+        best = weights.index(nearest([r for r in first if r["weight"] in weights], beta)[0])
+        out |= {math.sqrt(a * b) for a, b in itertools.pairwise(weights[max(0, best - 1) : best + 2])}
+    return sorted(float(f"{w:.4g}") for w in out)
+
+
+def worth_repeating(_: str, first: Rows) -> list[float]:
+    """Weights at which the first seed came within ``NEAR`` of its least distance to the p* of some beta."""
+    if not first:
+        return []
+    least = {beta: min(r["distance"][f"{beta:g}"] for r in first) for beta in BETAS}
+    return [r["weight"] for r in first if any(r["distance"][f"{b:g}"] <= NEAR * least[b] for b in BETAS)]
 
 
 @functools.cache
@@ -123,9 +151,10 @@ def exact_front(dim: int) -> list[tuple[float, float]]:
 
 
 def nearest(rows: Rows, beta: float) -> tuple[float, Rows]:
-    """The weight whose median distance to p* of ``beta`` is least, and its trainings."""
-    weights = sorted({r["weight"] for r in rows})
-    of = {w: [r for r in rows if r["weight"] == w] for w in weights}
+    """The weight whose median distance to p* of ``beta`` is least, among those with the most seeds; and its trainings."""
+    of = {w: [r for r in rows if r["weight"] == w] for w in sorted({r["weight"] for r in rows})}
+    most = max(map(len, of.values()))
+    weights = [w for w, mine in of.items() if len(mine) == most]
     best = min(weights, key=lambda w: statistics.median(r["distance"][f"{beta:g}"] for r in of[w]))
     return best, of[best]
 
@@ -203,31 +232,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dim", type=int, nargs="+", choices=DIMENSIONS, default=list(DIMENSIONS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=1500)
+    parser.add_argument("--updates", type=int, help="of all; by default 1,500 in 2 dimensions, 750 in 64")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after these, no further training is begun")
     parser.add_argument("--work", type=Path, default=Path("runs/exact_rivals"), help="one file a training")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     until = time.monotonic() + given.seconds
-    todo = [  # seed by seed, so that an interrupted benchmark is a smaller benchmark
-        (seed, dim, name, weight)
-        for seed in range(given.seeds)
-        for dim in given.dim
-        for name in given.methods
-        for weight in METHODS[name].weights
-    ]
     rows: Rows = []
-    for seed, dim, name, weight in todo:
-        file = given.work / f"{dim}-{name.replace(' ', '_')}-{weight:.4g}-{seed}-{given.updates}.json"
-        if not file.is_file() and time.monotonic() < until:
-            row = train(name, dim, weight, seed, given.updates)
-            replace_text(file, json.dumps(row) + "\n")
-            near = ", ".join(f"{d:.3f}" for d in row["distance"].values())
-            print(f"{file.stem}: {near}; reward {row['reward']:.2f}, {row['seconds']:.0f} s", flush=True)
-        if file.is_file():
-            rows.append(json.loads(file.read_text()))
-    print(f"{len(rows)} of {len(todo)} trainings are there", flush=True)
+    for seed, dim, name in itertools.product(range(given.seeds), given.dim, given.methods):
+        # seed by seed, so that an interrupted benchmark is a smaller benchmark
+        updates = given.updates or DIMENSIONS[dim]
+        for sweep in (coarse, finer) if seed == 0 else (worth_repeating,):
+            weights = sweep(name, [r for r in rows if (r["seed"], r["dim"], r["method"]) == (0, dim, name)])
+            files = {w: given.work / f"{dim}-{name.replace(' ', '_')}-{w:.4g}-{seed}-{updates}.json" for w in weights}
+            missing = [w for w, file in files.items() if not file.is_file()]
+            if missing and time.monotonic() < until:
+                for row in train(name, dim, missing, seed, updates):
+                    replace_text(files[row["weight"]], json.dumps(row) + "\n")
+                    near = ", ".join(f"{d:.3f}" for d in row["distance"].values())
+                    stem = files[row["weight"]].stem
+                    print(f"{stem}: {near}; reward {row['reward']:.2f}, {row['seconds']:.0f} s", flush=True)
+            rows += [json.loads(file.read_text()) for file in files.values() if file.is_file()]
+    print(f"{len(rows)} trainings are there", flush=True)
     if rows:
         replace_text(given.out / "exact_rivals.json", json.dumps(rows, indent=1) + "\n")
         save(rows, given.out / "exact_rivals.png")

@@ -13,7 +13,7 @@ from didr_core.config import Config
 from didr_core.diffusion.noise import Noise
 from didr_core.drs import Estimate, Estimator, Problem
 from didr_core.train.learner import Learner
-from didr_core.types import Batch, Condition
+from didr_core.types import Batch, Condition, Tensors
 
 
 class BatchNoise(Noise):
@@ -38,12 +38,12 @@ class Exact(Estimator):
         return type(self).answer(problem)
 
 
-def batches(size: int, count: int) -> Iterator[Batch]:
-    """Batches of nameless prompts; rewards stay on their own scale (no baseline, no spread)."""
-    names, unused = [""] * size, torch.zeros(size, 1)
+def batches(size: int, count: int, copies: int = 1, inputs: Tensors | None = None) -> Iterator[Batch]:
+    """Batches of nameless prompts, each of them ``copies`` times; rewards stay on their own scale (no baseline, no spread)."""
+    names, unused = [""] * size * copies, torch.zeros(size * copies, 1)
     for step in range(count):
-        index = torch.arange(step * size, (step + 1) * size)
-        yield Batch(index, names, names, Condition({"unused": unused}), {"unused": unused})
+        index = torch.arange(step * size, (step + 1) * size).repeat(copies)
+        yield Batch(index, names, names, Condition({"unused": unused}), inputs or {"unused": unused})
 
 
 def distill(config: Config, steps: int, rate: float = 1e-3) -> nn.Module:

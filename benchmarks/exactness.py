@@ -19,6 +19,7 @@ the same command goes on. Dimensions above 64 are pointwise only; trainings are 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -27,12 +28,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from benchmarks.exact_world import BatchNoise, Exact, batches, distill
+from benchmarks import replicas
+from benchmarks.exact_world import Exact, distill
 from didr_core import config as configs
 from didr_core import drs
 from didr_core.backbones.gaussian_mixture import GaussianMixture
@@ -40,7 +42,6 @@ from didr_core.config import DRP, Config, build
 from didr_core.diffusion.mixtures import Mixture, Quadratic, diffused_reward_score
 from didr_core.diffusion.schedule import Cosine, RectifiedFlow, coeffs_like
 from didr_core.plan.trace import Counter
-from didr_core.train.learner import Learner
 from didr_core.types import Schedule
 
 TIMES = (0.15, 0.3, 0.5, 0.7, 0.9)
@@ -189,59 +190,78 @@ def start(world: World, steps: int = 3000) -> str:
     return str(path)
 
 
-def train(world: World, name: str, seed: int, updates: int) -> dict[str, Any]:
-    """One generator trained from the start, as a row of the table."""
-    config = world.config([f"backbone.generator={start(world)}", f"seed={seed}", f"train.steps={max(updates, 1)}"])
-    config = config.model_copy(update={"drp": settings(name, world.beta)})
-    made, calls, seconds = finished(world, config, seed, 0 if name == "none" else updates)
-    return {
-        "dim": world.dim,
-        "beta": world.beta,
-        "estimator": name,
-        "seed": seed,
-        "updates": updates,
-        **measured(world, made),
-        "distance": sliced_wasserstein(made, world.optimum.sample(len(made), torch.Generator().manual_seed(7))),
-        "reward_star": world.optimum.expected(world.reward),
-        "evaluations": calls,
-        "seconds": seconds,
-    }
+def train(dim: int, name: str, cases: Sequence[tuple[float, int]], updates: int) -> list[dict[str, Any]]:
+    """Generators of one estimator trained from the start, at every (beta, seed) of ``cases``, as rows of the table."""
+    worlds = [World(dim, beta) for beta, _ in cases]
+    config = worlds[0].config([f"backbone.generator={start(worlds[0])}", f"train.steps={max(updates, 1)}"])
+    config = config.model_copy(update={"drp": settings(name, 1.0)})
+    twins = [replicas.Replica(seed, 1 / beta) for beta, seed in cases]
+    made, half, calls, seconds = finished(worlds, config, twins, 0 if name == "none" else updates)
+    return [
+        {
+            "dim": dim,
+            "beta": world.beta,
+            "estimator": name,
+            "seed": twin.seed,
+            "updates": updates,
+            **measured(world, own),
+            "distance": distance(own, world),
+            "halfway": distance(before, world),
+            "reward_star": world.optimum.expected(world.reward),
+            "evaluations": calls,
+            "seconds": seconds,
+        }
+        for world, twin, own, before in zip(worlds, twins, made, half, strict=True)
+    ]
 
 
-def finished(world: World, config: Config, seed: int, updates: int) -> tuple[Tensor, float, float]:
-    """Trains; ``SAMPLES`` samples ``[N, D]``, reference calls a sample of a generator update (all told), and seconds."""
-    Exact.answer = world.exact
-    learner, calls = Learner(config, noise=BatchNoise(seed)), [0]
-    learner.reference_net.register_forward_hook(lambda _m, args, _out: calls.__setitem__(0, calls[0] + len(args[0])))
-    began = time.perf_counter()
-    for batch in batches(config.train.batch, updates):
-        learner.step(batch)
-    seconds = round(time.perf_counter() - began, 1)
-    return samples(learner, SAMPLES), calls[0] / max(1, updates * config.train.batch), seconds
+def finished(
+    worlds: Sequence[World], config: Config, twins: Sequence[replicas.Replica], updates: int
+) -> tuple[Tensor, Tensor, float, float]:
+    """Trains; ``SAMPLES`` samples ``[R, N, D]`` at the end and halfway, reference calls a sample of an update, processor seconds each."""
+
+    def exact(problem: drs.Problem) -> drs.Estimate:
+        rows = torch.arange(len(problem.x)).chunk(len(worlds))
+        return replicas.together([w.exact(problem.take(own)) for w, own in zip(worlds, rows, strict=True)])
+
+    Exact.answer = exact
+    made: list[Tensor] = []
+    began = time.process_time()
+    keep = lambda learner: made.append(replicas.samples(learner, len(twins), SAMPLES))  # noqa: E731
+    learner, calls = replicas.train(config, twins, updates, keep)
+    keep(learner)
+    return made[-1], made[0], calls, round((time.process_time() - began) / len(twins), 1)
 
 
 def measured(world: World, made: Tensor) -> dict[str, float]:
     """What can be said of samples without a beta."""
-    generator = torch.Generator().manual_seed(8)
     return {
-        "distance_to_reference": sliced_wasserstein(made, world.reference.sample(len(made), generator)),
+        "distance_to_reference": distance(made, world, "reference"),
         "reward": world.reward(made).mean().item(),
         "off_support": (world.reference.log_prob(made) < world.support).float().mean().item(),
     }
 
 
-@torch.no_grad()
-def samples(learner: Learner, count: int) -> Tensor:
-    """``[count, D]`` of the running average."""
-    z = torch.randn(count, *learner.backbone.latent_shape, generator=torch.Generator().manual_seed(99))
-    return learner.backbone.generate(learner.generator("ema"), z, learner.backbone.encode([""] * count))
-
-
-def sliced_wasserstein(a: Tensor, b: Tensor, slices: int = 128) -> float:
+def sliced_wasserstein(a: Tensor, b: Tensor) -> float:
     """Wasserstein-2 distance of one-dimensional projections, root mean square over directions; ``a, b [N, D]``."""
+    return (_slices(a) - _slices(b)).square().mean().sqrt().item()
+
+
+def distance(made: Tensor, world: World, law: Literal["optimum", "reference"] = "optimum") -> float:
+    """:func:`sliced_wasserstein` to as many samples of p* or of the reference."""
+    return (_slices(made) - _slices_of(world, law, len(made))).square().mean().sqrt().item()
+
+
+@functools.cache
+def _slices_of(world: World, law: str, count: int) -> Tensor:
+    seed = {"optimum": 7, "reference": 8}[law]
+    return _slices(getattr(world, law).sample(count, torch.Generator().manual_seed(seed)))
+
+
+def _slices(a: Tensor, slices: int = 128) -> Tensor:
+    """``[N, slices]`` sorted projections."""
     directions = torch.randn(a.shape[1], slices, generator=torch.Generator().manual_seed(3))
-    directions = directions / directions.norm(dim=0)
-    return ((a @ directions).sort(0).values - (b @ directions).sort(0).values).square().mean().sqrt().item()
+    return (a @ (directions / directions.norm(dim=0))).sort(0).values
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -283,18 +303,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         "\ntrained: distance to p*, reward (optimum), share off support, reference calls a sample, seconds", flush=True
     )
-    trainings = itertools.product((w for w in worlds if w.dim <= TRAINED_UP_TO), given.estimator, range(given.seeds))
-    for world, name, seed in trainings:
-        key = {"dim": world.dim, "beta": world.beta, "estimator": name, "seed": seed, "updates": given.updates}
-        row = next((r for r in rows if key.items() <= r.items()), None)
-        if row is None and time.monotonic() < until:
-            row = train(world, name, seed, given.updates)
-            rows.append(row)
+    for dim, name in itertools.product([d for d in given.dim if d <= TRAINED_UP_TO], given.estimator):
+        cases = list(itertools.product(given.beta, range(given.seeds)))
+        key = {"dim": dim, "estimator": name, "updates": given.updates}
+        there = {(r["beta"], r["seed"]): r for r in rows if key.items() <= r.items()}
+        missing = [case for case in cases if case not in there]
+        if missing and time.monotonic() < until:
+            made = train(dim, name, missing, given.updates)
+            there |= dict(zip(missing, made, strict=True))
+            rows += made
             _write(given.json, rows)
-        if row:
+        for row in (there[case] for case in cases if case in there):
             print(
-                f"{name:24s} {row['dim']:4d} {row['beta']:4g} seed {seed}: {row['distance']:.3f}  {row['reward']:.2f}"
-                f" ({row['reward_star']:.2f})  {100 * row['off_support']:.1f} %  {row['evaluations']:.0f}  {row['seconds']:.0f} s",
+                f"{name:24s} {row['dim']:4d} {row['beta']:4g} seed {row['seed']}: {row['distance']:.3f}  {row['reward']:.2f}"
+                f" ({row['reward_star']:.2f})  {100 * row['off_support']:.1f} %  {row['evaluations']:.1f}  {row['seconds']:.0f} s",
                 flush=True,
             )
 

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks import pareto_along
 from benchmarks.pareto_figure import save_fronts
 from benchmarks.trainings import train
 from didr_core import config as configs
@@ -75,8 +76,8 @@ def _weight(name: str) -> Callable[[Config, float], str]:
 
 METHODS: dict[str, Method] = {
     "didr": Method(("algorithm=didr",), lambda base, weight: f"drp.beta={base.drp.beta / weight:g}"),
-    "didr_tweedie": Method(
-        ("algorithm=didr", "drp.estimator=tweedie", "drp.steps=1", "drp.snr_gate=true"),
+    "didr_hybrid": Method(
+        ("algorithm=didr", "drp.estimator=hybrid", "drp.steps=2", "drp.particles=2", "drp.snr_gate=false"),
         lambda base, weight: f"drp.beta={base.drp.beta / weight:g}",
     ),
     "didr_blackbox": Method(
@@ -162,11 +163,16 @@ def calibrate(
     return known
 
 
-def settings_of(point: Point, overrides: Sequence[str], steps: int, base: Config) -> list[str]:
-    """`key=value` of a point's training."""
+def head_start(point: Point, base: Config) -> int:
+    """Steps before the generator's first update."""
+    return base.train.assistant_warmup if point.method != "reward_only" else 0
+
+
+def settings_of(point: Point, overrides: Sequence[str], steps: int, base: Config, along: int = 0) -> list[str]:
+    """`key=value` of a point's training; with ``along`` it keeps a checkpoint every so many steps."""
     method = METHODS[point.method].settings(base, point.weight or 1.0)
-    head_start = base.train.assistant_warmup if point.method != "reward_only" else 0
-    return [*overrides, *method, f"seed={point.seed}", f"train.steps={head_start + steps}"]
+    plan = [*overrides, *method, f"seed={point.seed}", f"train.steps={head_start(point, base) + steps}"]
+    return [*plan, f"train.checkpoint_every={along}", "train.keep_checkpoints=1000"] if along else plan
 
 
 def summarise(
@@ -286,6 +292,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--noise-seeds", type=int, nargs="+", default=[1000, 1001], help="pictures a caption (>= 2)")
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--teacher-steps", type=int, default=50)
+    parser.add_argument(
+        "--along", type=int, default=0, metavar="STEPS", help="keep and score a checkpoint every so many steps, too"
+    )
     parser.add_argument("--resamples", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/pareto"))
@@ -314,12 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("steps bought: " + ", ".join(f"{m} {budget[m]} ({seconds[m]:.2f} s each)" for m in given.methods), flush=True)
     todo = points(given.methods, given.weights, given.seeds)
     with ThreadPoolExecutor(given.jobs) as pool:
-        jobs = {
-            p: pool.submit(
-                train, given.recipe, settings_of(p, given.overrides, budget[p.method], base), given.work, p.name
-            )
-            for p in todo
-        }
+        settings = {p: settings_of(p, given.overrides, budget[p.method], base, given.along) for p in todo}
+        jobs = {p: pool.submit(train, given.recipe, settings[p], given.work, p.name) for p in todo}
         exports = {point: job.result() for point, job in jobs.items()}
     torch.set_num_threads(given.jobs)
     evaluator = Evaluator.of(base, prompts, given.noise_seeds, features=True, cache=given.work / "teacher")
@@ -364,11 +369,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "fronts": fronts(competing, sweeps),
         "by_seed": by_seed({k: v for k, v in arrays.items() if k in on_fronts}, arrays["teacher"]["features"], sweeps),
         "intervals": f"95 %, bootstrap over captions and training seeds, {given.resamples} resamples",
+        "along": [
+            {"label": p.label, "method": p.method, "weight": p.weight, "seed": p.seed, **row}
+            for p in (todo if given.along else ())
+            for row in pareto_along.scored(
+                evaluator, given.work / p.name, head_start(p, base), arrays["teacher"]["features"], kept
+            )
+        ],
         "facts": origin(base.data.heldout, [command.strip()]),
     }
     _write(given.json or given.out / "pareto.json", tree)
     save_fronts(tree, given.out / "pareto.png")
-    text = tables(tree) + f"\n\n`{command.strip()}`, {tree['facts']['date'][:10]}\n"
+    text = tables(tree)
+    if given.along:
+        pareto_along.save(tree["along"], given.out / "pareto_along.png")
+        text += f"\n\nAlong the trainings:\n\n{pareto_along.table(tree['along'], range(0, max(budget.values()) + 1, given.along))}"
+    text += f"\n\n`{command.strip()}`, {tree['facts']['date'][:10]}\n"
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "table.md").write_text(text)
     print(text)

@@ -16,7 +16,7 @@ COLOURS = {
     "dmdr": PURPLE,
     "reward_only": VERMILION,
     "diff_instruct": SKY,
-    "didr_tweedie": "#111111",
+    "didr_hybrid": "#111111",
 }
 MARKS = {"start": ("s", GREY), "teacher": ("*", INK)}
 SMALLER = {"feature_distance"}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import pareto
+from benchmarks import pareto, pareto_along
 from benchmarks.pareto_figure import save_fronts
 from didr_core import config
 from didr_core.types import DIDRError
@@ -21,7 +21,7 @@ def test_every_method_and_weight_is_a_valid_run() -> None:
     for name, method in pareto.METHODS.items():
         for weight in pareto.WEIGHTS:
             made = config.load("tiny", method.settings(base, weight))
-            assert made.algorithm.name == name.removesuffix("_tweedie").removesuffix("_blackbox")
+            assert made.algorithm.name == name.removesuffix("_hybrid").removesuffix("_blackbox")
     stronger = config.load("tiny", pareto.METHODS["didr"].settings(base, 2.0))
     assert stronger.drp.beta == pytest.approx(base.drp.beta / 2)
     dmdr = [config.load("tiny", pareto.METHODS["dmdr"].settings(base, w)).algorithm for w in (1.0, 4.0)]
@@ -86,3 +86,30 @@ def test_the_report_ranks_a_front_that_is_known(tmp_path: Path) -> None:
     text = pareto.tables(tree)
     assert "| better | " in text and "| worse-0.3 | 7 | " in text
     assert save_fronts(tree, tmp_path / "pareto.png").stat().st_size > 10_000
+
+
+def test_along_a_training_medians_and_what_is_better_in_both(tmp_path: Path) -> None:
+    def row(method: str, seed: int, updates: int, utility: float, apart: float) -> dict[str, Any]:
+        known = dict.fromkeys(("judge", "strict", "background_entropy"), 1.0)
+        return known | {
+            **{"label": f"{method}-4", "method": method, "seed": seed, "updates": updates},
+            **{"utility": utility, "feature_distance": apart},
+        }
+
+    rows = [row("didr", s, u, 8 + u / 100, u / 10) for s in (0, 1) for u in (20, 40)]
+    rows += [row("dmdr", 0, 40, 8.5, 3.0), row("dmdr", 1, 40, 8.5, 5.0)]
+    assert pareto_along.beaten_by(rows, rows[1]) == ["dmdr-4 at 40"] and not pareto_along.beaten_by(rows, rows[3])
+    text = pareto_along.table(rows, range(0, 60, 20))
+    assert "| didr-4 | 20 | 2 | 8.2 |" in text and "| didr-4 | 0 | 40 | 1 | dmdr-4 at 40 |" in text
+    pareto_along.save(rows, tmp_path / "along.png")
+    base = config.load("tiny")
+    point = pareto.Point("didr", 4.0, 1)
+    made = config.load("tiny", pareto.settings_of(point, [], 40, base, along=20))
+    assert made.train.steps == 60 and made.train.checkpoint_every == 20 and made.train.keep_checkpoints > 100
+
+
+def test_means_of_one_network() -> None:
+    measures: dict[str, Any] = made_up(0.5, 1, 0) | {"background_code": np.zeros((1, 2, 50), np.int64)}
+    found = pareto_along.means(measures, made_up(0.0, 1, 1)["features"])
+    assert found["utility"] == pytest.approx(0.5, abs=0.1) and found["feature_distance"] > 0.5
+    assert found["background_entropy"] == 0

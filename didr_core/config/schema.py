@@ -172,7 +172,7 @@ class DRP(Strict):
     steps: int = Field(ge=1, description="K, denoising steps from x_t to x0; default by estimator")
     particles: int = Field(ge=1, description="M, for stochastic, importance and hybrid; default by estimator")
     split_noise: float = Field(
-        0.325, gt=0, description="hybrid: sigma / alpha at and below which the posterior is taken to have one mode"
+        0.45, gt=0, description="hybrid: sigma / alpha at and below which the posterior is taken to have one mode"
     )
     reach: float = Field(
         10.0, gt=0, description="shift, hybrid: longest shift of an x_t, in standard deviations of its noise"
