@@ -8,6 +8,7 @@ faults happen to, one after the other; where one ends the run, `didr align --res
 nothing happened to: the same bits in every tensor of the last checkpoint, the same metrics, a whole export. Outcomes:
 
     survived          the run went on by itself
+    moot              the run was over, or what was to be hit was not there any more
     failed cleanly    it ended with the right exit code, status and sentence, and `--resume` went on
     unclean           it ended in another way (a traceback, a wrong status or sentence)
     lost              more steps than lie between two checkpoints, or a resume that does not go on
@@ -44,7 +45,7 @@ from benchmarks.sweep_soak import Soaked
 from didr_core.train.run_folder import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
-GOOD = ("survived", "failed cleanly")
+GOOD = ("survived", "failed cleanly", "moot")
 OUTCOMES = (*GOOD, "unclean", "lost", "hung", "wrong")
 FAULTS = {"ray": 4, "local": 6, "mlflow": 1}  # a voyage
 
@@ -66,17 +67,25 @@ def plan(seed: int) -> Iterator[Voyage]:
             job = KINDS[kind].job
             if job not in begun:
                 begun[job], voyages = Voyage(voyages, job), voyages + 1
-            voyage = begun[job]
-            part = (STEPS[job] - 8) / FAULTS[job]
-            moment = 1 + int(part * (len(voyage.faults) + rng.random()))
-            if len(voyage.faults) + 1 == FAULTS[job] > 1 and rng.random() < 0.3:
-                moment = STEPS[job]  # while it is drawn, scored and exported
             seconds = rng.uniform(1, 30 if job == "ray" else 10)
             early = KINDS[kind].early and rng.random() < 0.25
-            voyage.faults.append(Fault(number, kind, moment, seconds if early else None))
+            begun[job].faults.append(Fault(number, kind, seconds=seconds if early else None))
             number += 1
-            if len(voyage.faults) == FAULTS[job]:
-                yield begun.pop(job)
+            if len(begun[job].faults) == FAULTS[job]:
+                yield _timed(begun.pop(job), rng)
+
+
+def _timed(voyage: Voyage, rng: random.Random) -> Voyage:
+    """Steps for its faults, in order; of three voyages one has its last fault while it draws, scores and exports."""
+    most = len(voyage.faults)
+    voyage.faults.sort(key=lambda fault: not KINDS[fault.kind].first)
+    for i, fault in enumerate(voyage.faults):
+        fault.moment = 1 + int((STEPS[voyage.job] - 8) / most * (i + rng.random()))
+        if KINDS[fault.kind].first:
+            fault.moment = 0
+        elif i + 1 == most > 1 and rng.random() < 0.3:
+            fault.moment = STEPS[voyage.job]
+    return voyage
 
 
 def undisturbed(work: Path, job: str) -> Sailing:

@@ -46,13 +46,14 @@ class Kind:
     repair: Callable[[Scene], object] = lambda scene: None
     early: bool = False  # may also come before the first step
     keeps_step: bool = False  # no step may be lost
+    first: bool = False  # when what it hits is born: it is gone once all prompts are encoded
 
 
 def _kill(name: str) -> Callable[[Scene], None]:
-    """SIGKILL one of the run's processes of that name, as `benchmarks.machine.name_of` has it; waited for while it starts."""
+    """SIGKILL one of the run's processes of that name, as `benchmarks.machine.name_of` has it; waited for while Ray starts."""
 
     def kill(scene: Scene) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + (200 if not scene.run.metrics_path.exists() else 5)
         while scene.process.poll() is None and time.monotonic() < deadline:
             found = []
             for process in psutil.Process(scene.process.pid).children(recursive=True):
@@ -161,7 +162,7 @@ GOES_ON = r"goes on from step \d+"
 NO_RAY = r"no Ray cluster answers at|Ray did not start here|GCS|raylet"
 KINDS: dict[str, Kind] = {
     "kill -9 of a trainer": Kind("ray", _kill("RayTrainWorker")),
-    "kill -9 of an encoder": Kind("ray", _kill("EncoderActor")),
+    "kill -9 of an encoder": Kind("ray", _kill("EncoderActor"), first=True),
     "kill -9 of a reward actor": Kind("ray", _kill("RewardActor")),
     "kill -9 of a scoring actor": Kind("ray", _kill("Scorer")),
     "kill -9 of the driver": Kind("ray", _signal(signal.SIGKILL), (-9,), status=("running",), early=True),

@@ -52,6 +52,10 @@ class MoodyBlackBox(Moody):
 
     differentiable = False
 
+    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        time.sleep(0.1)  # or the actors that prepare would be done, and gone, before training has begun
+        return super().prepare(prompts)
+
     @torch.no_grad()
     def score(self, images: Tensor, inputs: Tensors) -> Tensor:
         return super().score(images, inputs)

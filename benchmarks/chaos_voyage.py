@@ -29,14 +29,14 @@ STEPS = {"ray": 80, "local": 120, "mlflow": 120}
 GRACE_S = 120.0  # beyond patience, until something counts as hung
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fault:
-    """What happens, and when: ``moment`` is a step, or seconds after the start of the process."""
+    """What happens, and when: after the step ``moment``, or ``seconds`` after the start of the first process."""
 
     number: int
     kind: str
-    moment: int
-    seconds: float | None
+    moment: int = 0
+    seconds: float | None = None
 
 
 class Sailing:
@@ -136,14 +136,20 @@ class Sailing:
         if came == "hung" or (came == "ended" and self.process.returncode):
             return row | {"outcome": "hung" if came == "hung" else "unclean", "why": "before the fault: " + self.last()}
         if self.process.poll() is not None:
-            return row | {"outcome": "survived", "why": "the run was over"}
-        before, at = self.step(), time.monotonic()
-        kind.inject(self)
+            return row | {"outcome": "moot", "why": "the run was over"}
+        before = self.step()
+        try:
+            kind.inject(self)
+        except LookupError as error:
+            return row | {"outcome": "moot", "why": str(error)}
+        at = time.monotonic()
         if not kind.code:
             came = self.until(lambda: self.step() > before or self.over(), self.limit)
             row |= {"outcome": "survived" if came == "ready" else "hung" if came == "hung" else "unclean"}
-            row |= {"recovery_s": time.monotonic() - at, "lost": 0} if came == "ready" else {"why": self.last()}
-            return row
+            if came == "ready":
+                return row | {"recovery_s": time.monotonic() - at, "lost": 0}
+            self.process.kill()
+            return row | {"why": self.last()}
         if self.until(lambda: False, self.limit) == "hung":
             self.process.kill()
             self.process.wait()
@@ -151,7 +157,7 @@ class Sailing:
             return row | {"outcome": "hung", "why": self.last()}
         if self.process.returncode == 0:
             kind.repair(self)
-            return row | {"outcome": "survived", "why": "the run was over before it met the fault"}
+            return row | {"outcome": "moot", "why": "the run was over before it met the fault"}
         before = max(before, self.step())
         why = self.unclean(kind.code, kind.says, kind.status)
         if kind.refused:
