@@ -109,7 +109,7 @@ def sail(work: Path, seed: int, voyage: Voyage, door: Door | None) -> list[dict[
     attempts = len(list(work.glob(f"{folder.name}*")))
     if folder.exists():
         if (folder / "disk").is_mount():
-            subprocess.run(["umount", str(folder / "disk")], check=True)
+            subprocess.run(["umount", "--lazy", str(folder / "disk")], check=True)
         folder.rename(folder.with_name(f"{folder.name}.cut-{attempts}"))
         print(f"voyage {voyage.number} was cut short: made again (attempt {attempts + 1})", flush=True)
     expected = undisturbed(work, voyage.job).result()

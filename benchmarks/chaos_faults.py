@@ -46,6 +46,7 @@ class Kind:
     repair: Callable[[Scene], object] = lambda scene: None
     early: bool = False  # may also come before the first step
     keeps_step: bool = False  # no step may be lost
+    traceback: bool = False  # of the user's own code: in one process it may be shown
     first: bool = False  # when what it hits is born: it is gone once all prompts are encoded
 
 
@@ -203,7 +204,9 @@ KINDS: dict[str, Kind] = {
     "shard deleted": Kind("local", lambda s: _shard(s).unlink(), (1,), r"prompts.*\.parquet", repair=restore_prompts),
     "shard corrupt": Kind("local", _spoil, (1,), r"prompts.*\.parquet", repair=restore_prompts),
     "reward hangs": Kind("local", mode("hang"), (1,), "has not answered for", repair=CALM),
-    "reward throws": Kind("local", mode("throw"), (1,), "ValueError: the chaos reward broke", repair=CALM),
+    "reward throws": Kind(
+        "local", mode("throw"), (1,), "ValueError: the chaos reward broke", repair=CALM, traceback=True
+    ),
     "reward is NaN": Kind("local", mode("nan"), (1,), "non-finite", repair=CALM),
     "reward of a wrong shape": Kind("local", mode("shape"), (1,), r"expected a float tensor of shape", repair=CALM),
     "MLflow gone for a minute": Kind("mlflow", _shut(60)),

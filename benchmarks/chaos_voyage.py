@@ -159,7 +159,7 @@ class Sailing:
             kind.repair(self)
             return row | {"outcome": "moot", "why": "the run was over before it met the fault"}
         before = max(before, self.step())
-        why = self.unclean(kind.code, kind.says, kind.status)
+        why = self.unclean(kind.code, kind.says, kind.status, kind.traceback)
         if kind.refused:
             self.start()
             self.until(lambda: False, self.limit)
@@ -183,7 +183,7 @@ class Sailing:
         """The last line."""
         return (self.said().strip().splitlines() or ["nothing was said"])[-1][:300]
 
-    def unclean(self, codes: Sequence[int], says: str, status: Sequence[str]) -> str:
+    def unclean(self, codes: Sequence[int], says: str, status: Sequence[str], traceback: bool = False) -> str:
         """What is wrong with an end; empty where nothing is."""
         said, code = self.said(), self.process.returncode
         begun = (self.run.path / "run.json").is_file() and self.run.info().get("since")
@@ -191,7 +191,7 @@ class Sailing:
             return "" if code in (*codes, -15, -2) else f"exit code {code}: {self.last()}"
         if code not in codes:
             return f"exit code {code}: {self.last()}"
-        if code > 0 and "Traceback" in said:
+        if code > 0 and "Traceback" in said and not traceback:
             return "a traceback: " + self.last()
         if not re.search(says, said[-3000:].replace("\n", " ")):
             return f"no such sentence: {self.last()}"
@@ -234,7 +234,7 @@ class Sailing:
         if (self.folder / "disk").is_mount():
             kept = self.folder / "run"
             shutil.copytree(self.run.path, kept, dirs_exist_ok=True)
-            subprocess.run(["umount", str(self.folder / "disk")], check=True)
+            subprocess.run(["umount", "--lazy", str(self.folder / "disk")], check=True)
         return orphans
 
     def result(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
