@@ -144,10 +144,11 @@ class Sailing:
             return row | {"outcome": "moot", "why": str(error)}
         at = time.monotonic()
         if not kind.code:
-            came = self.until(lambda: self.step() > before or self.over(), self.limit)
+            low = [before]
+            came = self.until(lambda: low.append(self.step()) or low[-1] > before or self.over(), self.limit)
             row |= {"outcome": "survived" if came == "ready" else "hung" if came == "hung" else "unclean"}
             if came == "ready":
-                return row | {"recovery_s": time.monotonic() - at, "lost": 0}
+                return row | {"recovery_s": time.monotonic() - at, "lost": before - min(low)}
             self.process.kill()
             return row | {"why": self.last()}
         if self.until(lambda: False, self.limit) == "hung":

@@ -50,6 +50,7 @@ class Saver:
 
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
+        self._header = {"layout": LAYOUT, "didr": versions().get("didr", "unknown")}
         # a group of its own, and on CPUs: its calls come from a thread, between those of training
         self._group = torch.distributed.new_group(backend="gloo") if learner.fsdp else None
         self._first = self._group is None or learner.parallel.rank == 0
@@ -76,7 +77,7 @@ class Saver:
         leaves = {_name(path): leaf for path, leaf in tree_leaves_with_path(self.learner.state_dict())}
         tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         plain = {name: leaf for name, leaf in leaves.items() if name not in tensors}
-        state = {"layout": LAYOUT, "didr": versions().get("didr", "unknown"), "extra": extra, "learner": plain}
+        state = self._header | {"extra": extra, "learner": plain}
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         self._pending = self._thread.submit(
             self._write, folder, list(self._own(tensors)), json.dumps(state), size, then
