@@ -23,7 +23,7 @@ from didr_core.data import scales
 from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
-from didr_core.train.run_folder import local_folder
+from didr_core.train.run_folder import compared, local_folder
 from didr_core.types import DIDRError
 from pipelines.cluster.disks import check_disks
 from pipelines.cluster.leftovers import looked_after
@@ -136,7 +136,10 @@ def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float, 
     if folder.info()["status"] == "finished":
         _say(folder, began)  # nothing to go on with
         return
-    folder.update(status="running")
+    digest = preflight(config, here=False, output=folder.path).digest
+    if told := compared({**folder.info(), **options.facts}, digest, f"sweep {folder.path}"):
+        warn(told)
+    folder.update(status="running", prompts=digest)
     folder.forget_lost()
     at_once = options.concurrent or 1
     view = view_of_this_machine(config, address, slots(config, options.workers, at_once))

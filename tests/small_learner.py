@@ -12,6 +12,7 @@ from didr_core.networks.fsdp import is_sharded
 from didr_core.networks.lora import LoRA
 from didr_core.plan import memory
 from didr_core.plan.memory import Plan
+from didr_core.train import checkpoint
 from didr_core.train.learner import Learner
 from didr_core.types import Batch
 
@@ -71,3 +72,9 @@ def planned(of: config.Config) -> float:
     plan = memory.plan(of)
     assert plan is not None
     return sum(sum(lines(plan, owner).values()) for owner in ("generator", "assistant", "reference"))
+
+
+def saved(of: Learner, folder: Path, extra: dict[str, Any], **more: Any) -> None:
+    """A checkpoint, whole when this returns."""
+    with checkpoint.Saver(of) as saver:
+        saver.save(folder, extra, **more)

@@ -1,4 +1,4 @@
-"""Whatever a user may hand in, damaged or senseless: it is taken, or refused with an error of ours. Never anything else.
+"""Whatever a user may hand in, damaged or senseless: it is taken, or refused with an error of ours, and no folder is half made.
 
 Some hundred examples of each by default; `DIDR_FUZZ=200 pytest tests/test_fuzz.py` makes 200 times as many (about ten minutes).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,13 +27,19 @@ from safetensors.torch import save_file
 
 from didr_core import config as configs
 from didr_core.config.load import _known_keys
-from didr_core.data.prompts import PromptIndex
+from didr_core.data.prompts import PromptIndex, open_prompts
+from didr_core.evaluate.finish import export
 from didr_core.evaluate.models import Folder, Model, Sampling, parse
+from didr_core.export.sample import trained_generator
 from didr_core.train import checkpoint
+from didr_core.train.loop import train
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError
+from pipelines import align as job
 from pipelines.evaluate import parse_reward
+from pipelines.sweep import _new
 from pipelines.sweeps import space
+from pipelines.sweeps.folder import SweepOptions
 
 TIMES = float(os.environ.get("DIDR_FUZZ", "1"))
 pytestmark = pytest.mark.timeout(120 * max(1.0, TIMES))
@@ -232,6 +239,66 @@ def test_models_and_rewards_of_an_evaluation(head: str, options: list[tuple[str,
 def test_manifests_of_ready_pictures(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "manifest.jsonl").write_bytes(data)
     ours(lambda: Folder(Model("ready", str(tmp_path), "pictures", Sampling()), ["prompt"], [0]))
+def whole_or_absent(do: Callable[[], object], folder: Path, *files: str) -> None:
+    """``do`` makes ``folder`` with all ``files`` in it, or refuses and leaves neither it nor a part of it behind."""
+    try:
+        do()
+    except DIDRError:
+        assert not folder.exists()
+    else:
+        assert [name for name in files if not (folder / name).is_file()] == []
+    assert list(folder.parent.glob(f".{folder.name}.*")) == []
+
+
+@examples(25)
+@given(items=st.lists(st.tuples(KEYS, VALUES.map(yaml.safe_dump) | st.text(max_size=10)), min_size=1, max_size=2))
+def test_refused_runs_leave_no_folder(items: list[tuple[str, str]]) -> None:
+    """A run that cannot start: nothing of it is there. What would train is not trained here."""
+    overrides = [*(f"{key}={text}" for key, text in items), "tracking.uri=none", "device=cpu"]
+    with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
+        for name in ("train_and_finish", "write_report", "print_summary"):
+            patch.setattr(job, name, lambda *_, **__: None)
+        run = Path(home) / "run"
+        words: dict[str, Any] = {"output": str(run), "local": True}
+        whole_or_absent(lambda: job.align("exact_2d", overrides, **words), run, "run.json", "config.yaml")
+
+
+@examples(25)
+@given(tree=st.dictionaries(KEYS, VALUES | DOMAINS, max_size=2), name=st.text(max_size=8))
+def test_refused_sweeps_leave_no_folder(tree: dict[str, Any], name: str) -> None:
+    with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space, "find", lambda _: space.read("mine", tree))
+        options = SweepOptions(recipe="exact_2d", trials=2, name=name, overrides=["tracking.uri=none"])
+        folder = Path(home) / "out"
+        ours(lambda: _new(options, str(folder)))
+        made = [path.parent for path in folder.rglob("*") if path.name in ("sweep.json", "config.yaml")]
+        assert all((path / "sweep.json").is_file() and (path / "config.yaml").is_file() for path in made)
+        assert made or not list(folder.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    config = configs.load("exact_2d", ["train.steps=1", "train.batch=4", "tracking.uri=none"])
+    run = RunFolder.create(config, str(tmp_path_factory.mktemp("trained") / "run"))
+    train(config, run, open_prompts(config))
+    return run
+
+
+@examples(40)
+@given(choice=st.integers(0, 99), damages=DAMAGES, cut=st.integers(0, 60))
+def test_exports_of_damaged_runs(trained: RunFolder, choice: int, damages: list[tuple[int, bytes]], cut: int) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        run = RunFolder(Path(shutil.copytree(trained.path, Path(home) / "run")))
+        files = sorted(path for path in run.path.rglob("*") if path.is_file())
+        file = files[choice % len(files)]
+        file.write_bytes(damaged(file.read_bytes(), damages, cut))
+
+        def use() -> None:
+            config = run.config()
+            backbone, network, _ = trained_generator(config, run)
+            export(config, run, backbone, network, Path(home) / "export")
+
+        whole_or_absent(use, Path(home) / "export", "model_index.json", "README.md", "config.yaml")
 
 
 @examples(100)

@@ -43,46 +43,54 @@ LAYOUT = 2
 
 
 class Saver:
-    """Writes the checkpoints of a learner. Where its networks are split, every rank has one and calls it equally often."""
+    """Writes the checkpoints of a learner while it trains on: a copy is taken, a thread writes it, one at a time.
+
+    Where networks are split, every rank has one and calls it equally often. A context manager: at the end of the block all is written.
+    """
 
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
+        self._header = {"layout": LAYOUT, "didr": versions().get("didr", "unknown")}
         # a group of its own, and on CPUs: its calls come from a thread, between those of training
         self._group = torch.distributed.new_group(backend="gloo") if learner.fsdp else None
         self._first = self._group is None or learner.parallel.rank == 0
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
+        self._copies: dict[str, Tensor] = {}  # kept: new memory costs more than the copying
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
 
     def save(self, folder: Path, extra: dict[str, Any], then: Callable[[], None] = lambda: None) -> None:
-        """Write the state of now to ``folder``, then call ``then``. Split networks are written while training goes on.
+        """Copy the state of now to the host's memory; write it to ``folder``, then call ``then``, while training goes on.
 
         Args:
             extra: plain data (numbers, strings, lists, dicts).
 
         Raises:
-            DIDRError: no room on the disk; names path, bytes needed and free. What was there before is untouched. Of what is
-                written in the background, the next call or :meth:`wait` says so.
+            DIDRError: the one before could not be written; see :meth:`wait`.
         """
         self.wait()
         leaves = {_name(path): leaf for path, leaf in tree_leaves_with_path(self.learner.state_dict())}
         tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         plain = {name: leaf for name, leaf in leaves.items() if name not in tensors}
-        state = {"layout": LAYOUT, "didr": versions().get("didr", "unknown"), "extra": extra, "learner": plain}
+        state = self._header | {"extra": extra, "learner": plain}
         size = sum(t.numel() * t.element_size() for t in tensors.values())
-        own, text = self._own(tensors), json.dumps(state)
-        if self._group is None:
-            self._write(folder, own, text, size, then)
-        else:  # all copies now: training goes on
-            self._pending = self._thread.submit(self._write, folder, list(own), text, size, then)
+        self._pending = self._thread.submit(
+            self._write, folder, list(self._own(tensors)), json.dumps(state), size, then
+        )
 
-    def wait(self) -> None:
-        """Until the last checkpoint is whole.
+    def wait(self, block: bool = True) -> None:
+        """Until the last checkpoint is whole; without ``block``: only look whether it is there, or has failed.
 
         Raises:
-            DIDRError: see :meth:`save`.
+            DIDRError: no room on the disk; names path, bytes needed and free. What was there before is untouched.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
+        if self._pending is not None and (block or self._pending.done()):
+            pending, self._pending = self._pending, None
             pending.result()
 
     def _own(self, tensors: dict[str, Tensor]) -> Parts:
@@ -95,7 +103,9 @@ class Saver:
                     value = value.to_local()
                 elif not self._first:
                     continue
-                own[name] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
+                if name not in self._copies:
+                    self._copies[name] = torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format)
+                own[name] = self._copies[name].copy_(value)
             if own:
                 yield part, own
 

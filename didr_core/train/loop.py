@@ -29,7 +29,7 @@ from didr_core.train.learner import Learner
 from didr_core.train.observer import Observer
 from didr_core.train.profile import Profile
 from didr_core.train.run_folder import RunFolder
-from didr_core.types import Batch, DIDRError, NonFiniteError, StepReport
+from didr_core.types import Batch, DIDRError, StepReport
 
 Look = Callable[[int, nn.Module], Mapping[str, float]]
 """Draws and measures pictures of the step and network that it is given; what it finds stands beside the step's metrics."""
@@ -43,13 +43,13 @@ class Journal:
         self.alarms = Alarms(config.alarms)
         self.saver = checkpoint.Saver(learner)
 
-    def restore(self) -> None:
-        """Go to the newest complete checkpoint, if there is one.
+    def restore(self, step: int | None = None) -> None:
+        """Go to the checkpoint of ``step`` (0: to the start); by default to the newest, if there is one.
 
         Raises:
             DIDRError: a damaged checkpoint, or prompts that are not those the run began with.
         """
-        step = self.run.last_step()
+        step = self.run.last_step() if step is None else step
         if not step:
             return
         extra = checkpoint.load(self.run.checkpoint(step), self.learner)
@@ -62,7 +62,7 @@ class Journal:
         self.alarms.load_state_dict(extra["alarms"])
 
     def save(self) -> None:
-        """Write a checkpoint of now, then remove the oldest ones. Where networks are split, every rank calls it."""
+        """Begin to write a checkpoint of now; the oldest ones go after it. Where networks are split, every rank calls it."""
         step = self.learner.step_count
         extra = {"corpus": self.corpus, "alarms": self.alarms.state_dict(), "cursor": step * self.config.train.batch}
         self.saver.save(
@@ -108,6 +108,7 @@ def loop(
     Raises:
         NonFiniteError: see :meth:`Learner.step`; checkpoints stay as they are.
         DIDRError: the stream ended early or out of order, the disk is full, or an alarm stopped the run; there is a checkpoint then.
+            Of a checkpoint, the next step or the end says so.
         KeyboardInterrupt: the run was asked to stop; there is a checkpoint of the step that it was at.
     """
     train, every = journal.config.train, journal.config.evaluation.every
@@ -116,47 +117,43 @@ def loop(
     if profile:
         learner.phase = measured
     end = train.steps if until is None else min(until, train.steps)
-    while learner.step_count < end:
-        with learner.phase("step"):
-            began = time.perf_counter()
-            with learner.phase("data wait"):
-                batch = next(stream, None)
-            if batch is None or bool((batch.index // train.batch != learner.step_count).any()):
-                got = "nothing" if batch is None else f"samples {batch.index.tolist()[:4]}..."
-                raise DIDRError(
-                    f"step {learner.step_count + 1}: the prompt stream gave {got}, expected samples from {learner.step_count * train.batch}"
-                )
-            waited = time.perf_counter() - began
-            try:
+    with journal.saver:  # however it ends, what is being written is whole then
+        while learner.step_count < end:
+            with learner.phase("step"):
+                began = time.perf_counter()
+                journal.saver.wait(block=False)
+                with learner.phase("data wait"):
+                    batch = next(stream, None)
+                if batch is None or bool((batch.index // train.batch != learner.step_count).any()):
+                    got = "nothing" if batch is None else f"samples {batch.index.tolist()[:4]}..."
+                    raise DIDRError(
+                        f"step {learner.step_count + 1}: the prompt stream gave {got}, expected samples from "
+                        f"{learner.step_count * train.batch}"
+                    )
+                waited = time.perf_counter() - began
                 report = learner.step(batch)
-            except NonFiniteError:  # on all ranks at once; what is being written is the last good checkpoint
-                journal.saver.wait()
-                raise
-            seconds = time.perf_counter() - began
-            looked = _looked(learner, look, report.step) if every and report.step % every == 0 else {}
-            with learner.phase("report"):
-                report = journal.with_alarms(report, seconds, waited, looked)
-                if writes:
-                    journal.run.log(report)
-                observer.step(report)
-            with learner.phase("averaging"):
-                stop, rang = journal.asked_to_stop(report.alarms)
-            if stop or rang or report.step % train.checkpoint_every == 0 or report.step == train.steps:
-                with learner.phase("checkpoint"):
-                    if writes or learner.fsdp:
-                        journal.save()
-                    observer.checkpoint(report.step)
-        if stop:
-            journal.saver.wait()
-            raise KeyboardInterrupt(f"stopped after step {report.step}")
-        if rang and report.step < train.steps:  # else there is nothing left to stop
-            journal.saver.wait()
-            raise DIDRError(
-                f"stopped after step {report.step}, with a checkpoint, by alarms.on_alarm=stop. "
-                + " ".join(f"{name}: {explain(name, journal.config.alarms)}" for name in rang)
-                + f" To go on all the same: `didr align --resume {journal.run.path} --set alarms.on_alarm=warn`."
-            )
-    journal.saver.wait()
+                seconds = time.perf_counter() - began
+                looked = _looked(learner, look, report.step) if every and report.step % every == 0 else {}
+                with learner.phase("report"):
+                    report = journal.with_alarms(report, seconds, waited, looked)
+                    if writes:
+                        journal.run.log(report)
+                    observer.step(report)
+                with learner.phase("averaging"):
+                    stop, rang = journal.asked_to_stop(report.alarms)
+                if stop or rang or report.step % train.checkpoint_every == 0 or report.step == train.steps:
+                    with learner.phase("checkpoint"):
+                        if writes or learner.fsdp:
+                            journal.save()
+                        observer.checkpoint(report.step)
+            if stop:
+                raise KeyboardInterrupt(f"stopped after step {report.step}")
+            if rang and report.step < train.steps:  # else there is nothing left to stop
+                raise DIDRError(
+                    f"stopped after step {report.step}, with a checkpoint, by alarms.on_alarm=stop. "
+                    + " ".join(f"{name}: {explain(name, journal.config.alarms)}" for name in rang)
+                    + f" To go on all the same: `didr align --resume {journal.run.path} --set alarms.on_alarm=warn`."
+                )
     if writes and measured.steps:
         journal.run.write_profile(measured.summary())
 

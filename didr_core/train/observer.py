@@ -12,7 +12,7 @@ class Observer:
         """One iteration is done. Metrics are global means, plus ``time/step`` and ``time/data`` in seconds."""
 
     def checkpoint(self, step: int) -> None:
-        """A checkpoint after ``step`` is on disk, or on its way there where networks are split; on ranks but 0: the step is reached."""
+        """A checkpoint after ``step`` is on its way to the disk; on ranks but 0: the step is reached."""
 
     def stage(self, text: str, done: int = 0, total: int = 0) -> None:
         """What is being done outside of steps: loading, exporting, scoring; counts where there is something to count."""

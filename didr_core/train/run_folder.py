@@ -152,27 +152,10 @@ class RunFolder:
         self._replace("run.json", json.dumps(self.info() | values, indent=1, default=str) + "\n")
 
     def same_start(self, prompts: str) -> str:
-        """Note ``prompts`` (the digest of their texts) once, and compare with it ever after. Returns a sentence where libraries are others.
-
-        Raises:
-            DIDRError: the run began with other prompts.
-        """
-        info, now = self.info(), versions()
-        if info.setdefault("prompts", prompts) != prompts:
-            raise DIDRError(
-                f"run {self.path}: data.prompts holds other texts than when the run began (digest {prompts}, not {info['prompts']}). "
-                "Put the prompts of then back, or start a new run."
-            )
+        """Note ``prompts`` (the digest of their texts) once, and compare with it ever after; see :func:`compared`."""
+        told = compared(self.info(), prompts, f"run {self.path}")
         self.update(prompts=prompts)
-        then = info.get("versions") or {}
-        other = [
-            f"{name} {then[name]} -> {now[name]}" for name in NUMBERS if then.get(name, now.get(name)) != now.get(name)
-        ]
-        return (
-            f"run {self.path}: began with other versions ({', '.join(other)}): its numbers may differ from here on."
-            if other
-            else ""
-        )
+        return told
 
     def commands(self) -> list[str]:
         """What was typed to make this run: the first command, then those that went on with other settings."""
@@ -254,6 +237,23 @@ class RunFolder:
         path = self.path / name
         with disk("output", path):
             replace_text(path, text)
+
+
+def compared(info: Mapping[str, Any], prompts: str, who: str) -> str:
+    """``info``, which ``who`` noted when it began, beside what is here now. Returns a sentence where libraries are others.
+
+    Raises:
+        DIDRError: it began with other prompts.
+    """
+    if info.get("prompts", prompts) != prompts:
+        raise DIDRError(
+            f"{who}: data.prompts holds other texts than when it began (digest {prompts}, not {info['prompts']}). "
+            "Put the prompts of then back, or start anew."
+        )
+    then, now = info.get("versions") or {}, versions()
+    pairs = ((name, then.get(name, now.get(name)), now.get(name)) for name in NUMBERS)
+    other = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
+    return f"{who}: began with other versions ({', '.join(other)}): its numbers may differ from here on." * bool(other)
 
 
 def read_lines(path: Path, key: str = "step") -> list[dict[str, Any]]:

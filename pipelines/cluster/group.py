@@ -125,6 +125,7 @@ def _trainer(
         train_loop_config={
             "config": config,
             "run": run,
+            "step": step,
             "corpus": index.fingerprint,
             "scorers": scorers,
             "profile": profile,

@@ -33,7 +33,7 @@ class Reporter(Observer):
 
 
 def train_worker(settings: Mapping[str, Any]) -> None:
-    """`train_loop_per_worker`. ``settings``: config, run folder, the corpus's fingerprint, scoring actors, profile."""
+    """`train_loop_per_worker`. ``settings``: config, run folder, the step to go on from, corpus's fingerprint, scoring actors, profile."""
     ranks = distributed.current()
     try:
         _train(ranks, **settings)
@@ -43,11 +43,13 @@ def train_worker(settings: Mapping[str, Any]) -> None:
         raise
 
 
-def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers: Sequence[Any], profile: bool) -> None:
+def _train(
+    ranks: Parallel, config: Config, run: RunFolder, step: int, corpus: str, scorers: Sequence[Any], profile: bool
+) -> None:
     torch.set_num_threads(config.train.threads)
     first = ranks.rank == 0
     stage: Say = run.stage if first else lambda *_: None
-    todo = run.last_step() < config.train.steps
+    todo = step < config.train.steps
     stream: Iterable[Batch] = ()
     if (
         todo and not config.precomputed
@@ -57,9 +59,9 @@ def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers
     reward = ActorReward(scorers) if scorers else None
     learner = Learner(config, device=ray.train.torch.get_device(), parallel=ranks, reward=reward)
     journal = Journal(run, config, learner, corpus)
-    journal.restore()
+    journal.restore(step)
     if todo and config.precomputed:  # after our own: two threads that import transformers at once see half of it
-        cursor = run.last_step() * config.train.batch
+        cursor = step * config.train.batch
         stream = ahead(LocalFeed(config, cursor, rank=ranks.rank, world_size=ranks.world_size))
     look = looker(learner, config, run, save_grid) if first and config.evaluation.every else None
     stage("waiting for the first prompts", 0, 0)

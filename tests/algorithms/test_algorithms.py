@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_learner import saved
 from torch import Tensor
 from toy import toy_recipe
 
@@ -346,7 +347,7 @@ def test_a_real_step_changes_the_generator_and_resumes_exactly(recipe: Path, nam
     assert ("loss/assistant" in metrics) == needs_assistant
     assert torch.equal(weights(straight.assistant_net), tracker) != needs_assistant
     assert ("reward/ratio" in metrics) == (name in ("diff_instruct_pp", "diff_instruct_star", "dmdr"))
-    checkpoint.Saver(straight).save(tmp_path, {})
+    saved(straight, tmp_path, {})
     straight.step(batches[1])
     second, _ = started(recipe, name)
     checkpoint.load(tmp_path, second)

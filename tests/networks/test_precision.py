@@ -15,7 +15,6 @@ from didr_core import config
 from didr_core.config import Optim
 from didr_core.networks import optim
 from didr_core.networks.optim import StochasticAdamW, Weights, stochastic_round
-from didr_core.train import checkpoint
 from didr_core.types import DIDRError
 
 LR, STEPS = 5e-7, 200
@@ -114,7 +113,7 @@ def test_stochastic_adamw_is_torchs_adamw_in_float32(betas: tuple[float, float])
 
 
 @pytest.mark.parametrize("update", ["master", "stochastic"])
-def test_bfloat16_networks_train_and_resume_bit_for_bit(folder: Path, tmp_path: Path, update: str) -> None:
+def test_bfloat16_networks_train(folder: Path, update: str) -> None:
     made = {
         "roles": {
             "generator": "full",
@@ -125,7 +124,7 @@ def test_bfloat16_networks_train_and_resume_bit_for_bit(folder: Path, tmp_path: 
         },
         "generator": {"lr": 1e-5},
     }
-    straight, first = learner(folder, **made), learner(folder, **made)
+    straight = learner(folder, **made)
     data = batch(straight)
     start = [p.detach().clone() for p in straight.generator_net.parameters()]
     assert start[0].dtype == torch.bfloat16
@@ -133,15 +132,6 @@ def test_bfloat16_networks_train_and_resume_bit_for_bit(folder: Path, tmp_path: 
         metrics = straight.step(data).metrics
     assert metrics["matching/rms"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(straight.generator_net.parameters(), start, strict=True))
-    first.step(data)
-    checkpoint.Saver(first).save(tmp_path, {})
-    second = learner(folder, **made)
-    checkpoint.load(tmp_path, second)
-    for _ in range(2):
-        second.step(data)
-    for name in ("generator_weights", "assistant_weights"):
-        for a, b in zip(getattr(second, name).values.values(), getattr(straight, name).values.values(), strict=True):
-            assert torch.equal(a, b)
     assert next(straight.ema_net.parameters()).dtype == torch.float32
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from random_models import prompt_shards, sdxl_folder
-from small_learner import batch, learner
+from small_learner import batch, learner, saved
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -137,26 +137,11 @@ def test_roles_start_as_their_base_and_do_not_leak_into_it(folder: Path) -> None
     assert (moved - mean).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("kinds", [("lora", "lora"), ("full", "lora")])
-def test_resume_is_exact_and_checkpoints_hold_what_is_trained(
-    folder: Path, tmp_path: Path, kinds: tuple[str, str]
-) -> None:
-    options = {"roles": {"generator": kinds[0], "assistant": kinds[1], "gradient_checkpointing": True}}
-    straight, first = learner(folder, **options), learner(folder, **options)
-    data = batch(straight)
-    for _ in range(4):
-        straight.step(data)
-    for _ in range(2):
-        first.step(data)
-    checkpoint.Saver(first).save(tmp_path, {})
-    second = learner(folder, **options)
-    checkpoint.load(tmp_path, second)
-    for _ in range(2):
-        second.step(data)
-    for name in ("generator_net", "assistant_net", "ema_net"):
-        for a, b in zip(getattr(second, name).parameters(), getattr(straight, name).parameters(), strict=True):
-            assert torch.equal(a, b)
-    trained = sum(p.numel() for p in straight.assistant_net.parameters())
+def test_checkpoints_hold_what_is_trained(folder: Path, tmp_path: Path) -> None:
+    subject = learner(folder, roles={"generator": "full", "assistant": "lora"})
+    subject.step(batch(subject))
+    saved(subject, tmp_path, {})
+    trained = sum(p.numel() for p in subject.assistant_net.parameters())
     assert sum(v.numel() for v in checkpoint.read(tmp_path, "assistant").values()) == trained < 60_000
 
 
@@ -196,7 +181,7 @@ def test_trained_generator_reads_an_adapter_from_the_checkpoint(folder: Path, tm
     subject.step(batch(subject))
     randomise(subject.ema_net, 1)
     run = RunFolder.create(subject.config, str(tmp_path / "run"), "test")
-    checkpoint.Saver(subject).save(run.checkpoint(1), {})
+    saved(subject, run.checkpoint(1), {})
     _, network, step = trained_generator(subject.config, run, "ema")
     assert step == 1
     ours, theirs = lora.plain(subject.ema_net).state_dict(), lora.plain(network).state_dict()

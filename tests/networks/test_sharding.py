@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from random_models import sdxl_folder
-from small_learner import batch, learner, planned
+from small_learner import batch, learner, planned, saved
 from small_learner import held as bytes_held
 from torch import Tensor
 
@@ -163,7 +163,7 @@ def two_processes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("two")
     first = subject(folder, "full")  # a checkpoint of one worker
     first.step(batch(first))
-    checkpoint.Saver(first).save(out / "one", {"n": 1})
+    saved(first, out / "one", {"n": 1})
     assert not list((out / "one").glob("*.1.safetensors"))
     mp.spawn(_worker, (str(folder), str(out)), nprocs=2)
     return out

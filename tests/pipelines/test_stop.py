@@ -202,24 +202,45 @@ def test_a_reward_that_hangs_ends_a_local_run(toy: Path, tmp_path: Path) -> None
     ended_by_patience(process, RunFolder(tmp_path / "run"), 20, "the training (its last news: ")
 
 
+HURRIED = """
+import sys, threading, time
+from pathlib import Path
+from didr_core.train import patience
+from pipelines.cli.main import main
+
+class Clock:  # 200 times as fast once the reward actor is at its call
+    now = last = time.monotonic()
+    def monotonic(self):
+        hangs = any("scoring the start" in who for who, _ in patience.running(Path(sys.argv[1], ".calls")))
+        moment = time.monotonic()
+        self.now, self.last = self.now + (moment - self.last) * (200 if hangs else 1), moment
+        return self.now
+
+patience.time = Clock()
+main(["align", "--output", *sys.argv[1:]])
+"""
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_hang_under_ray_names_the_actor(toy: Path, tmp_path: Path) -> None:
-    """And such a Ray listens on loopback alone, with a token that others cannot read."""
+    """And such a Ray listens on loopback alone, with a token that others cannot read. Patience outlasts any start."""
     words = hanging(tmp_path, toy, "Treacherous", "prepare(self, prompts)")
     path, run = f"{ROOT}{os.pathsep}{ROOT / 'tests'}", RunFolder(tmp_path / "run")
-    process = started(tmp_path, *words, "--set", "workers.patience_s=90", PYTHONPATH=path, HOME=str(tmp_path / "home"))
+    command = [sys.executable, "-c", HURRIED, str(run.path), *words, "--set", "workers.patience_s=1800"]
+    environment = dict(os.environ, PYTHONPATH=path, HOME=str(tmp_path / "home"))
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 400
     while not run.calls_path.is_dir() or not any(
         who.startswith("the reward actor") for who, _ in running(run.calls_path)
     ):
         assert time.monotonic() < deadline and process.poll() is None, run.info().get("message")
-        time.sleep(0.5)
+        time.sleep(0.1)
     doors = {door for p in psutil.Process(process.pid).children(recursive=True) for door in listening(p)}
     outside = [door for door in doors if door[0].removeprefix("::ffff:") not in ("127.0.0.1", "::1")]
     assert len(doors) > 5 and len(outside) <= 1, outside  # where torch's workers find each other: docs/cluster.md
     assert (tmp_path / "home" / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
-    ended_by_patience(process, run, 90, "the reward actor of ", "hangs.py:Hangs' (process ")
+    ended_by_patience(process, run, 1800, "the reward actor of ", "hangs.py:Hangs' (process ")
 
 
 def listening(process: psutil.Process) -> set[tuple[str, int]]:

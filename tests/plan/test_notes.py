@@ -70,7 +70,7 @@ def test_a_resumed_run_reads_the_prompts_that_it_began_with(tmp_path: Path) -> N
     pq.write_table(table.set_column(1, "prompt", pa.array(["x", "y", "z"])), folder / "shard-000.parquet")
     after = preflight(config)
     assert after.fingerprint == before.fingerprint
-    with pytest.raises(DIDRError, match="data.prompts holds other texts than when the run began"):
+    with pytest.raises(DIDRError, match="data.prompts holds other texts than when it began"):
         run.same_start(after.digest)
     versions = run.info()["versions"]
     run.update(versions=versions | {"torch": "1.0", "numpy": "1.0"})

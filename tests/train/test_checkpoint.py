@@ -1,7 +1,8 @@
-"""What lies in a checkpoint, and what is said of a damaged one; resumes: test_learner.py, splitting: tests/networks/test_sharding.py."""
+"""What lies in a checkpoint, and what is said of a damaged one; resumes: test_resume.py, splitting: tests/networks/test_sharding.py."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -9,7 +10,12 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +24,16 @@ import torch
 from random_models import sdxl_folder
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from small_learner import batch, learner
+from small_learner import batch, learner, saved
 
 from didr_core.train import checkpoint
 from didr_core.train.learner import Learner
+from didr_core.train.loop import Journal, loop
+from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder
-from didr_core.types import DIDRError
+from didr_core.types import Batch, DIDRError
 
+ROOT = Path(__file__).resolve().parents[2]
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "flipped": lambda file: _flip(file),
     "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
@@ -51,7 +60,7 @@ def written(subject: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = RunFolder(tmp_path_factory.mktemp("written"))
     for step in (1, 2):
         subject.step(batch(subject))
-        checkpoint.Saver(subject).save(run.checkpoint(step), {"n": step})
+        saved(subject, run.checkpoint(step), {"n": step})
     return run.path
 
 
@@ -146,9 +155,101 @@ def test_a_kill_while_writing_leaves_no_checkpoint_and_is_cleared_away(run: RunF
     (half / "generator.0.safetensors").write_bytes(b"half")
     (half / "generator.7.safetensors").write_bytes(b"of a worker that is no more")
     assert run.checkpoints() == [1, 2]
-    checkpoint.Saver(subject).save(run.checkpoint(3), {"n": 3}, then=lambda: run.prune(2))
+    saved(subject, run.checkpoint(3), {"n": 3}, then=lambda: run.prune(2))
     assert run.checkpoints() == [2, 3] and not list((run.path / "checkpoints").glob(".*"))
     assert checkpoint.load(run.checkpoint(3), subject) == {"n": 3}
+
+
+def test_it_is_written_while_training_goes_on_and_holds_the_moment_of_its_copy(
+    run: RunFolder, subject: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, at_it, files = threading.Event(), threading.Event(), []
+
+    def slow(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        files.append(file.parent.name)
+        at_it.set()
+        assert go.wait(60)
+        save_file(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    fresh, saver = Learner(subject.config), checkpoint.Saver(subject)
+    checkpoint.load(run.checkpoint(2), subject)
+    expected = {k: v.detach().clone() for k, v in subject.generator_weights.values.items()}
+    saver.save(run.checkpoint(3), {"n": 3})
+    assert at_it.wait(60)
+    subject.step(batch(subject))  # nobody waits
+    saver.wait(block=False)
+    assert run.checkpoints() == [1, 2]
+    second = threading.Thread(target=saver.save, args=(run.checkpoint(4), {"n": 4}))
+    second.start()
+    assert set(files) == {".step-000003.part"}  # one at a time: the next one waits
+    go.set()
+    second.join(60)
+    saver.wait()
+    checkpoint.load(run.checkpoint(3), fresh)
+    assert all(torch.equal(v, expected[k]) for k, v in fresh.generator_weights.values.items())
+    assert run.checkpoints() == [1, 2, 3, 4] and checkpoint.load(run.checkpoint(4), fresh) == {"n": 4}
+    now = subject.generator_weights.values
+    assert all(torch.equal(v, now[k]) for k, v in fresh.generator_weights.values.items())
+    assert any(not torch.equal(v, expected[k]) for k, v in now.items())
+
+
+def test_a_disk_that_fills_stops_the_next_step(
+    run: RunFolder, subject: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the next checkpoint alone, which may be hours away."""
+    train = subject.config.train.model_copy(update={"checkpoint_every": 2})
+    learner = Learner(subject.config.model_copy(update={"train": train}))
+    journal, data = Journal(run, learner.config, learner, ""), batch(learner)
+
+    def batches() -> Iterator[Batch]:
+        for step in range(6):
+            if step == 2:
+                assert journal.saver._pending is not None
+                wait([journal.saver._pending])
+            yield dataclasses.replace(data, index=torch.arange(4) + 4 * step)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shutil.rmtree(run.path / "checkpoints")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(DIDRError, match="the disk is full"):
+        loop(learner, batches(), journal, Observer())
+    assert learner.step_count == 3 and run.checkpoints() == []
+
+
+KILLED = """
+import signal, sys, os
+from pathlib import Path
+from didr_core.train import checkpoint
+from didr_core.train.run_folder import RunFolder
+from small_learner import batch, learner, saved
+
+of, run, written = learner(Path(sys.argv[1])), RunFolder(Path(sys.argv[2])), []
+of.step(batch(of))
+saved(of, run.checkpoint(1), {"n": 1})
+of.step(batch(of))
+real = checkpoint.save_file
+def save_file(tensors, file):
+    real(tensors, file)
+    written.append(file)
+    if len(written) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_file = save_file
+saved(of, run.checkpoint(2), {"n": 2}, then=lambda: run.prune(1))
+"""
+
+
+def test_a_kill_while_it_is_written_keeps_the_older_one(subject: Learner, tmp_path: Path) -> None:
+    run, models = RunFolder(tmp_path / "run"), sdxl_folder(tmp_path / "models")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", KILLED, str(models), str(run.path)]
+    done = subprocess.run(command, env=dict(os.environ, PYTHONPATH=path), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert run.checkpoints() == [1]
+    assert len(list((run.path / "checkpoints" / ".step-000002.part").iterdir())) == 3
+    assert checkpoint.load(run.checkpoint(1), subject) == {"n": 1}
 
 
 @pytest.mark.parametrize("place", ["a part", "the second part", "state.json", "SHA256SUMS", "fsync", "rename"])
@@ -183,7 +284,7 @@ def test_a_disk_that_fills_costs_the_new_checkpoint_alone(
     else:
         monkeypatch.setattr(Path, "write_text", full(Path.write_text, lambda path, *_: path.name == place))
     with pytest.raises(DIDRError) as error:
-        checkpoint.Saver(subject).save(run.checkpoint(3), {"n": 3}, then=lambda: pruned.append(1))
+        saved(subject, run.checkpoint(3), {"n": 3}, then=lambda: pruned.append(1))
     monkeypatch.undo()
     said = str(error.value)
     assert re.search(rf"{run.checkpoint(3)}: the disk is full: about [\d,]+ bytes needed, [\d,]+ free", said)

@@ -1,4 +1,4 @@
-"""The update itself, on random SDXL-class models: invariances, exact resume, refusal of non-finite values."""
+"""The update itself, on random SDXL-class models: invariances, refusal of non-finite values. Resumes: test_resume.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from random_models import clip_folder, sdxl_folder
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from small_learner import saved
 
 from benchmarks.exact_world import BatchNoise, batches
 from didr_core import config
@@ -84,24 +85,6 @@ def test_micro_batches_do_not_change_the_update(folders: tuple[Path, Path], esti
     assert moved > 1e-4
     assert (weights(whole) - weights(parts)).abs().max() < 1e-3 * moved
     assert a.metrics["loss/generator"] == pytest.approx(b.metrics["loss/generator"], rel=1e-4)
-
-
-def test_resume_is_bit_for_bit(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    straight, first = learner(folders), learner(folders)
-    data = batch(straight)
-    for _ in range(4):
-        straight.step(data)
-    for _ in range(2):
-        first.step(data)
-    checkpoint.Saver(first).save(tmp_path / "ckpt", {"cursor": 8})
-    second = learner(folders)
-    assert checkpoint.load(tmp_path / "ckpt", second) == {"cursor": 8}
-    for _ in range(2):
-        second.step(data)
-    assert second.step_count == straight.step_count == 4
-    assert torch.equal(weights(second), weights(straight))
-    for a, b in zip(second.ema_net.parameters(), straight.ema_net.parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("where", ["reward", "baseline"])
@@ -213,14 +196,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = learner(folders)
-    checkpoint.Saver(subject).save(tmp_path, {"n": 1})
+    saved(subject, tmp_path, {"n": 1})
 
     def full(*_: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(DIDRError, match=r"disk is full: about [\d,]+ bytes needed"):
-        checkpoint.Saver(subject).save(tmp_path, {"n": 2})
+        saved(subject, tmp_path, {"n": 2})
     monkeypatch.undo()
     assert checkpoint.load(tmp_path, subject) == {"n": 1}
     assert not list(tmp_path.parent.glob(".*.part"))

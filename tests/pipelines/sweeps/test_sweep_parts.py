@@ -56,6 +56,28 @@ def test_a_trial_killed_between_checkpoints_ends_as_an_undisturbed_training_bit_
     assert [row["step"] for row in read_lines(folder.trial(number).metrics_path)] == [1, 2, 3, 4]
 
 
+def test_a_resumed_sweep_must_have_the_prompts_that_it_began_with(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = new(toy, {"drp.beta": {"grid": [0.2]}}, tmp_path)
+
+    def far_enough(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(sweep, "view_of_this_machine", far_enough)
+    with pytest.raises(InterruptedError):
+        sweep.sweep(folder.options(), resume=str(folder.path))
+    assert len(folder.info()["prompts"]) == 16 and "other versions" not in capfd.readouterr().err
+    plan = folder.info()["plan"]
+    folder.update(plan=plan | {"facts": {"versions": {"torch": "1.0"}}})
+    with pytest.raises(InterruptedError):
+        sweep.sweep(folder.options(), resume=str(folder.path))
+    assert "began with other versions (torch 1.0 -> " in " ".join(capfd.readouterr().err.split())
+    folder.update(prompts="another")
+    with pytest.raises(DIDRError, match=f"sweep {folder.path}: data.prompts holds other texts than when it began"):
+        sweep.sweep(folder.options(), resume=str(folder.path))
+
+
 def test_a_half_made_folder_is_made_again(toy: Path, tmp_path: Path) -> None:
     folder = new(toy, {"drp.beta": {"grid": [0.2, 0.9]}}, tmp_path)
     (folder.trial(0).path / "checkpoints").mkdir(parents=True)
