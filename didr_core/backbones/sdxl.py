@@ -29,6 +29,7 @@ class SDXL(PipelineBackbone):
         same=("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim"),
         marker="time_embedding.linear_1.weight",
         dtype=torch.float16,
+        original="input_blocks.",
     )
     lora_targets = (  # those of DMD2's and DMDR's SDXL recipes
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),

@@ -49,7 +49,7 @@ class ZImage(PipelineBackbone):
         original=".attention.qkv.weight",
     )
     usage = (
-        "A stock diffusers pipeline: `pipe = ZImagePipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)`, then "
+        'A stock diffusers pipeline: `pipe = ZImagePipeline.from_pretrained(folder).to("cuda", torch.bfloat16)`, then '
         "`pipe(prompt, num_inference_steps=N, guidance_scale=0.0)`, with N = backbone.steps of config.yaml (1 unless it says otherwise). "
         "The single file holds the transformer alone, in diffusers' key names, bfloat16."
     )

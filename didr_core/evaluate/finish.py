@@ -133,6 +133,7 @@ def export(
         run=run.info(),
         pictures=run.path / "grid.png",
         overwrite=overwrite,
+        redraw=True,
     )
 
 

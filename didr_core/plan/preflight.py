@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from didr_core.config import Config, build
+from didr_core.config import Component, Config, build, hub
 from didr_core.data.prompts import PromptIndex, open_prompts
 from didr_core.export.folder import find_export
 from didr_core.networks import optim
@@ -50,14 +51,12 @@ def preflight(
         PromptIndex.open(config.data.heldout, config.data.column, config.data.id_column, "data.heldout").scan(SCAN_ROWS)
     optim.check(config)
     build("algorithms", config.algorithm)
-    readers = {"encoder": build("backbones", config.backbone)}
-    readers["encoder"].check()
+    readers = {"encoder": _whole("backbone", config.backbone)}
     if config.needs_reward and config.reward is not None:
-        readers["reward"] = build("rewards", config.reward)
-        readers["reward"].check()
+        readers["reward"] = _whole("reward", config.reward)
     if config.judge is not None:
         try:
-            build("rewards", config.judge).check()
+            _whole("reward", config.judge)
         except DIDRError as error:  # rewards know themselves as `reward`
             raise DIDRError(re.sub(r"\breward\.(?=[a-z]+[=:\[])", "judge.", str(error))) from error
     if config.evaluation.control:
@@ -79,6 +78,19 @@ def preflight(
             f"of the first {len(texts):,} prompts, longer than what is read of them: {'; '.join(cut)}. The rest is cut off."
         )
     return index
+
+
+def _whole(key: str, config: Component) -> Any:
+    """The component after a look at its files, which are downloaded where they are those of a hub's model and not all here."""
+    for again in (False, True):
+        try:
+            made = build(f"{key}s", config)
+            made.check()
+            return made
+        except DIDRError:
+            if again or not hub.fetch(key, config.model_dump()):
+                raise
+    raise AssertionError
 
 
 def _read(index: PromptIndex) -> tuple[PromptIndex, list[str]]:
