@@ -24,6 +24,7 @@ def read_lora(path: Path, pipeline: str, part: str, config: Mapping[str, Any]) -
         DIDRError: no such file, damaged, NaN, no LoRA of this family, or one that changes text encoders, too.
     """
     from diffusers.configuration_utils import FrozenDict
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     quiet()
     if not path.is_file():
@@ -37,6 +38,8 @@ def read_lora(path: Path, pipeline: str, part: str, config: Mapping[str, Any]) -
             f"{KEY}={str(path)!r}: diffusers knows no such LoRA ({reason(error)}). Expected one of a {pipeline}."
         ) from error
     state, metadata = found[0], found[-1]
+    if not any("lora_A" in name for name in state):
+        state = convert_unet_state_dict_to_peft(state)
     if other := next((name for name in state if not name.startswith(f"{part}.")), None):
         raise DIDRError(
             f"{KEY}={str(path)!r}: holds {other}, not of the {part}. Expected a LoRA of the {part} alone; or merge it into a pipeline "
@@ -50,8 +53,8 @@ def check_lora(path: Path, pipeline: str, part: str, config: Mapping[str, Any], 
     state, _, _ = read_lora(path, pipeline, part, config)
     sizes: dict[str, list[int]] = {}
     for name, value in state.items():
-        layer, _, factor = name.removeprefix(f"{part}.").partition(".lora")
-        side = 0 if ("up" in factor or "B" in factor) else 1  # of the two factors, what meets the network
+        layer, _, factor = name.removeprefix(f"{part}.").partition(".lora_")
+        side = 0 if factor.startswith("B") else 1  # of the two factors, what meets the network
         sizes.setdefault(layer, [0, 0])[side] = value.shape[side]
     for layer, size in sizes.items():
         if (has := layout.get(f"{layer}.weight", ())[:2]) != tuple(size):
