@@ -5,6 +5,7 @@ A family adds its conventions (how the network is called, what x0 is, what a pro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,6 @@ class PipelineBackbone:
         self.folder = locate(config.pipeline)
         self._options = config
         self.check()
-        self.network_config = read_json(self.folder / self.family.part / "config.json")
         self.scheduler_config = read_json(self.folder / "scheduler" / "scheduler_config.json")
         self.vae_config = read_json(self._decoder_folder / "config.json")
         channels, factor = self.network_config["in_channels"], _upsampling(self.vae_config)
@@ -109,6 +109,11 @@ class PipelineBackbone:
         self.latent_shape = (channels, self.pixels // factor, self.pixels // factor)
         self._text: Any = None
         self._vae: Any = None
+
+    @functools.cached_property
+    def network_config(self) -> dict[str, Any]:
+        """Of the reference's network."""
+        return read_json(self.folder / self.family.part / "config.json")
 
     @property
     def _vae_folder(self) -> Path:
@@ -201,9 +206,7 @@ class PipelineBackbone:
         from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
         convert = SINGLE_FILE_LOADABLE_CLASSES[family.network]["checkpoint_mapping_fn"]
-        converted: dict[str, Tensor] = convert(
-            checkpoint=dict(state), config=read_json(self.folder / family.part / "config.json")
-        )
+        converted: dict[str, Tensor] = convert(checkpoint=dict(state), config=self.network_config)
         return converted
 
     def tokenizers(self) -> dict[Path, int]:

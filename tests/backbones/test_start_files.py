@@ -77,13 +77,13 @@ def a1111(state: State, layers: int) -> State:
                 at = f"input_blocks.{b * per + (per if kind == 'downsamplers' else n + 1)}.{column}"
             rest = {"resnets": RESNET.get(rest), "downsamplers": "op"}.get(kind) or rest
             new = f"{at}.{rest}"
-        out[f"model.diffusion_model.{new}.{leaf}"] = value.clone()
+        out[f"model.diffusion_model.{new}.{leaf}"] = value.clone().contiguous()
     return out
 
 
 def test_a_whole_model_of_a1111_is_a_generator(folders: dict[str, Path], tmp_path: Path) -> None:
     unet = backbone(folders, "sdxl").load_network("reference")
-    state = {name: value.detach() + 0.01 for name, value in unet.state_dict().items()}
+    state = {name: (value.detach() + 0.01).contiguous() for name, value in unet.state_dict().items()}
     file = a1111(state, unet.config.layers_per_block)
     assert len(file) == len(state)
     file |= {"first_stage_model.encoder.conv_in.weight": torch.zeros(1), "conditioner.embedders.0.x": torch.zeros(1)}

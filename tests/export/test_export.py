@@ -260,6 +260,6 @@ def test_an_export_that_draws_something_else_is_not_kept(folders: tuple[Path, Pa
         for weight in other.parameters():
             weight.mul_(1.5)
     backbone.export = lambda _, folder: export(other, folder)
-    with pytest.raises(DIDRError, match=r"draws another picture than the generator \(mean difference 0\.\d+"):
+    with pytest.raises(DIDRError, match=r"draws another picture than the generator \(mean difference "):
         export_run(config, backbone, backbone.load_network("generator"), tmp_path / "export", redraw=True)
     assert list(tmp_path.iterdir()) == []
