@@ -49,9 +49,12 @@ def copy_part(source: Path, target: Path, made: str, dtype: torch.dtype) -> None
     state = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True).contiguous() for k, v in state.items()}
     stem = "diffusion_pytorch_model" if path.name.startswith("diffusion") else "model"
     save_file(state, target / f"{stem}.safetensors", metadata={"format": "pt"})
-    config = json.loads((target / "config.json").read_text())
-    theta = (config.get("rope_parameters") or {}).get("rope_theta")  # transformers 4 looks for it above
-    write_json(target / "config.json", config | ({"rope_theta": theta} if theta else {}))
+    if stem == "model":
+        config = json.loads((target / "config.json").read_text())
+        theta = (config.get("rope_parameters") or {}).get("rope_theta")  # transformers 4 looks for it above
+        # else transformers 5 takes the file's, diffusers float32 for all the rest, where a user says nothing
+        types = dict.fromkeys(("dtype", "torch_dtype"), "float32")
+        write_json(target / "config.json", config | types | ({"rope_theta": theta} if theta else {}))
 
 
 def name_variant(folder: Path, variant: str) -> None:

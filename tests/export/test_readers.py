@@ -26,6 +26,7 @@ from didr_core.world import random_models
 
 pytestmark = [pytest.mark.packages, pytest.mark.slow, pytest.mark.timeout(600)]
 SHARED = ("transformers==4.57.6", "peft==0.18.0", "huggingface_hub==0.36.0", "tokenizers==0.22.1")
+SHARED += ("httpx==0.28.1", "httpcore==1.0.9", "sniffio==1.3.1")
 OLDEST = {"sdxl": "diffusers==0.35.2", "zimage": "diffusers==0.36.0"}
 OTHER = "diffusers==0.42.0"
 GOLDEN = Path(__file__).parents[1] / "backbones" / "golden_steps.json"
