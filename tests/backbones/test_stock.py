@@ -23,17 +23,16 @@ from didr_core.world import random_models
 
 Change = Callable[[Path], object]
 PROMPTS = ["a cat", "two dogs on a red sofa", ""]
-MADE_BY_OTHERS = os.environ.get("DIDR_TEST_FOLDERS")  # by other releases of diffusers: tests/export/test_readers.py
+SAVED_BY_OTHERS = os.environ.get("DIDR_TEST_SDXL")  # by another release of diffusers: tests/export/test_readers.py
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of each family, as diffusers saves it."""
-    if MADE_BY_OTHERS:
-        return {family: Path(MADE_BY_OTHERS) / family for family in ("sdxl", "zimage")}
     folder = tmp_path_factory.mktemp("base")
-    return {"sdxl": random_models.sdxl(folder / "sdxl"), "zimage": random_models.zimage(folder / "zimage")}
+    sdxl = Path(SAVED_BY_OTHERS) if SAVED_BY_OTHERS else random_models.sdxl(folder / "sdxl")
+    return {"sdxl": sdxl, "zimage": random_models.zimage(folder / "zimage")}
 
 
 def scheduler(name: str, **settings: Any) -> Change:

@@ -40,7 +40,11 @@ def picture(pipe):
 def of_the_card():
     """The card's code that makes a pipeline, on a CPU: a block, of Z-Image one line."""
     text = (export / "README.md").read_text()
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "from diffusers import DiffusionPipeline" in block]
+    blocks = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        if "from diffusers import DiffusionPipeline" in block
+    ]
     line = re.search(r"`(pipe = .*?)`", text)
     code = blocks[0] if blocks else f"import torch\nfrom diffusers import ZImagePipeline\n{line[1]}"
     code = code.replace("path/to/this/folder", str(export)).replace("(folder)", f"({str(export)!r})")

@@ -117,21 +117,23 @@ def test_old_and_new_readers_draw_the_same(
             assert np.abs(picture - ours["card"]).max() < 5e-3, name
 
 
-def test_folders_that_old_releases_made_are_stock_diffusers_too(old: dict[str, str], tmp_path: Path) -> None:
-    """Every case of test_stock.py again, its folders made by the old releases, and again with another diffusers as stock."""
+def test_old_folders_and_another_stock(old: dict[str, str], tmp_path: Path) -> None:
+    """The cases of test_stock.py again: in an SDXL folder that old releases saved, and with another diffusers as stock."""
     root = Path(__file__).resolve().parents[2]
-    make = [sys.executable, "-m", "didr_core.world.random_models", "--folder", str(tmp_path)]
+    folder = tmp_path / "sdxl"
+    make = f"from pathlib import Path; from didr_core.world import random_models; random_models.sdxl(Path({str(folder)!r}))"
+    python(root, "-c", make, PYTHONPATH=old["sdxl"])
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_diffusers_version"] == "0.35.2" and (folder / "tokenizer_2" / "vocab.json").is_file()
+    python(root, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "other"), OTHER)
+    test = ("-m", "pytest", "-q", "-x", "tests/backbones/test_stock.py", "-k", "stock_diffusers or steps")
+    for environment in ({"DIDR_TEST_SDXL": str(folder)}, {"PYTHONPATH": str(tmp_path / "other")}):
+        assert " passed" in python(root, *test, **environment)
+
+
+def python(cwd: Path, *arguments: str, **environment: str) -> str:
     done = subprocess.run(
-        make, cwd=root, env=os.environ | {"PYTHONPATH": old["zimage"]}, capture_output=True, text=True, timeout=200
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=500
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    index = json.loads((tmp_path / "sdxl" / "model_index.json").read_text())
-    assert index["_diffusers_version"] == "0.36.0" and (tmp_path / "sdxl" / "tokenizer_2" / "vocab.json").is_file()
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "other"), OTHER],
-        check=True,
-    )
-    test = [sys.executable, "-m", "pytest", "-q", "-x", str(root / "tests" / "backbones" / "test_stock.py")]
-    for environment in ({"DIDR_TEST_FOLDERS": str(tmp_path)}, {"PYTHONPATH": str(tmp_path / "other")}):
-        done = subprocess.run(test, cwd=root, env=os.environ | environment, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
