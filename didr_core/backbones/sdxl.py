@@ -142,7 +142,11 @@ class SDXL(PipelineBackbone):
 
     def export(self, generator: nn.Module, folder: str) -> None:
         """A StableDiffusionXLPipeline folder with the generator and an LCMScheduler, plus the bare single-file UNet, all fp16."""
-        plain = {"clip_sample": False, "thresholding": False}
+        plain: dict[str, Any] = {"clip_sample": False, "thresholding": False}
+        if self.scheduler_config.get("rescale_betas_zero_snr"):  # Euler's stops short of pure noise, LCM's does not
+            levels = self.schedule.alphas_cumprod
+            betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
+            plain |= {"rescale_betas_zero_snr": False, "trained_betas": betas.tolist()}
         scheduler = class_of("LCMScheduler").from_config(self.scheduler_config, **plain)
         self._export(generator, folder, scheduler, "didr_1step_unet_fp16.safetensors")
 

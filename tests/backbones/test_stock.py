@@ -267,6 +267,22 @@ def test_sdxl_is_stock_diffusers(base: dict[str, Path], tmp_path: Path, kind: st
         close(backbone.decode(latent), pipe_pictures(pipe, latent))
 
 
+@pytest.mark.parametrize(
+    "kind", ["ddim", "cosine", "500 steps", "trained betas", "only a class", "zero snr, Euler's way"]
+)
+def test_an_export_has_the_noise_levels_of_its_source(base: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "f"
+    shutil.copytree(base["sdxl"], folder)
+    TAKEN[kind](folder)
+    backbone = SDXL(SDXL.Config(pipeline=str(folder)))
+    (tmp_path / "export").mkdir()
+    backbone.export(backbone.load_network("generator"), str(tmp_path / "export"))
+    made = diffusers.LCMScheduler.from_pretrained(tmp_path / "export", subfolder="scheduler")
+    again = SDXL(backbone.config.exported(tmp_path / "export"))
+    for table in (made.alphas_cumprod.double(), again.schedule.alphas_cumprod):
+        assert ((table - backbone.schedule.alphas_cumprod).abs() <= 1e-6).all()
+
+
 def added(backbone: SDXL, pooled: torch.Tensor) -> dict[str, torch.Tensor]:
     size = float(backbone.pixels)
     return {"text_embeds": pooled, "time_ids": torch.tensor([[size, size, 0, 0, size, size]] * len(pooled))}
