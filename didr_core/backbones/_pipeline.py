@@ -191,14 +191,14 @@ class PipelineBackbone:
         names = shapes_of("backbone.generator", path)
         refuse_lora("backbone.generator", path, names, self.family.pipeline, str(self.folder))
         hollow = {name: torch.empty(shape, device="meta") for name, shape in names.items()}
-        self._check_layout(path, self._in_diffusers_names(hollow))
+        self._check_layout(path, self._in_diffusers_names(path, hollow))
 
     def _check_layout(self, path: Path, state: Any) -> None:
         expected = layout_of("backbone.pipeline", self.folder / self.family.part, class_of(self.family.network))
         what = f"the diffusers layout of {self.family.network}, as in {self.family.part}/ of the pipeline"
         check_layout("backbone.generator", path, state, expected, what)
 
-    def _in_diffusers_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _in_diffusers_names(self, path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The network's tensors of a single file, which may be a whole model in the names of A1111 and ComfyUI."""
         family = self.family
         if family.original is None or not any(family.original in name for name in state):
@@ -206,8 +206,12 @@ class PipelineBackbone:
         from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
         convert = SINGLE_FILE_LOADABLE_CLASSES[family.network]["checkpoint_mapping_fn"]
-        converted: dict[str, Tensor] = convert(checkpoint=dict(state), config=self.network_config)
-        return converted
+        try:
+            return dict(convert(checkpoint=dict(state), config=self.network_config))
+        except KeyError as error:
+            raise DIDRError(
+                f"backbone.generator={str(path)!r}: diffusers cannot convert it (no {error}). Expected the whole {family.network}."
+            ) from error
 
     def tokenizers(self) -> dict[Path, int]:
         """See :class:`didr_core.types.Backbone`."""
@@ -296,7 +300,7 @@ class PipelineBackbone:
         state = read_state("backbone.generator", path)
         refuse_lora("backbone.generator", path, state, self.family.pipeline, str(self.folder))
         refuse_nan("backbone.generator", path, state)
-        state = self._in_diffusers_names(state)
+        state = self._in_diffusers_names(path, state)
         self._check_layout(path, state)
         return assemble(self._empty, state).requires_grad_(True)
 
@@ -357,6 +361,7 @@ class PipelineBackbone:
     def _export(self, generator: nn.Module, folder: str, scheduler: Any, single: str) -> None:
         """A pipeline folder with the generator and ``scheduler``, and the bare state dict as the file ``single``, in the family's dtype."""
         family, out = self.family, Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().to("cpu", family.dtype).contiguous() for k, v in generator.state_dict().items()}
         write_network(out / family.part, self._architecture(), state, out / single)
         scheduler.save_pretrained(out / "scheduler")
