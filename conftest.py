@@ -20,6 +20,7 @@ os.environ.setdefault(
 )  # small models: threads cost more than they give, on a shared machine above all
 
 os.environ.setdefault("DIDR_CACHE", "")  # tests plan anew
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # and ask no hub but their own
 
 LIMIT_S = 120.0
 LONG_LIMIT_S = 300.0

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from didr_core import config as configs
 from didr_core.config import Config
+from didr_core.config.files import expanded
 from didr_core.data import scales
 from didr_core.data.prompts import PromptIndex
 from didr_core.evaluate.finish import train_and_finish
@@ -82,7 +83,10 @@ def align(
     told = ""
     if local or view:  # a cluster's GPUs are asked when it is there
         config, told = fit.here(config)
-    look(config.tracking, old.path.parent if old else Path(output).absolute().parent if output else Path(config.output))
+    look(
+        config.tracking,
+        old.path.parent if old else expanded(output).absolute().parent if output else expanded(config.output),
+    )
     run = old or RunFolder.create(config, output, command)
     if config.cache:  # an absolute path, the same in all processes
         cache = config.cache if config.data.cache else run.path.parent / "cache"

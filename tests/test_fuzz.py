@@ -239,6 +239,8 @@ def test_models_and_rewards_of_an_evaluation(head: str, options: list[tuple[str,
 def test_manifests_of_ready_pictures(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "manifest.jsonl").write_bytes(data)
     ours(lambda: Folder(Model("ready", str(tmp_path), "pictures", Sampling()), ["prompt"], [0]))
+
+
 def whole_or_absent(do: Callable[[], object], folder: Path, *files: str) -> None:
     """``do`` makes ``folder`` with all ``files`` in it, or refuses and leaves neither it nor a part of it behind."""
     try:

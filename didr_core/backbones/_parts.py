@@ -92,23 +92,13 @@ def load_part(key: str, folder: Path, name: str, dtype: torch.dtype) -> Any:
     return network
 
 
-def shapes_after(convert: Any, found: Shapes) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that a conversion of state dicts makes of these."""
-    hollow = {name: torch.empty(shape, device="meta") for name, shape in found.items()}
-    return {name: tuple(value.shape) for name, value in convert(hollow).items()}
-
-
-def refuse_other_files(key: str, path: Path, names: Mapping[str, Any], pipeline: str, folder: str) -> None:
-    """Raises DIDRError for a LoRA, and for a whole model as A1111 and ComfyUI take it, with the lines that make a folder of it."""
+def refuse_lora(key: str, path: Path, names: Mapping[str, Any], pipeline: str, folder: str) -> None:
+    """Raises DIDRError for a LoRA where a whole network is expected, with what to do."""
     if any("lora_" in name.lower() for name in names):
         raise DIDRError(
-            f"{key}={str(path)!r}: is a LoRA, expected a whole network. Merge it into the model it was made for, and set {key}=merged:\n"
+            f"{key}={str(path)!r}: is a LoRA, expected a whole network. Give it as backbone.lora, on the model that it was made for; "
+            f"or merge it yourself and set {key}=merged:\n"
             f"pipe = diffusers.{pipeline}.from_pretrained({folder!r})\n"
             f"pipe.load_lora_weights({str(path)!r}); pipe.fuse_lora(); pipe.unload_lora_weights()\n"
             "pipe.save_pretrained('merged')"
-        )
-    if any("input_blocks." in name for name in names):
-        raise DIDRError(
-            f"{key}={str(path)!r}: is a single file for A1111 or ComfyUI, expected diffusers' names. Convert it, and set {key}=converted:\n"
-            f"diffusers.{pipeline}.from_single_file({str(path)!r}).save_pretrained('converted')"
         )

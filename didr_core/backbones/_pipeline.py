@@ -5,6 +5,7 @@ A family adds its conventions (how the network is called, what x0 is, what a pro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from didr_core.backbones._parts import check_part, layout_of, load_part, refuse_other_files, shapes_after
+from didr_core.backbones._export import copy_part, name_variant, write_json, write_network
+from didr_core.backbones._lora_file import check_lora, merge_lora
+from didr_core.backbones._parts import check_part, layout_of, load_part, refuse_lora
 from didr_core.config import Component, files, fingerprint, locate
 from didr_core.diffusion.sampling import clamp_to_rewards
 from didr_core.networks.loading import (
@@ -38,11 +41,14 @@ AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 
 class PipelineConfig(Component):
-    """Options of every family. A path is a local folder or file; nothing is downloaded."""
+    """Options of every family. A path is a local folder or file, or a model's name on the hub."""
 
     pipeline: str = Field(description="the reference: a whole diffusers pipeline folder")
     generator: str | None = Field(
         None, description="the start: a pipeline folder, a network folder or one file of weights; none = the reference"
+    )
+    lora: str | None = Field(
+        None, description="a LoRA file that is merged into the start: diffusers' names, or kohya's (A1111, ComfyUI)"
     )
     vae: str | None = Field(None, description="VAE folder instead of the pipeline's, in exports too")
     decoder: str | None = Field(
@@ -58,7 +64,8 @@ class PipelineConfig(Component):
 
     def exported(self, folder: Path) -> Self:
         """An export is a whole pipeline, with its own VAE, which may be one that overflows in half precision."""
-        own: dict[str, Any] = {"generator": None, "vae": None, "decoder": None, "decode_dtype": "float32"}
+        own: dict[str, Any] = {"generator": None, "lora": None, "vae": None, "decoder": None}
+        own["decode_dtype"] = "float32"
         return self.model_copy(update={"pipeline": str(folder), **own})
 
 
@@ -72,7 +79,9 @@ class Family:
     same: tuple[str, ...]  # settings in which generator and reference must agree
     marker: str  # a tensor by whose name a prefix in single files is recognised
     dtype: torch.dtype  # of exports
-    original: str | None = None  # part of a tensor's name in the authors' own layout, which diffusers converts
+    original: str | None = (
+        None  # part of a tensor's name in the authors' own layout (A1111's, ComfyUI's), which diffusers converts
+    )
 
 
 class PipelineBackbone:
@@ -88,7 +97,6 @@ class PipelineBackbone:
         self.folder = locate(config.pipeline)
         self._options = config
         self.check()
-        self.network_config = read_json(self.folder / self.family.part / "config.json")
         self.scheduler_config = read_json(self.folder / "scheduler" / "scheduler_config.json")
         self.vae_config = read_json(self._decoder_folder / "config.json")
         channels, factor = self.network_config["in_channels"], _upsampling(self.vae_config)
@@ -101,6 +109,11 @@ class PipelineBackbone:
         self.latent_shape = (channels, self.pixels // factor, self.pixels // factor)
         self._text: Any = None
         self._vae: Any = None
+
+    @functools.cached_property
+    def network_config(self) -> dict[str, Any]:
+        """Of the reference's network."""
+        return read_json(self.folder / self.family.part / "config.json")
 
     @property
     def _vae_folder(self) -> Path:
@@ -167,25 +180,38 @@ class PipelineBackbone:
                 check_part("backbone.generator", self._network_folder(path), self.family.network)
             else:
                 self._check_file(path)
+        if self._options.lora:
+            expected = layout_of("backbone.pipeline", self.folder / self.family.part, class_of(self.family.network))
+            check_lora(
+                locate(self._options.lora), self.family.pipeline, self.family.part, self.network_config, expected
+            )
         self._checked = True
 
     def _check_file(self, path: Path) -> None:
         names = shapes_of("backbone.generator", path)
-        refuse_other_files("backbone.generator", path, names, self.family.pipeline, str(self.folder))
-        if self._is_original(names):
-            names = shapes_after(self._converter(), names)
-        self._check_layout(path, without_prefix(names, self.family.marker))
+        refuse_lora("backbone.generator", path, names, self.family.pipeline, str(self.folder))
+        hollow = {name: torch.empty(shape, device="meta") for name, shape in names.items()}
+        self._check_layout(path, self._in_diffusers_names(path, hollow))
 
     def _check_layout(self, path: Path, state: Any) -> None:
         expected = layout_of("backbone.pipeline", self.folder / self.family.part, class_of(self.family.network))
         what = f"the diffusers layout of {self.family.network}, as in {self.family.part}/ of the pipeline"
         check_layout("backbone.generator", path, state, expected, what)
 
-    def _converter(self) -> Any:
-        """From the authors' names to diffusers'."""
+    def _in_diffusers_names(self, path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The network's tensors of a single file, which may be a whole model in the names of A1111 and ComfyUI."""
+        family = self.family
+        if family.original is None or not any(family.original in name for name in state):
+            return without_prefix(state, family.marker)
         from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-        return SINGLE_FILE_LOADABLE_CLASSES[self.family.network]["checkpoint_mapping_fn"]
+        convert = SINGLE_FILE_LOADABLE_CLASSES[family.network]["checkpoint_mapping_fn"]
+        try:
+            return dict(convert(checkpoint=dict(state), config=self.network_config))
+        except KeyError as error:
+            raise DIDRError(
+                f"backbone.generator={str(path)!r}: diffusers cannot convert it (no {error}). Expected the whole {family.network}."
+            ) from error
 
     def tokenizers(self) -> dict[Path, int]:
         """See :class:`didr_core.types.Backbone`."""
@@ -227,20 +253,18 @@ class PipelineBackbone:
             )
             parts = [
                 own,
+                *([locate(options.lora)] if options.lora else []),
                 self._decoder_folder,
                 self.folder / self.family.part / "config.json",
                 self.folder / "scheduler",
             ]
-        paths = {"pipeline", "generator", "vae", "decoder"}
+        paths = {"pipeline", "generator", "lora", "vae", "decoder"}
         told = options.model_dump(mode="json", exclude=paths | (picture if of == "text" else set()))
         return fingerprint.digest(of, told, *parts)
 
     def _network_folder(self, path: Path) -> Path:
         """``path`` is a network's folder, or a pipeline's that holds one."""
         return path / self.family.part if (path / "model_index.json").is_file() else path
-
-    def _is_original(self, names: Any) -> bool:
-        return self.family.original is not None and any(self.family.original in name for name in names)
 
     def load_network(self, role: str) -> nn.Module:
         """The network of ``role``, float32, eval. The TA starts as the reference, as DMD2's fake UNet does.
@@ -249,36 +273,40 @@ class PipelineBackbone:
             DIDRError: a single file whose tensors are not this network's.
         """
         quiet()
-        path = self.folder
-        if role == "generator" and self._options.generator is not None:
-            path = locate(self._options.generator)
-            if path.is_file():
-                return self._from_file(path).eval()
-        network: nn.Module = self._pretrained(self.family.network, self._network_folder(path), torch.float32)
-        return network
+        generator, lora = (self._options.generator, self._options.lora) if role == "generator" else (None, None)
+        path = locate(generator) if generator is not None else self.folder
+        network: nn.Module
+        if path.is_file():
+            network = self._from_file(path).eval()
+        else:
+            network = self._pretrained(self.family.network, self._network_folder(path), torch.float32)
+        return self._merged(network) if lora else network
 
     def _pretrained(self, name: str, folder: Path, dtype: torch.dtype) -> Any:
         return load_part("backbone", folder, name, dtype)
 
+    def _architecture(self) -> dict[str, Any]:
+        """The generator's configuration."""
+        if self._options.generator is not None and (path := locate(self._options.generator)).is_dir():
+            return read_json(self._network_folder(path) / "config.json")
+        return self.network_config
+
     def _empty(self) -> nn.Module:
         """The generator's architecture, without weights where the caller says so."""
-        config = self.network_config
-        if self._options.generator is not None and (path := locate(self._options.generator)).is_dir():
-            config = read_json(self._network_folder(path) / "config.json")
-        network: nn.Module = class_of(self.family.network).from_config(config)
+        network: nn.Module = class_of(self.family.network).from_config(self._architecture())
         return network
 
     def _from_file(self, path: Path) -> nn.Module:
         state = read_state("backbone.generator", path)
-        refuse_other_files("backbone.generator", path, state, self.family.pipeline, str(self.folder))
+        refuse_lora("backbone.generator", path, state, self.family.pipeline, str(self.folder))
         refuse_nan("backbone.generator", path, state)
-        if self._is_original(state):
-            make = class_of(self.family.network).from_single_file
-            converted: nn.Module = make(state, config=str(self.folder), subfolder=self.family.part, dtype=torch.float32)
-            return converted
-        state = without_prefix(state, self.family.marker)
+        state = self._in_diffusers_names(path, state)
         self._check_layout(path, state)
         return assemble(self._empty, state).requires_grad_(True)
+
+    def _merged(self, network: nn.Module) -> nn.Module:
+        """With the LoRA that the start has."""
+        return merge_lora(network, locate(str(self._options.lora)), self.family.pipeline, self.family.part)
 
     def blank(self, count: int) -> Condition:
         """What :meth:`encode` gives for ``count`` of the longest prompts, all zeros, without text encoders: for plans and benchmarks."""
@@ -332,22 +360,21 @@ class PipelineBackbone:
 
     def _export(self, generator: nn.Module, folder: str, scheduler: Any, single: str) -> None:
         """A pipeline folder with the generator and ``scheduler``, and the bare state dict as the file ``single``, in the family's dtype."""
-        from safetensors.torch import save_file
-
-        dtype = self.family.dtype
-        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in generator.state_dict().items()}
-        with torch.device("meta"):
-            network = self._empty()
-        network.load_state_dict(state, assign=True)
-        parts: dict[str, Any] = {self.family.part: network}
+        family, out = self.family, Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().to("cpu", family.dtype).contiguous() for k, v in generator.state_dict().items()}
+        write_network(out / family.part, self._architecture(), state, out / single)
+        scheduler.save_pretrained(out / "scheduler")
+        index = read_json(self.folder / "model_index.json")
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
         if self._options.vae:
-            parts["vae"] = self._pretrained(
-                read_json(self._vae_folder / "config.json")["_class_name"], self._vae_folder, dtype
-            )
-        pipe = self._load_pipeline(dtype, **parts)
-        pipe.scheduler = scheduler
-        pipe.save_pretrained(folder)
-        save_file(state, Path(folder) / single, metadata={"format": "pt"})
+            index["vae"] = ["diffusers", read_json(self._vae_folder / "config.json")["_class_name"]]
+        for name in self._parts.keys() - {family.part, "scheduler"}:
+            source = self._vae_folder if name == "vae" else self.folder / name
+            copy_part(source, out / name, index[name][1], family.dtype)
+        write_json(out / "model_index.json", index)
+        if family.dtype == torch.float16:
+            name_variant(out, "fp16")
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:

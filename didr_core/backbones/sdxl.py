@@ -29,6 +29,7 @@ class SDXL(PipelineBackbone):
         same=("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim"),
         marker="time_embedding.linear_1.weight",
         dtype=torch.float16,
+        original="input_blocks.",
     )
     lora_targets = (  # those of DMD2's and DMDR's SDXL recipes
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -141,8 +142,15 @@ class SDXL(PipelineBackbone):
 
     def export(self, generator: nn.Module, folder: str) -> None:
         """A StableDiffusionXLPipeline folder with the generator and an LCMScheduler, plus the bare single-file UNet, all fp16."""
+        make, levels = class_of("LCMScheduler"), self.schedule.alphas_cumprod
         plain = {"clip_sample": False, "thresholding": False}
-        scheduler = class_of("LCMScheduler").from_config(self.scheduler_config, **plain)
+        scheduler = make.from_config(self.scheduler_config, **plain)
+        if (
+            scheduler.alphas_cumprod - levels
+        ).abs().max() > 1e-6:  # what the file leaves to its class, LCM's does otherwise
+            betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
+            own = {"rescale_betas_zero_snr": False, "trained_betas": betas.tolist()}
+            scheduler = make.from_config(self.scheduler_config, **plain, **own)
         self._export(generator, folder, scheduler, "didr_1step_unet_fp16.safetensors")
 
 

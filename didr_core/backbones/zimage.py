@@ -49,8 +49,9 @@ class ZImage(PipelineBackbone):
         original=".attention.qkv.weight",
     )
     usage = (
-        "A stock diffusers pipeline: `pipe = ZImagePipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)`, then "
-        "`pipe(prompt, num_inference_steps=N, guidance_scale=0.0)`, with N = backbone.steps of config.yaml (1 unless it says otherwise). "
+        'A stock diffusers pipeline: `pipe = ZImagePipeline.from_pretrained(folder).to("cuda", torch.bfloat16)`, then '
+        "`pipe(prompt, num_inference_steps=N, guidance_scale=0.0)`, with N = backbone.steps of config.yaml (1 unless it says otherwise; "
+        "diffusers before 0.39 leaves the last of several steps out: there N + 1). "
         "The single file holds the transformer alone, in diffusers' key names, bfloat16."
     )
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")

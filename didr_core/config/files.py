@@ -34,6 +34,11 @@ def replaced(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def expanded(path: str | Path) -> Path:
+    """With the home folder in place of a leading ``~`` or ``~user``, as shells have it; of a user that there is none, as it stands."""
+    return Path(os.path.expanduser(path))
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write ``text`` as the whole of ``path``, in UTF-8, passwords of addresses left out: such files are shown and shared."""
     with replaced(path) as partial:

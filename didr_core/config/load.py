@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from didr_core.config.files import mapping, read_yaml, typed
+from didr_core.config.files import expanded, mapping, read_yaml, typed
 from didr_core.config.passwords import redacted
 from didr_core.config.registry import Component
 from didr_core.config.schema import Config
@@ -108,7 +108,7 @@ def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         )
     if recipe in seen:
         raise DIDRError(f"recipe {recipe!r}: `base:` goes in a circle: {' -> '.join((*seen, recipe))}")
-    path = Path(recipe).expanduser() if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
+    path = expanded(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         near = difflib.get_close_matches(recipe, known, 1)
@@ -120,7 +120,7 @@ def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise DIDRError(f"recipe {recipe!r}: base={base!r}: expected the name or the file of one recipe")
-    beside = path.parent / Path(base).expanduser()
+    beside = path.parent / expanded(base)
     return _merge(_read(str(beside) if beside.is_file() else base, (*seen, recipe)), tree)
 
 

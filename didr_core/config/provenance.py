@@ -11,7 +11,7 @@ from typing import Any
 
 import didr_core
 
-PACKAGES = ("didr", "torch", "diffusers", "transformers", "numpy", "ray", "mlflow")
+PACKAGES = ("didr", "torch", "diffusers", "transformers", "peft", "numpy", "ray", "mlflow")
 
 
 def provenance() -> dict[str, Any]:

@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
-import os
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from didr_core.config import hub
+from didr_core.config.files import expanded
 from didr_core.types import OPTIONAL, DIDRError
 
 KINDS = {"algorithms": "Config", "backbones": "Config", "rewards": "Config", "drs": "estimate"}
@@ -97,7 +98,7 @@ def _module(name: str) -> ModuleType:
     """A module by its name, or by the path of its file. A file keeps one module per path for the life of the process."""
     if not name.endswith(".py"):
         return importlib.import_module(name)
-    path = Path(name).expanduser().resolve()
+    path = expanded(name).resolve()
     alias = f"didr_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
     if alias not in sys.modules:
         spec = importlib.util.spec_from_file_location(alias, path)
@@ -222,5 +223,6 @@ def bundled(path: str) -> Path | None:
 
 
 def locate(path: str) -> Path:
-    """``world://x`` is inside the bundled world; anything else is a path as it stands."""
-    return bundled(path) or Path(os.path.expanduser(path))
+    """``world://x`` is inside the bundled world; a path that is there is that path; ``owner/model`` is what the hub's cache has of it."""
+    place = bundled(path) or expanded(path)
+    return place if place.exists() else hub.cached(path) or place

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from didr_core.config import registry
+from didr_core.config.files import expanded
 from didr_core.config.limits import Limits
 from didr_core.config.registry import Component, Strict, component
 from didr_core.types import DIDRError
@@ -347,7 +348,7 @@ class Config(Strict):
     def cache(self) -> Path | None:
         """The folder that they are kept in (not told: in `output`); None: they are not."""
         folder = self.data.cache or (f"{self.output}/cache" if self.precomputed else None)
-        return Path(folder).expanduser().resolve() if folder else None
+        return expanded(folder).resolve() if folder else None
 
     @property
     def needs_reward(self) -> bool:

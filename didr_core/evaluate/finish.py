@@ -156,6 +156,7 @@ def export(
         run=run.info(),
         pictures=run.path / "grid.png",
         overwrite=overwrite,
+        redraw=True,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,14 @@ from typing import Any
 import yaml
 
 from didr_core.config import WORLD, Config, bundled, locate, registry
-from didr_core.config.provenance import commit
+from didr_core.config.files import expanded
+from didr_core.config.provenance import commit, versions
+from didr_core.networks.lora import ADAPTER, KOHYA
 
 CARD = "README.md"
+READERS = "diffusers 0.35 (Z-Image: 0.36), transformers 4.57 and peft 0.18"
+"""The oldest that exports are held to load in: `make test-exports`."""
+ABSOLUTE = re.compile(r"(?<![\w.:/~<])/(?:[^\s/'\"`,;()|]+/)+(?=[^\s'\"`,;()|])")
 # Terms of published weights that runs usually start from, by repository; what lies on disk is read from its own card instead.
 KNOWN_LICENCES = {
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
@@ -37,7 +43,7 @@ def model_card(
     front = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["didr", "one-step", "text-to-image", config.backbone.name, config.algorithm.name],
+        "tags": list(dict.fromkeys(["didr", "one-step", "text-to-image", config.backbone.name, config.algorithm.name])),
     } | ({"license": shared.pop()} if one_licence else {"license": "other", "license_name": "see-licence-section"})
     single = next((f for f in files if f.startswith("didr_") and f.endswith(".safetensors")), None)
     parts = [
@@ -49,6 +55,8 @@ def model_card(
         "![The same prompts and noise before and after](grid.png)" if "grid.png" in files else "",
         "## Sampling",
         _sampling(config, single),
+        _adapter(config) if ADAPTER in files else "",
+        _versions(run),
         "## Scores",
         scores,
         "## Training",
@@ -57,7 +65,7 @@ def model_card(
         "These weights derive from, and are bound by the terms of:\n\n"
         + "\n".join(f"- {what}: {terms_of}" for what, terms_of in terms),
     ]
-    return "\n\n".join(p for p in parts if p) + "\n"
+    return public_text("\n\n".join(p for p in parts if p) + "\n")
 
 
 def licences(config: Config) -> Iterator[tuple[str, str]]:
@@ -76,7 +84,7 @@ def _is_weights(value: str) -> bool:
 def _terms(value: str) -> str:
     """From the card beside the weights or above them; else from the table by repository; else it must be looked up."""
     for repository, terms in KNOWN_LICENCES.items():
-        if value.rstrip("/").endswith(repository) or repository.replace("/", "--") in value:
+        if value.partition("@")[0].rstrip("/").endswith(repository) or repository.replace("/", "--") in value:
             return terms
     place = locate(value)
     stop = (WORLD if bundled(value) else place).resolve()
@@ -102,7 +110,12 @@ def _front_matter(card: Path) -> dict[str, Any]:
 
 def public_path(value: str) -> str:
     """A path without the machine's own folders: cards are published."""
-    return value if not Path(value).expanduser().is_absolute() else Path(value).name
+    return value if not expanded(value).is_absolute() else Path(value).name
+
+
+def public_text(text: str) -> str:
+    """A text, of whose absolute paths the last parts are left."""
+    return ABSOLUTE.sub("", text)
 
 
 def _source(component: Any) -> str:
@@ -127,7 +140,7 @@ def _sampling(config: Config, single: str | None) -> str:
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", torch_dtype=torch.float16).to("cuda")  # float32 on a CPU
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder").to("cuda", torch.float16)  # on a CPU leave out .to(...)
 image = pipe("a prompt", num_inference_steps=1, guidance_scale=0, timesteps=[{step}]).images[0]
 ```
 
@@ -141,10 +154,31 @@ The scheduler is an `LCMScheduler`; pure N(0, I) noise is fed as timestep {step}
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-unet = UNet2DConditionModel.from_config("path/to/this/folder", subfolder="unet").to(torch.float16)
+config = UNet2DConditionModel.load_config("path/to/this/folder", subfolder="unet")
+unet = UNet2DConditionModel.from_config(config).to(torch.float16)
 unet.load_state_dict(load_file("{single}"))
 ```"""
     return text
+
+
+def _adapter(config: Config) -> str:
+    settings = config.backbone.model_dump()
+    base = public_path(settings.get("generator") or settings.get("pipeline") or "its base")
+    kohya = (
+        f" In A1111 and ComfyUI use `{KOHYA}` (kohya's names, with `.alpha`)." if config.backbone.name == "sdxl" else ""
+    )
+    return f"""The adapter is merged into this folder's weights. It also lies alone in `{ADAPTER}`, for a pipeline whose network is
+`{base}` (diffusers and peft; float32, rank {config.roles.rank}):
+
+```python
+pipe.load_lora_weights("path/to/this/folder", weight_name="{ADAPTER}")
+```{kohya}"""
+
+
+def _versions(run: Mapping[str, Any]) -> str:
+    made = run.get("versions") or versions()
+    names = [f"{name}=={made[name]}" for name in ("torch", "diffusers", "transformers", "peft") if name in made]
+    return f"Made with `{' '.join(names)}`; loads from {READERS} on."
 
 
 def _training(config: Config, run: Mapping[str, Any]) -> str:

@@ -21,7 +21,8 @@ from torch import nn
 
 from didr_core.config import Config, build, dump, locate
 from didr_core.config.files import clear_partials, held, replace_text
-from didr_core.export.card import CARD, model_card, public_path
+from didr_core.export.card import CARD, model_card, public_path, public_text
+from didr_core.export.sample import refuse_another_picture
 from didr_core.networks import lora
 from didr_core.types import Backbone, DIDRError
 
@@ -37,6 +38,7 @@ def export_run(
     run: Mapping[str, Any] | None = None,
     pictures: Path | None = None,
     overwrite: bool = False,
+    redraw: bool = False,
 ) -> Path:
     """Write the export folder, all of it or nothing.
 
@@ -44,12 +46,14 @@ def export_run(
         scores: tree of scores.json. told: the same in Markdown, for the card. run: tree of run.json (command, commit).
         pictures: a grid to show in the card.
         overwrite: replace a folder that an earlier export wrote (recognised by its card).
+        redraw: load what was written again, and compare a picture of it with the generator's.
 
     Returns:
         ``folder``, with ``model_index.json`` and its parts, ``didr_<name>_..._fp16.safetensors``, README.md, config.yaml, scores.json.
 
     Raises:
-        DIDRError: the folder holds something else, or cannot be written (full disk): it is then as it was.
+        DIDRError: the folder holds something else, cannot be written (full disk), or what was written draws another picture: the folder
+            is then as it was.
     """
     folder = Path(folder).absolute()
     if folder.exists() and any(folder.iterdir()):
@@ -74,13 +78,15 @@ def export_run(
         _forget_origins(part)
         replace_text(part / "config.yaml", yaml.safe_dump(public_config(config), sort_keys=False))
         if scores:
-            (part / "scores.json").write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+            (part / "scores.json").write_text(public_text(json.dumps(scores, indent=1, ensure_ascii=False)) + "\n")
         if pictures and Path(pictures).is_file():
             shutil.copyfile(pictures, part / "grid.png")
         for path in part.rglob("*.safetensors"):  # safetensors gives them to their owner alone
             path.chmod(part.stat().st_mode & 0o666)
         files = sorted(p.name for p in part.iterdir())
         replace_text(part / CARD, model_card(config, scores=told, run=run, files=files))
+        if redraw and hasattr(config.backbone, "exported"):  # families say how their exports are read
+            refuse_another_picture(config, part, generator)
         if folder.exists():
             os.replace(folder, old)
         os.replace(part, folder)

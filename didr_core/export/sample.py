@@ -59,6 +59,38 @@ class OneStep:
                 yield to_image(picture)
 
 
+SAME = 0.1
+"""Mean difference of two latents, in standard deviations, up to which half precision may be the cause."""
+
+
+@torch.no_grad()
+def refuse_another_picture(config: Config, folder: Path, generator: nn.Module) -> None:
+    """Loads the export in ``folder`` again and draws one picture of up to 32 latent pixels a side, with it and with ``generator``.
+
+    Raises:
+        DIDRError: they differ by more than rounding, or hold NaN; or the export cannot be loaded.
+    """
+    backbone: Backbone = build("backbones", config.backbone.exported(folder))
+    channels, *sides = backbone.latent_shape
+    z = torch.randn(1, channels, *(min(n, 32) for n in sides), generator=torch.Generator().manual_seed(0))
+    backbone.load_text()
+    condition = backbone.encode(["a photograph of a cat"])
+    backbone.free_text()
+    latents = []
+    for network in (generator, backbone.load_network("generator")):
+        device = next((p.device for p in network.parameters()), z.device)
+        latents.append(backbone.generate(network, z.to(device), condition.to(device)).float().cpu())
+    ours, theirs = latents
+    difference = ((ours - theirs).abs().mean() / ours.std()).item()
+    backbone.load_decoder()
+    if not (difference <= SAME and backbone.decode(theirs).isfinite().all()):
+        raise DIDRError(
+            f"export: what was written draws another picture than the generator (mean difference {difference:.3f} standard deviations, "
+            f"expected at most {SAME}). The usual cause: numbers too large for half precision. "
+            "`didr export --weights generator` writes the raw weights instead of their average."
+        )
+
+
 def to_image(picture: Tensor) -> Image.Image:
     """``[3, H, W]`` in [0, 1] to 8 bits, rounded as diffusers rounds."""
     return Image.fromarray((picture.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy())

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from didr_core.config import hub
 from didr_core.types import DIDRError
 
 State = dict[str, Tensor]
@@ -85,15 +86,29 @@ def check_weights(key: str, folder: Path, usual: str) -> dict[str, tuple[int, ..
         raise DIDRError(
             f"{key}={str(folder)!r}: no weights beside config.json (found: {found_in(folder)}). Expected {usual}; download it too."
         )
+    return {name: shape for file in _files(key, path) for name, shape in shapes_of(key, file).items()}
+
+
+def _files(key: str, path: Path) -> list[Path]:
+    """``path`` itself, or the files that it is the index of; raises DIDRError where one is missing."""
     _refuse_pointers(key, path)
-    files = [path]
-    if path.suffix == ".json":
-        files = [folder / name for name in sorted(set(read_json(key, path).get("weight_map", {}).values()))]
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise DIDRError(
-                f"{key}={str(folder)!r}: {path.name} names {_some(absent)}, not there. Was the download cut short?"
-            )
-    return {name: shape for file in files for name, shape in shapes_of(key, file).items()}
+    if path.suffix != ".json":
+        return [path]
+    files = [path.parent / name for name in sorted(set(read_json(key, path).get("weight_map", {}).values()))]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise DIDRError(
+            f"{key}={str(path.parent)!r}: {path.name} names {_some(absent)}, not there. Was the download cut short?"
+        )
+    return files
+
+
+def read_weights(key: str, path: Path) -> State:
+    """All tensors of a file, or of the files that ``path`` is the index of. Memory-mapped where the files can be.
+
+    Raises:
+        DIDRError: see :func:`read_state`.
+    """
+    return {name: value for file in _files(key, path) for name, value in read_state(key, file).items()}
 
 
 def variant(folder: Path) -> str | None:
@@ -139,12 +154,8 @@ def find_file(key: str, path: Path, names: Sequence[str]) -> Path:
 
 def hub_hint(path: Path) -> str:
     """How to fetch what a name like ``owner/model`` means on the Hugging Face hub; empty for other paths, and for those that are here."""
-    name, _, revision = str(path).partition("@")
-    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        return ""
-    at = f" --revision {revision}" if revision else ""
-    own = name.partition("/")[2]
-    return f" If it is a model of the hub, nothing is downloaded here: `hf download {name}{at} --local-dir {own}`, then give {own}."
+    told = "" if path.exists() else hub.command(str(path))
+    return f" If it is a model of the hub: {told} puts it into the cache, where it is looked for." if told else ""
 
 
 def read_state(key: str, path: Path) -> State:

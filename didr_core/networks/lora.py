@@ -28,6 +28,14 @@ from didr_core.config import Roles
 from didr_core.networks.recompute import recomputed
 from didr_core.types import Backbone, DIDRError
 
+ADAPTER, KOHYA = "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"
+"""Files of an adapter in an export: in diffusers' names, and in those of kohya's scripts."""
+LORA_SETTINGS = (
+    *("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "peft_type"),
+    *("rank_pattern", "alpha_pattern", "use_dora", "lora_bias"),
+)
+"""What an adapter's file says of itself."""
+
 
 class Mode:
     """What a network is being called as: which adapter is on, and which weights are frozen for the call."""
@@ -281,12 +289,14 @@ def _on_cpu(value: Tensor) -> Tensor:
 
 
 def save_adapter(network: nn.Module, folder: Path) -> None:
-    """Add a role's adapter to an exported pipeline folder, float32, with its scale: ``pipe.load_lora_weights(folder)`` on its base.
+    """Add a role's adapter to an exported pipeline folder, float32, with its scale: ``pipe.load_lora_weights(folder)`` on its base; of a
+    UNet's also a file in the names of kohya's scripts, as A1111 and ComfyUI read them.
 
     Does nothing for full networks and for families that diffusers has no pipeline of.
     """
     import diffusers
     from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
 
     part = next((p for p in ("unet", "transformer") if (folder / p).is_dir()), None)
     if not isinstance(network, LoRA) or network.role is None or part is None:
@@ -294,6 +304,19 @@ def save_adapter(network: nn.Module, folder: Path) -> None:
     state = get_peft_model_state_dict(network.base, adapter_name=network.role)
     layers = {k: v.detach().float().cpu().contiguous() for k, v in state.items()}
     pipeline = getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
-    # without the metadata diffusers would take alpha = rank
-    metadata = network.base.peft_config[network.role].to_dict()  # type: ignore[index, union-attr, operator]
+    # without the metadata diffusers would take alpha = rank; older releases of peft know no more than these
+    settings = network.base.peft_config[network.role].to_dict()  # type: ignore[index, union-attr, operator]
+    metadata = {key: settings[key] for key in LORA_SETTINGS}
     pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata})
+    if part == "unet":
+        save_file(_in_kohyas_names(layers, settings["lora_alpha"]), folder / KOHYA, metadata={"format": "pt"})
+
+
+def _in_kohyas_names(layers: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    out = {}
+    for name, value in layers.items():
+        layer, _, factor = name.removesuffix(".weight").rpartition(".")
+        layer = "lora_unet_" + layer.replace(".", "_")
+        out[f"{layer}.{'lora_down' if factor == 'lora_A' else 'lora_up'}.weight"] = value
+        out[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return out

@@ -32,8 +32,8 @@ class Networks:
 
 
 def starts_as_reference(backbone: Component) -> bool:
-    """Whether the generator of a backbone's config starts from the reference's own weights: ``generator: null``."""
-    return getattr(backbone, "generator", "its own") is None
+    """Whether the generator of a backbone's config starts from the reference's own weights: ``generator: null``, no ``lora``."""
+    return getattr(backbone, "generator", "its own") is None and getattr(backbone, "lora", None) is None
 
 
 def networks(
@@ -102,10 +102,11 @@ def load_start(backbone: Backbone, config: Component, roles: Roles, device: torc
 
 
 def bare_generator(backbone: Backbone, config: Component, roles: Roles) -> nn.Module:
-    """The generator alone, float32 on the CPU, ready for the state of a checkpoint: the whole network, or an adapter on its base."""
+    """The generator alone, float32 on the CPU, ready for the state of a checkpoint: the whole network, or an adapter on its base, whose
+    numbers are those that training rounded them to."""
     if roles.generator == "full":
         return backbone.load_network("generator")
-    base = backbone.load_network("reference" if starts_as_reference(config) else "generator")
+    base = load_start(backbone, config, roles, torch.device("cpu")).float()
     return add_adapter(base, "generator", roles, backbone, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,27 @@ def longer_than(folder: Path, tokens: int, prompts: Sequence[str]) -> int:
         fast.no_padding()
         return sum(len(found.ids) > tokens for found in fast.encode_batch(long))
     return sum(len(ids) > tokens for ids in read_tokenizer("tokenizer", folder)(long, truncation=False)["input_ids"])
+
+
+def for_old_readers(folder: Path) -> None:
+    """Write beside a ``tokenizer.json`` what transformers 4 asks for and transformers 5 no longer saves: ``vocab.json``, ``merges.txt``,
+    and the added tokens in ``tokenizer_config.json``. Does nothing to a folder that has them, or whose tokenizer is of another kind."""
+    file = folder / "tokenizer.json"
+    content = read_json("export", file) if file.is_file() else {}
+    model = content.get("model") or {}
+    if model.get("type") != "BPE" or (folder / "vocab.json").is_file():
+        return
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    settings, added = _settings("export", folder), content.get("added_tokens") or ()
+    settings.setdefault(
+        "added_tokens_decoder", {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added}
+    )
+    if isinstance(more := settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = more
+        del settings["extra_special_tokens"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def read_tokenizer(key: str, folder: Path) -> Any:

@@ -51,7 +51,7 @@ def folder() -> Path | None:
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     chosen = os.environ.get("DIDR_CACHE", f"{home}/didr")
     try:
-        return Path(chosen).expanduser() / "plans" if chosen else None
+        return files.expanded(chosen) / "plans" if chosen else None
     except RuntimeError:  # nobody's home
         return None
 

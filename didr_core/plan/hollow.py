@@ -52,6 +52,9 @@ class _Hollow:
         with torch.device(self.where):
             return self._empty()  # type: ignore[no-any-return]
 
+    def _merged(self: Any, network: nn.Module) -> nn.Module:
+        return network
+
     def load_text(self: Any) -> None:
         index = read_json(self.folder / "model_index.json")
         folders = [self.folder / part for part in index if part.startswith("text_encoder")]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from didr_core.config import Config, build
+from didr_core.config import Component, Config, build, hub
 from didr_core.data.prompts import PromptIndex, normal, open_prompts
 from didr_core.evaluate import control
 from didr_core.export.folder import find_export
@@ -52,11 +52,12 @@ def preflight(
     index, texts = _read(index, held_out, config.data.allow_overlap)
     optim.check(config)
     build("algorithms", config.algorithm)
-    for reader in (readers := readers_of(config)).values():
-        reader.check()
+    readers = {"encoder": _whole("backbone", config.backbone)}
+    if config.needs_reward and config.reward is not None:
+        readers["reward"] = _whole("reward", config.reward)
     if config.judge is not None:
         try:
-            build("rewards", config.judge).check()
+            _whole("reward", config.judge)
         except DIDRError as error:  # rewards know themselves as `reward`
             raise DIDRError(re.sub(r"\breward\.(?=[a-z]+[=:\[])", "judge.", str(error))) from error
     if path := config.evaluation.control:
@@ -84,6 +85,19 @@ def readers_of(config: Config) -> dict[str, Any]:
     """Backbone and reward, built and not loaded: who reads prompts."""
     found = {"encoder": build("backbones", config.backbone)}
     return found | ({"reward": build("rewards", config.reward)} if config.needs_reward and config.reward else {})
+
+
+def _whole(key: str, config: Component) -> Any:
+    """The component after a look at its files, which are downloaded where they are those of a hub's model and not all here."""
+    for again in (False, True):
+        try:
+            made = build(f"{key}s", config)
+            made.check()
+            return made
+        except DIDRError:
+            if again or not hub.fetch(key, config.model_dump()):
+                raise
+    raise AssertionError
 
 
 def _read(index: PromptIndex, held_out: set[str], allowed: bool) -> tuple[PromptIndex, list[str]]:

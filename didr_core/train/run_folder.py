@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.config.files import mapping, replace_text
+from didr_core.config.files import expanded, mapping, replace_text
 from didr_core.config.provenance import provenance, versions
 from didr_core.types import DIDRError, StepReport
 
@@ -95,7 +95,7 @@ class RunFolder:
         Raises:
             DIDRError: there is none (names the runs that there are).
         """
-        for path in (Path(run).expanduser(), local_folder("output", output) / run):
+        for path in (expanded(run), local_folder("output", output) / run):
             if (path / "run.json").is_file():
                 return cls(path.resolve())
         there = sorted(p.parent.name for p in local_folder("output", output).glob("*/run.json"))
@@ -286,7 +286,7 @@ def local_folder(key: str, path: str) -> Path:
         raise DIDRError(
             f"{key}={path!r}: expected a folder on a file system that all nodes share; mount the bucket and give that path."
         )
-    return Path(path).expanduser().resolve()
+    return expanded(path).resolve()
 
 
 @contextmanager

@@ -33,6 +33,11 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Ray's own log, a
 RunName = Annotated[str | None, typer.Option("--run", help="a run's folder or name")]
 
 
+def _path(text: str) -> Path:
+    """Shells leave the ``~`` of ``--output=~/x`` to us."""
+    return Path(os.path.expanduser(text))
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"didr {version('didr')}")
@@ -171,12 +176,16 @@ def evaluate(
 def sample(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="what to draw; repeatable")],
     run: RunName = None,
-    export: Annotated[Path | None, typer.Option("--export", help="an export folder")] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", parser=_path, metavar="PATH", help="an export folder")
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="noise of the first picture; the next ones take seed + 1, + 2, ...")
     ] = 0,
     count: Annotated[int, typer.Option(min=1, help="pictures a prompt")] = 1,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the PNGs")] = Path("samples"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=_path, metavar="PATH", help="folder for the PNGs")
+    ] = Path("samples"),
     device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "cpu",
 ) -> None:
     """Draw pictures in one step, from a finished run or an export folder."""
@@ -204,7 +213,10 @@ def sample(
 def export_command(
     run: Annotated[str, typer.Option("--run", help="a run's folder or name")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="folder to write (default: export/ in the run)")
+        Path | None,
+        typer.Option(
+            "--output", "-o", parser=_path, metavar="PATH", help="folder to write (default: export/ in the run)"
+        ),
     ] = None,
     weights: Annotated[str, typer.Option(help="ema (running average) or generator (raw)")] = "ema",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,

@@ -24,7 +24,7 @@ from typing import Any
 
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.config.files import mapping, replace_text
+from didr_core.config.files import expanded, mapping, replace_text
 from didr_core.config.provenance import provenance
 from didr_core.train.run_folder import RunFolder, disk, local_folder, read_lines
 from didr_core.types import DIDRError
@@ -94,7 +94,7 @@ class SweepFolder:
         Raises:
             DIDRError: there is none (names those that there are).
         """
-        for path in (Path(name).expanduser(), local_folder("output", output) / name):
+        for path in (expanded(name), local_folder("output", output) / name):
             if (path / "sweep.json").is_file():
                 return cls(path.resolve())
         there = sorted(p.parent.name for p in local_folder("output", output).glob("*/sweep.json"))

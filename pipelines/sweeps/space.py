@@ -21,6 +21,7 @@ from typing import Any
 
 from didr_core import config as configs
 from didr_core.config import Config
+from didr_core.config.files import expanded
 from didr_core.types import DIDRError
 
 Point = dict[str, Any]
@@ -101,7 +102,7 @@ def find(name: str) -> Space:
         DIDRError: unknown name, no such file, no `space()`, or something else than the plain data that README.md describes.
     """
     own = name.endswith(".py")
-    path = Path(name).expanduser() if own else _folder() / f"{name}.py"
+    path = expanded(name) if own else _folder() / f"{name}.py"
     if own and not path.is_file():
         raise DIDRError(f"--space {name!r}: no such file. Expected a Python file with a function space().")
     if not own and name not in names():

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from didr_core.config import Tracking, redacted
+from didr_core.config.files import expanded
 from didr_core.config.passwords import HIDDEN
 from didr_core.types import DIDRError
 
@@ -25,7 +26,7 @@ def resolve(tracking: Tracking, runs: Path) -> str:
         DIDRError: a scheme that MLflow does not speak, or a password that config.yaml does not keep and the environment does not have.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
-    uri = tracking.uri or given or f"sqlite:///{Path(runs).expanduser().absolute() / 'mlflow.db'}"
+    uri = tracking.uri or given or f"sqlite:///{expanded(runs).absolute() / 'mlflow.db'}"
     if HIDDEN in uri and redacted(given) == uri:
         uri = given
     if HIDDEN in uri:
@@ -34,7 +35,7 @@ def resolve(tracking: Tracking, runs: Path) -> str:
             "MLFLOW_TRACKING_URI, or give it again with --set tracking.uri=..."
         )
     if uri.startswith("sqlite:///~"):
-        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser()}"
+        uri = f"sqlite:///{expanded(uri.removeprefix('sqlite:///'))}"
     scheme = urlsplit(uri).scheme.partition("+")[0]
     if uri != "none" and scheme not in SCHEMES:
         hint = " MLflow 3 no longer writes file stores." if scheme in ("file", "") else ""

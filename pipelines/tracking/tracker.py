@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from didr_core.config import Config, Tracking, dump, flatten
+from didr_core.config.files import expanded
 from didr_core.config.limits import Limits
 from didr_core.config.provenance import commit
 from didr_core.train.alarms import explain
@@ -322,7 +323,7 @@ def _experiment(client: Any, name: str, uri: str, runs: Path) -> str:
     """Id of the experiment, made when absent. A local database keeps artifacts beside itself, a server decides itself."""
     found = client.get_experiment_by_name(name)
     if found is None:
-        where = (Path(runs).expanduser().absolute() / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+        where = (expanded(runs).absolute() / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
         try:
             return str(client.create_experiment(name, artifact_location=where))
         except Exception:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from didr_core.config.files import replace_text, replaced
+from didr_core.config.files import expanded, replace_text, replaced
 
 
 def test_a_file_is_replaced_whole_and_folders_are_made(tmp_path: Path) -> None:
@@ -24,3 +24,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: 
         partial.write_text("half")
         raise OSError("disk full")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_leading_tilde_is_the_home_folder_and_an_unknown_users_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded("~/x") == Path("/home/me/x") and expanded("~") == Path("/home/me")
+    assert expanded("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
+    assert expanded("/a/~/b") == Path("/a/~/b")

@@ -23,6 +23,7 @@ from didr_core.evaluate.evaluator import Evaluator
 from didr_core.evaluate.scores import card_section
 from didr_core.export.card import licences, model_card
 from didr_core.export.folder import export_run
+from didr_core.networks.lora import ADAPTER, KOHYA
 from didr_core.types import DIDRError
 
 PROMPTS = ["a red circle", "two blue rings"]
@@ -207,3 +208,59 @@ def test_terms_come_from_the_weights_own_card(folders: tuple[Path, Path], tmp_pa
         assert "openrail++" in dict(licences(configuration(folders)))["backbone pipeline `pipeline`"]
     finally:
         card.unlink()
+
+
+def test_a_card_is_for_others(folders: tuple[Path, Path]) -> None:
+    config = configuration(folders, roles={"generator": "lora", "rank": 8})
+    command = (
+        f"didr align --output=/home/me/runs/x --set backbone.pipeline={folders[0]} --set drp.beta=1/2 -r /a/b/c.yaml"
+    )
+    run = {"command": command, "versions": {"diffusers": "0.42.1", "torch": "2.13.0+cpu", "peft": "0.21.2", "ray": "2"}}
+    card = model_card(config, run=run, files=(ADAPTER, KOHYA))
+    tags = yaml.safe_load(card.split("---")[1])["tags"]
+    assert len(tags) == len(set(tags)) and "didr" in tags
+    assert "/home" not in card and str(folders[0].parent) not in card and "/a/b" not in card
+    assert "--output=x --set backbone.pipeline=pipeline --set drp.beta=1/2 -r c.yaml" in card
+    assert f'pipe.load_lora_weights("path/to/this/folder", weight_name="{ADAPTER}")' in card and "rank 8" in card
+    assert f"In A1111 and ComfyUI use `{KOHYA}`" in card
+    assert "`torch==2.13.0+cpu diffusers==0.42.1 peft==0.21.2`" in card and "diffusers 0.35" in card
+    assert ADAPTER not in model_card(config, run=run)
+
+
+def test_parts_are_the_sources_own_files_and_have_a_variants_name(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    config = configuration(folders)
+    backbone = build("backbones", config.backbone)
+    (folders[0] / "tokenizer" / "LICENSE").write_text("diffusers falls over a name without a dot")
+    out = export_run(config, backbone, backbone.load_network("generator"), tmp_path / "export", redraw=True)
+    for part in ("tokenizer", "tokenizer_2"):
+        own = {p.name: p.read_bytes() for p in (folders[0] / part).glob("*.*")}
+        written = {p.name: p.read_bytes() for p in (out / part).iterdir()}
+        assert {"vocab.json", "merges.txt"} <= written.keys()  # of these transformers 5 writes none
+        assert own.items() <= written.items() or "vocab.json" not in own
+    kept = json.loads((folders[0] / "text_encoder" / "config.json").read_text())
+    written = json.loads((out / "text_encoder" / "config.json").read_text())
+    assert kept | {"dtype": "float32", "torch_dtype": "float32"} == written  # else transformers 5 takes the file's type
+    for part, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        plain, half = out / part / f"{stem}.safetensors", out / part / f"{stem}.fp16.safetensors"
+        assert plain.samefile(half), "one file of two names"
+    assert (out / "unet" / "diffusion_pytorch_model.safetensors").samefile(
+        out / "didr_try_it_1step_unet_fp16.safetensors"
+    )
+
+
+def test_an_export_that_draws_something_else_is_not_kept(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    config = configuration(folders)
+    backbone = build("backbones", config.backbone)
+    export = backbone.export
+    other = backbone.load_network("generator")
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+    backbone.export = lambda _, folder: export(other, folder)
+    with pytest.raises(DIDRError, match=r"draws another picture than the generator \(mean difference "):
+        export_run(config, backbone, backbone.load_network("generator"), tmp_path / "export", redraw=True)
+    assert list(tmp_path.iterdir()) == []

@@ -169,6 +169,20 @@ def test_sample_and_export_say_what_is_missing(didr: Didr, toy: Path, tmp_path: 
     assert "either --run RUN or --export DIR" in didr("sample", "--prompt", "x")
 
 
+def test_a_home_folder_is_meant_wherever_a_path_is(
+    didr: Didr, toy: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells leave the ~ of ``--output=~/x`` and of ``--set a=~/x`` as it is."""
+    monkeypatch.setenv("HOME", str(half.parent))
+    monkeypatch.chdir(tmp_path)
+    didr("export", f"--run=~/{half.name}", "--output=~/again", code=0)
+    didr("sample", "--export=~/again", "--prompt", "~/a tilde", "--output=~/pictures", code=0)
+    assert [p.name for p in (half.parent / "pictures").iterdir()] == ["a-tilde-seed0.png"]
+    assert (half.parent / "again" / "model_index.json").is_file() and not list(tmp_path.iterdir())
+    assert str(half.parent / "no") in didr("sample", "--export=~/no", "--prompt", "x")
+    assert "no run folder" in didr("export", "--run=~no-such-user/x")
+
+
 @pytest.fixture(scope="module")
 def half(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, with one checkpoint; tests go on from copies of it."""
