@@ -28,7 +28,7 @@ from benchmarks.plain_loop import Plain
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.config.provenance import provenance
-from didr_core.config.schema import Train
+from didr_core.config.sections import Train
 from didr_core.plan import hollow, published
 from didr_core.train.learner import Learner
 from didr_core.types import Batch

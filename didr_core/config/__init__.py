@@ -1,13 +1,13 @@
-"""The run's configuration: what it may say (`schema`), how it is read (`load`), and how components are found by name (`registry`)."""
+"""The run's configuration: what it may say (`schema`, `sections`), how it is read (`load`), how components are found (`registry`)."""
 
 from didr_core.config.load import RECIPES, dump, flatten, load, recorded, validate
 from didr_core.config.passwords import redacted
 from didr_core.config.registry import WORLD, Component, Strict, build, bundled, component, locate
-from didr_core.config.schema import (
+from didr_core.config.schema import Config, Sizes, differentiable
+from didr_core.config.sections import (
     DRP,
     Anchor,
     Baseline,
-    Config,
     Data,
     Dtype,
     Dtypes,
@@ -17,12 +17,10 @@ from didr_core.config.schema import (
     Optim,
     Recompute,
     Roles,
-    Sizes,
     Times,
     Tracking,
     Train,
     Workers,
-    differentiable,
 )
 
 __all__ = [

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from didr_core.config import hub
 from didr_core.config.files import expanded
@@ -160,7 +160,7 @@ def explain_own(error: Any, own: type[BaseModel], name: str) -> str:
 class Component(Strict):
     """Base of a component's own Config: its key and its options."""
 
-    name: str
+    name: str = Field(description="which one, by the name of its file; or package.module:Class, file.py:Class")
 
     def exported(self, folder: Path) -> Self:
         """A backbone's config, with what its `export` wrote into ``folder`` as the generator: by default a whole pipeline."""

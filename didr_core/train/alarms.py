@@ -179,17 +179,17 @@ SYMPTOMS = frozenset(
 HACKING, NOT_FINITE = "reward-hacking", "not-finite"
 DAMAGE = SYMPTOMS | {HACKING}
 """What stops a run where `alarms.on_alarm` says so."""
-_SENTENCES = {alarm.name: alarm.sentence for alarm in ALARMS} | {
+SENTENCES = {alarm.name: alarm.sentence for alarm in ALARMS} | {
     HACKING: "The reward rose by more than {gain_rise:g} standard deviations while a sign of damage rings too: look at the grid before "
     "believing the curve.",
     NOT_FINITE: "A metric is NaN or infinite.",
 }
-NAMES = tuple(_SENTENCES)
+NAMES = tuple(SENTENCES)
 
 
 def explain(name: str, limits: Limits | None = None) -> str:
     """The sentence of an alarm with its threshold; a word of apology for a name that this version does not know."""
-    return _SENTENCES.get(name, "An alarm that this version of DIDR does not know.").format(**vars(limits or Limits()))
+    return SENTENCES.get(name, "An alarm that this version of DIDR does not know.").format(**vars(limits or Limits()))
 
 
 class Alarms:

@@ -1,4 +1,4 @@
-"""`didr`: align, sweep, evaluate, sample, export, prompts, doctor, config. A command imports the heavy libraries that it needs."""
+"""`didr`: align, sweep, evaluate, sample, export, prompts, doctor, explain, config. A command imports the heavy libraries that it needs."""
 
 from __future__ import annotations
 
@@ -277,6 +277,18 @@ def doctor(
 
     if not examine(recipe, overrides or (), gpu_gb, address, load_code):
         raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    key: Annotated[str | None, typer.Argument(help="e.g. drp.beta, or a section: drp (default: every key)")] = None,
+    recipe: Recipe = "tiny",
+    overrides: Overrides = None,
+) -> None:
+    """What a key of a recipe means, what it may be, and what it is in a recipe."""
+    from pipelines.cli.explain import explain as tell
+
+    tell(key, recipe, overrides or ())
 
 
 @config_app.command("show")

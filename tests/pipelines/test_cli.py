@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from didr_core import config as configs
 from pipelines.cli import main as cli
+from pipelines.cli.explain import keys
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,3 +101,31 @@ def test_prompts_of_any_kind_become_shards(capsys: pytest.CaptureFixture[str], t
 def nested(key: str, name: str) -> dict[str, Any]:
     section, _, below = key.partition(".")
     return {section: {below: name} if below else {"name": name, "option": 3}}
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "zimage_1gpu", "exact_2d"])
+def test_every_key_is_explained(recipe: str) -> None:
+    told = {key.path: key.meaning for key in keys(configs.load(recipe))}
+    assert not [path for path, meaning in told.items() if len(meaning) < 9]
+    assert "temperature" in told["drp.beta"]
+    assert "reward is not heard" in told["alarms.drs_silent"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["drp.beta"], ["drp.beta", "0.15", "number > 0", "temperature"]),
+        (["train", "-s", "train.batch=12"], ["train.batch", "12", "train.micro_batch", "train.threads"]),
+    ],
+)
+def test_explain(arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["explain", *arguments])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and all(word in out for word in said)
+
+
+def test_explain_names_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["explain", "drp.bet"])
+    assert stop.value.code == 1 and "Did you mean 'drp.beta'?" in capsys.readouterr().err
