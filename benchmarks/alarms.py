@@ -42,7 +42,7 @@ def row(folder: Path) -> list[str]:
     """A run's alarms by their first step, as the thresholds of now hear them; and aligned against start in its table."""
     run = RunFolder(folder)
     history = read_lines(run.metrics_path)
-    alarms, first = Alarms(run.config().alarms), dict[str, int]()
+    alarms, first = Alarms(), dict[str, int]()
     for line in history:
         for name in alarms.update({k: v for k, v in line.items() if k != "step" and not k.startswith("time/")}):
             first.setdefault(name, line["step"])
