@@ -31,5 +31,5 @@ class Limits(Strict):
     heldout_fall: float = Field(0.3, description="standard deviations of the start within a prompt")
     diversity_fall: float = Field(0.9, description="of the start's diversity over noise seeds")
     free_bits_fall: float = Field(0.25, description="bits of what captions leave free (bundled world)")
-    saturation_drift: float = Field(0.05, description="of the mean saturation, either way")
+    saturation_drift: float = Field(0.15, description="of the mean saturation, either way")
     still_weights: float = Field(0.5, description="share of the generator's weights")

@@ -243,11 +243,7 @@ class Evaluation(Strict):
         None,
         description="finished run to compare with, the same without the reward (diff_instruct); or its kept scores, a .json",
     )
-    every: int = Field(
-        0,
-        ge=0,
-        description="steps between grids and looks at held-out prompts during training; 0 = none between start and end",
-    )
+    every: int = Field(0, ge=0, description="steps between looks (grid, held-out measures) during training; 0 = none")
     watch: int = Field(64, ge=0, description="held-out prompts of a look, two noises each; 0 = grids alone")
 
 

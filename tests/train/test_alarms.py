@@ -41,7 +41,7 @@ LOOKS = {
     "heldout-falls": {"heldout/reward": 0.8, "heldout/judge": -0.4},
     "free-choice-lost": {"heldout/position_bits": 0.01, "heldout/background_bits": -0.51},
     "diversity-falls": {"heldout/diversity": 0.7},
-    "saturation-drifts": {"heldout/saturation": -0.09},
+    "saturation-drifts": {"heldout/saturation": -0.2},
     "weights-still": {"adam/below_eps": 0.8},
 }
 HEALTHY_LOOK = {
@@ -49,7 +49,7 @@ HEALTHY_LOOK = {
     "heldout/judge": 0.2,
     "heldout/utility": 0.1,
     "heldout/diversity": 1.05,
-    "heldout/saturation": 0.01,
+    "heldout/saturation": 0.06,
     "heldout/background_bits": -0.05,
     "heldout/position_bits": 0.0,
     "adam/below_eps": 0.02,

@@ -124,3 +124,8 @@ def test_a_loss_that_the_table_shows_rings_and_not_before_it_is_there() -> None:
     lost = CURVES["tiny-0"]["heldout/background_bits"]
     assert lost[39] > -0.2 > -0.5 > lost[49] > lost[59], "what the looks found at steps 40, 50, 60"
     assert first == {"free-choice-lost": 50, HACKING: 56, "diversity-falls": 60}
+
+
+def test_a_run_whose_table_shows_no_loss_rings_nothing() -> None:
+    """Seed 1 of it."""
+    assert heard("tiny-1")[0] == {}
