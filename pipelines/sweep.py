@@ -137,7 +137,7 @@ def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float, 
         _say(folder, began)  # nothing to go on with
         return
     digest = preflight(config, here=False, output=folder.path).digest
-    if told := compared(folder.info() | options.facts, digest, f"sweep {folder.path}"):
+    if told := compared({**folder.info(), **options.facts}, digest, f"sweep {folder.path}"):
         warn(told)
     folder.update(status="running", prompts=digest)
     folder.forget_lost()

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -148,6 +148,8 @@ SHARD = shard()
 
 
 @examples(200)
+@example(damages=[(926, b"\x19")], cut=0)  # a row group of fewer than no rows
+@example(damages=[(926, b"\x12")], cut=0)  # and of more than there are
 @given(damages=DAMAGES, cut=st.integers(0, 400))
 def test_shards(damages: list[tuple[int, bytes]], cut: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

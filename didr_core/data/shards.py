@@ -128,6 +128,8 @@ def read_footer(shard: str, column: str, id_column: str, key: str) -> tuple[list
         schema = file.schema_arrow
         schema.names  # noqa: B018  (they are decoded here)
         groups = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+        if min(groups, default=0) < 0:
+            raise ValueError(f"a row group of {min(groups)} rows")
     if column not in schema.names:
         near = difflib.get_close_matches(column, schema.names, 1) or difflib.get_close_matches(
             column.lower(), schema.names, 1
@@ -147,7 +149,10 @@ def read_footer(shard: str, column: str, id_column: str, key: str) -> tuple[list
     return groups, id_column in schema.names
 
 
-def read_group(shard: str, group: int, columns: Sequence[str], key: str) -> pa.Table:
-    """``columns`` of a row group, read from disk."""
+def read_group(shard: str, group: int, columns: Sequence[str], key: str, rows: int) -> pa.Table:
+    """``columns`` of a row group, read from disk; ``rows`` are expected in it."""
     with _open(shard, key) as file, _in_words(f"{key}: row group {group} of shard {shard} cannot be read"):
-        return file.read_row_group(group, columns=list(columns))
+        table = file.read_row_group(group, columns=list(columns))
+        if len(table) != rows:
+            raise ValueError(f"{len(table)} rows, where its footer told of {rows}")
+        return table
