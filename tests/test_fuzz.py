@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -165,6 +165,8 @@ SHARDS = {
 
 
 @examples(300)
+@example(name="a.parquet", damages=[(926, b"\x19")], cut=0)  # a row group of fewer than no rows
+@example(name="a.parquet", damages=[(926, b"\x12")], cut=0)  # and of more than there are
 @given(name=st.sampled_from(list(SHARDS)), damages=DAMAGES, cut=st.integers(0, 400))
 def test_shards(name: str, damages: list[tuple[int, bytes]], cut: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -36,8 +36,8 @@ def test_the_table_counts_by_kind() -> None:
         {"kind": "disk full", "outcome": "failed cleanly", "recovery_s": 10.0, "lost": 9},
     ]
     lines = table(rows).splitlines()
-    assert "| reward hangs |  | 1 |  |  | 1 |  | 40.0 (40.0) | 3 |" in lines
-    assert lines[-1] == "| **all** |  | 2 |  |  | 1 |  | 25.0 (40.0) | 9 |"
+    assert "| reward hangs |  | 1 |  |  |  | 1 |  | 40.0 (40.0) | 3 |" in lines
+    assert lines[-1] == "| **all** |  | 2 |  |  |  | 1 |  | 25.0 (40.0) | 9 |"
 
 
 def test_a_door_can_be_shut_and_opened_again() -> None:

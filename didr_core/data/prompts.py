@@ -178,7 +178,7 @@ class PromptIndex:
     def _rows(self, group: RowGroup, start: int = 0, stop: int | None = None) -> pa.Table:
         """Rows of a row group, read from disk: ``prompt``, ``id``, and where they stand, ``shard`` and ``row``."""
         columns = [self.column, *([self.id_column] if self.id_column else [])]
-        table = read_group(self.shards[group.shard], group.number, columns, self.key)
+        table = read_group(self.shards[group.shard], group.number, columns, self.key, group.rows)
         table = table.slice(start, None if stop is None else stop - start)
         rows = range(group.first + start, group.first + start + len(table))
         self._refuse_other_encodings(group, start, table)

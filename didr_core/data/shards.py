@@ -129,7 +129,10 @@ def read_schema(shard: str, column: str, key: str) -> tuple[pa.Schema, list[int]
     with _open(shard, key) as file, _in_words(f"{key}: shard {shard} is not a readable Parquet file"):
         schema = file.schema_arrow
         schema.names  # noqa: B018  (they are decoded here)
-        return schema, [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+        groups = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+        if min(groups, default=0) < 0:
+            raise ValueError(f"a row group of {min(groups)} rows")
+        return schema, groups
 
 
 def read_footer(shard: str, column: str, id_column: str, key: str) -> tuple[list[int], bool]:
@@ -154,12 +157,15 @@ def read_footer(shard: str, column: str, id_column: str, key: str) -> tuple[list
     return groups, id_column in schema.names
 
 
-def read_group(shard: str, group: int, columns: Sequence[str], key: str) -> pa.Table:
-    """``columns`` of a row group, read from disk; the first is the text column."""
+def read_group(shard: str, group: int, columns: Sequence[str], key: str, rows: int) -> pa.Table:
+    """``columns`` of a row group, read from disk; the first is the text column. ``rows`` are expected in it."""
     if readers.kind(shard) in readers.KINDS:
         return read_table(shard, columns[0], key).select(list(columns)).slice(group * GROUP, GROUP)
     with _open(shard, key) as file, _in_words(f"{key}: row group {group} of shard {shard} cannot be read"):
-        return file.read_row_group(group, columns=list(columns))
+        table = file.read_row_group(group, columns=list(columns))
+        if len(table) != rows:
+            raise ValueError(f"{len(table)} rows, where its footer told of {rows}")
+        return table
 
 
 def read_table(shard: str, column: str, key: str) -> pa.Table:
