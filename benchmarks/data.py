@@ -35,8 +35,8 @@ from benchmarks.machine import Tree, wait_until_idle
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.config.provenance import provenance
-from didr_core.data.feed import Columns, LocalFeed
-from didr_core.data.prompts import open_prompts
+from didr_core.data.feed import LocalFeed
+from didr_core.data.prompts import Columns, open_prompts
 from pipelines.cluster.resources import Need
 from pipelines.cluster.session import ray_session
 
@@ -49,7 +49,7 @@ BLOCK = 1000
 class StubEncoder:
     """Makes 1 KiB a prompt."""
 
-    def __init__(self, config: Config) -> None: ...
+    def __init__(self, tree: dict[str, Any]) -> None: ...
 
     def __call__(self, batch: Columns) -> Columns:
         """Adds a condition."""
@@ -59,7 +59,7 @@ class StubEncoder:
 class StubReward:
     """Makes two numbers a prompt."""
 
-    def __init__(self, config: Config) -> None: ...
+    def __init__(self, tree: dict[str, Any]) -> None: ...
 
     def __call__(self, batch: Columns) -> Columns:
         """Adds baseline and spread."""
@@ -74,12 +74,12 @@ def recipe(*changes: str) -> Config:
 
 def stream(config: Config, stages: Any = None) -> Iterator[int]:
     """Prompts that have arrived at the trainer so far, a batch at a time."""
-    from pipelines.cluster import prompts
+    from pipelines.cluster import prompts, worker
 
     made = prompts.prompt_stream(config, open_prompts(config), 0, SMALL, SMALL, *([stages] if stages else []))
     made.context.execution_options = prompts.execution_options()
     (shard,) = made.streaming_split(1, equal=True)
-    for done, batch in enumerate(prompts.batches(shard, config.sizes.share), 1):
+    for done, batch in enumerate(worker.batches(shard, config.sizes.share), 1):
         assert int(batch.index[0]) == (done - 1) * len(batch), "batches must come in order"
         yield done * len(batch)
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.overhead                              # on idle cores; 12 minutes at most; called again, it goes on
     python -m benchmarks.overhead --rounds 1 --steps 6         # a first look
+    python -m benchmarks.overhead --prepared                   # the prompts made before training (workers.precompute)
 
 Each case is a process of its own, the cases take turns, and a round is one turn of all. All of them make the updates of recipe `tiny` (five
 of the TA, one of the generator) at a smaller batch, on one CPU thread a worker: a worker of Ray has one core here, so the plain loop gets
@@ -9,7 +10,8 @@ one, too.
 
 - `plain`: `Learner.step` in a bare loop over batches that were made before.
 - `local`: `didr align --local`: it makes its batches, follows the run (console, MLflow, alarms), and leaves a run folder.
-- `ray1`: `didr align` with one worker. Encoder and reward actors, driver and Ray share the machine with it.
+- `ray1`: `didr align` with one worker. Encoder and reward actors, driver and Ray share the machine with it; with `--prepared` the actors
+  have ended before the first step, as on a GPU that all share, and what is left is the loop and Ray alone.
 - `plain2`, `ray2`: two processes at half the batch each. Two trainings side by side slow each other down on any machine, and averaging
   gradients costs what it costs: two workers of Ray stand beside two plain processes that average over gloo, and these beside `plain`.
 
@@ -66,6 +68,7 @@ def run_case(case: str, folder: Path, options: argparse.Namespace) -> dict[str, 
         str(folder),
         str(options.steps),
         str(options.batch),
+        str(int(options.prepared)),
     ]
     run, looks = RunFolder(folder / "run"), []
     busy, began = busy_seconds(), time.time()
@@ -200,11 +203,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=4, help="prompts a step; even")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for idle cores before a case")
+    parser.add_argument(
+        "--prepared", action="store_true", help="workers.precompute=true: the loop and Ray without actors"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/overhead"), help="what is finished lies here")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of overhead.json and overhead.md")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables")
     given = parser.parse_args(arguments)
     made, began, longest = provenance(), time.monotonic(), 0.0
-    work = given.work / f"{made['commit']}-{given.steps}x{given.batch}"
+    kind = "overhead_prepared" if given.prepared else "overhead"
+    work = given.work / f"{kind}-{made['commit']}-{given.steps}x{given.batch}"
     rounds: list[dict[str, Any]] = []
     for number in range(given.rounds):
         if rounds and time.monotonic() - began + longest > 60 * given.minutes:
@@ -221,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds.append(rows)
         longest = max(longest, time.monotonic() - since)
         report = {
-            "command": "python -m benchmarks.overhead",
+            "command": "python -m benchmarks.overhead" + given.prepared * " --prepared",
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
@@ -230,8 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **report_of(rounds, given.batch),
         }
         given.output.mkdir(parents=True, exist_ok=True)
-        (given.output / "overhead.json").write_text(json.dumps(report, indent=1) + "\n")
-        (given.output / "overhead.md").write_text(markdown(report))
+        (given.output / f"{kind}.json").write_text(json.dumps(report, indent=1) + "\n")
+        (given.output / f"{kind}.md").write_text(markdown(report))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One case of `benchmarks.overhead`, in a process of its own: `python -m benchmarks.overhead_case CASE FOLDER STEPS BATCH`.
+"""One case of `benchmarks.overhead`, in a process of its own: `python -m benchmarks.overhead_case CASE FOLDER STEPS BATCH PREPARED`.
 
 Writes FOLDER/case.json: when the first step ended, the profile of the steps, and what the prompts took of Ray's object store.
 """
@@ -28,7 +28,7 @@ from didr_core.train.profile import Profile
 from didr_core.train.run_folder import read_lines
 
 
-def settings(steps: int, batch: int, workers: int) -> list[str]:
+def settings(steps: int, batch: int, workers: int, prepared: bool) -> list[str]:
     """Recipe `tiny` with short steps, of which all are whole, and with no scores at the end."""
     changes = {
         "train.steps": steps,
@@ -36,6 +36,7 @@ def settings(steps: int, batch: int, workers: int) -> list[str]:
         "train.assistant_warmup": 0,
         "train.checkpoint_every": 10 * steps,
     }
+    changes |= {"workers.precompute": str(prepared).lower()}
     changes |= {"workers.train": workers, "evaluation.prompts": 0, "evaluation.grid": 1}
     return [f"{key}={value}" for key, value in changes.items()]
 
@@ -106,7 +107,7 @@ def main() -> int:
     """The command line; returns the exit code."""
     case, folder, steps, batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     workers = 2 if case.endswith("2") else 1
-    changes = settings(steps, batch, workers)
+    changes = settings(steps, batch, workers, prepared=sys.argv[5] == "1")
     if not case.startswith("plain"):
         aligned(case, folder, changes)
         return 0

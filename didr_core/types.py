@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:  # every one of Ray's helper processes imports this module, and torch takes a second
+    import torch
+    from torch import Tensor, nn
 
-Tensors = Mapping[str, Tensor]
+Tensors: TypeAlias = "Mapping[str, Tensor]"
 
 
 class DIDRError(Exception):
@@ -52,6 +53,8 @@ class Condition:
 
     def cat(self, other: Condition) -> Condition:
         """Concatenate along the batch."""
+        import torch
+
         return Condition({k: torch.cat([v, other.tensors[k]]) for k, v in self.tensors.items()})
 
     def to(self, *args: Any, **kwargs: Any) -> Condition:

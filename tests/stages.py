@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from didr_core.config import Config
-
 
 class Encoder:
     """Cheap, and slower for some blocks than for others, so that actors of a pool overtake each other."""
 
     width = 5
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, tree: dict[str, Any]) -> None:
         pass
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +28,7 @@ class Encoder:
 
 
 class Preparer:
-    def __init__(self, config: Config) -> None:
+    def __init__(self, tree: dict[str, Any]) -> None:
         pass
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import data
-from didr_core.data.feed import columns, to_batch
-from didr_core.data.prompts import PromptIndex
+from didr_core.data.feed import to_batch
+from didr_core.data.prompts import PromptIndex, columns
 
 
 def test_growth_is_between_the_second_and_the_last_fifth() -> None:

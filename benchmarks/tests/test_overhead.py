@@ -85,7 +85,7 @@ def test_ratios_are_of_one_round_and_a_checkpoint_is_spread() -> None:
 
 
 def test_the_bare_loop_makes_its_steps(tmp_path: Path) -> None:
-    config = configs.load("tiny", [*overhead_case.settings(2, 2, 1), "train.assistant_updates=1"])
+    config = configs.load("tiny", [*overhead_case.settings(2, 2, 1, False), "train.assistant_updates=1"])
     overhead_case.plain(0, config, tmp_path)
     told = json.loads((tmp_path / "case.json").read_text())
     assert len(told["profile"]["steps"]) == 1 and told["first_at"] > 0

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from didr_core.config import hub, reward_contract
+from didr_core.config import hub
 from didr_core.config.files import expanded
 from didr_core.types import OPTIONAL, DIDRError
 
@@ -202,7 +202,11 @@ def stand_in(name: str) -> type[StandIn] | None:
 def build(kind: str, config: Component) -> Any:
     """The component that ``config`` describes; a reward keeps to :mod:`didr_core.config.reward_contract`."""
     made = find(kind, config.name)(config)
-    return reward_contract.kept(made, config.name) if kind == "rewards" else made
+    if kind != "rewards":
+        return made
+    from didr_core.config import reward_contract  # needs torch, which a plan does not
+
+    return reward_contract.kept(made, config.name)
 
 
 def bundled(path: str) -> Path | None:

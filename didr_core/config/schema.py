@@ -6,15 +6,17 @@ Components (algorithm, backbone, reward) bring their own small ``Config``, found
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from didr_core.config import registry
 from didr_core.config.files import expanded
 from didr_core.config.registry import Component, Strict, component
 from didr_core.types import DIDRError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Data(Strict):
@@ -318,6 +320,8 @@ class Config(Strict):
         Raises:
             DIDRError: "cuda" is asked for and there is none.
         """
+        import torch
+
         if self.device == "cuda" and not torch.cuda.is_available():
             raise DIDRError(
                 "device='cuda': this process sees no CUDA device. Use device=auto or cpu, or give the worker a GPU."

@@ -21,9 +21,7 @@ import pyarrow.parquet as pq
 
 from didr_core.config import Config
 from didr_core.config.files import replaced
-
-Columns = dict[str, Any]
-"""Name to numpy array; all of one length."""
+from didr_core.data.prompts import Columns
 
 _DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError)
 
@@ -31,10 +29,10 @@ _DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError)
 class Kept:
     """A stage, whose columns are read from ``config.cache`` where they are there; its models are loaded when the first are not."""
 
-    def __init__(self, stage: type[Any], config: Config, *more: Any) -> None:
-        """``stage``: built as ``stage(config, *more)``; has ``key(config)`` and ``reads``, the columns its work follows from."""
+    def __init__(self, stage: type[Any], config: Config) -> None:
+        """``stage``: built as ``stage(config)``; has ``key(config)`` and ``reads``, the columns its work follows from."""
         assert config.cache is not None
-        self.stage, self.config, self.more = stage, config, more
+        self.stage, self.config = stage, config
         self.folder = config.cache / stage.key(config)
         self._made: Any = None
 
@@ -43,7 +41,7 @@ class Kept:
         path = self.path(batch)
         added = self._read(path)
         if added is None:
-            self._made = self._made or self.stage(self.config, *self.more)
+            self._made = self._made or self.stage(self.config)
             added = {name: value for name, value in self._made(batch).items() if name not in batch}
             write_columns(path, added)
         return {**batch, **added}

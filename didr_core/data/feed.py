@@ -18,22 +18,13 @@ from torch import Tensor
 
 from didr_core.config import Config, build, fingerprint
 from didr_core.config.provenance import versions
-from didr_core.data.cache import Columns, Kept
-from didr_core.data.prompts import Prompt, PromptIndex, open_prompts
+from didr_core.data.cache import Kept
+from didr_core.data.prompts import Columns, PromptIndex, columns, open_prompts
 from didr_core.diffusion.noise import Noise
 from didr_core.networks import roles
 from didr_core.types import Backbone, Batch, Condition, DIDRError
 
 CONDITION, REWARD = "condition/", "reward/"
-
-
-def columns(prompts: Sequence[Prompt]) -> Columns:
-    """``index [B] int64``, ``id [B]`` and ``prompt [B]`` of samples."""
-    return {
-        "index": np.array([p.index for p in prompts], np.int64),
-        "id": np.array([p.id for p in prompts], object),
-        "prompt": np.array([p.prompt for p in prompts], object),
-    }
 
 
 class PromptEncoder:
@@ -169,7 +160,12 @@ class LocalFeed:
 def stages(config: Config) -> Sequence[Any]:
     """What makes a batch of prompts, in order. With ``data.cache`` they load nothing as long as all is there."""
     kinds = [PromptEncoder, *([RewardPreparer] if config.needs_reward else [])]
-    return [Kept(kind, config) if config.cache else kind(config) for kind in kinds]
+    return [stage(kind, config) for kind in kinds]
+
+
+def stage(kind: type[Any], config: Config) -> Any:
+    """One of them."""
+    return Kept(kind, config) if config.cache else kind(config)
 
 
 def samples(config: Config, index: PromptIndex, first: int, count: int) -> Columns:

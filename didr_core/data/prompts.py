@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +40,10 @@ VISIBLE = r"[^\s\pZ\pM\p{Cc}\p{Cf}\x{115F}\x{1160}\x{2800}\x{3164}\x{FFA0}]"
 BOM = "\ufeff"
 
 
+Columns = dict[str, Any]
+"""Name to numpy array; all of one length."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One sample: its place in the stream, the id of its prompt in the corpus, and the text."""
@@ -47,6 +51,15 @@ class Prompt:
     index: int
     id: str
     prompt: str
+
+
+def columns(prompts: Sequence[Prompt]) -> Columns:
+    """``index [B] int64``, ``id [B]`` and ``prompt [B]`` of samples."""
+    return {
+        "index": np.array([p.index for p in prompts], np.int64),
+        "id": np.array([p.id for p in prompts], object),
+        "prompt": np.array([p.prompt for p in prompts], object),
+    }
 
 
 class RowGroup(NamedTuple):

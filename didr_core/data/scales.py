@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from didr_core.config import Config
-from didr_core.data.feed import PromptEncoder, RewardPreparer, columns
-from didr_core.data.prompts import open_prompts
+from didr_core.data.feed import PromptEncoder, RewardPreparer
+from didr_core.data.prompts import columns, open_prompts
 from didr_core.rewards.composite import Composite, with_scales
 from didr_core.types import DIDRError
 

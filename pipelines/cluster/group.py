@@ -10,21 +10,22 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ray.data import Dataset
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from didr_core.config import Config
-from didr_core.data import scales
+from didr_core.data import feed, scales
+from didr_core.data.precompute import SAYS, absent, require_room
 from didr_core.data.prompts import PromptIndex
 from didr_core.plan import fit
 from didr_core.train.loop import Observer
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError
-from pipelines.cluster.prompts import execution_options, precompute, prompt_stream
-from pipelines.cluster.remote import elsewhere, users_mistake
+from pipelines.cluster.prompts import execution_options, prompt_stream
+from pipelines.cluster.remote import by_name, elsewhere, users_mistake
 from pipelines.cluster.resources import ClusterView, encoder_need, reward_need, train_need
 from pipelines.cluster.scoring import start_scorers
-from pipelines.cluster.worker import train_worker
 
 
 def fitted(config: Config, view: ClusterView, at_once: int = 1) -> tuple[Config, str]:
@@ -81,14 +82,28 @@ def fit_until_done(
 
 
 def _precompute(config: Config, run: RunFolder, index: PromptIndex, observer: Observer, view: ClusterView) -> None:
-    workers, cursor = config.workers, run.last_step() * config.train.batch
+    """:func:`didr_core.data.precompute.precompute` by the actors of the prompt stream, which are gone when it returns."""
+    share, stages = config.sizes.share, feed.stages(config)
+    todo = list(absent(config, index, stages, share, run.last_step() * config.train.batch))
+    if not todo:
+        return
+    last = config.sizes.total_prompts // share
     try:
-        encoder, reward = encoder_need(workers, view), reward_need(workers, view)
-        precompute(config, index, cursor, encoder, reward, observer.stage, run.calls_path)
+        stream = _stream(config, run, index, view, todo[0] * share).select_columns(["index"])
+        stream.context.execution_options = execution_options()
+        for number, _ in zip(range(todo[0], last), stream.iter_batches(batch_size=share), strict=True):
+            if number == todo[0]:
+                require_room(config, stages, feed.samples(config, index, number * share, share), len(todo) - 1)
+            observer.stage(SAYS, number + 1 - todo[0], last - todo[0])
     except Exception as error:
         if mistake := users_mistake(error):
             raise mistake from error
         raise
+
+
+def _stream(config: Config, run: RunFolder, index: PromptIndex, view: ClusterView, cursor: int) -> Dataset:
+    encoder, reward = encoder_need(config.workers, view), reward_need(config.workers, view)
+    return prompt_stream(config, index, cursor, encoder, reward, calls=run.calls_path)
 
 
 def _trainer(
@@ -104,11 +119,9 @@ def _trainer(
     need = train_need(workers, view)
     datasets = {}
     if step < config.train.steps and not config.precomputed:  # else each worker reads its share itself
-        cursor = step * config.train.batch
-        encoder, reward = encoder_need(workers, view), reward_need(workers, view)
-        datasets["train"] = prompt_stream(config, index, cursor, encoder, reward, calls=run.calls_path)
+        datasets["train"] = _stream(config, run, index, view, step * config.train.batch)
     return TorchTrainer(
-        train_worker,
+        by_name("pipelines.cluster.worker", "train_worker"),
         train_loop_config={
             "config": config,
             "run": run,

@@ -12,26 +12,19 @@ Nothing materialises on the driver, and back-pressure bounds what is made ahead 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 from ray.data import ActorPoolStrategy, Dataset, ExecutionOptions, ExecutionResources
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from didr_core.config import Config
-from didr_core.data import feed
-from didr_core.data.cache import Kept
-from didr_core.data.feed import Columns, PromptEncoder, RewardPreparer, columns, to_batch
-from didr_core.data.precompute import SAYS, absent, require_room
-from didr_core.data.prompts import PromptIndex
-from didr_core.train.patience import Calls
-from didr_core.types import Batch
+from didr_core.data.prompts import Columns, PromptIndex, columns
 from pipelines.cluster.resources import Need
 
 CHUNK = 2048
@@ -95,48 +88,47 @@ class _Reader:
         return [pa.table({k: v.tolist() if v.dtype == object else v for k, v in batch.items()})]
 
 
-class EncoderActor(PromptEncoder):
-    """:class:`didr_core.data.feed.PromptEncoder` as a Ray Data actor."""
+class _Stage:
+    """A stage of :mod:`didr_core.data.feed` as a Ray Data actor, which says what it is at.
 
-    def __init__(self, config: Config, calls: Path | None = None) -> None:
+    Opens its configuration and imports what it needs when it is made: the stream passes through helper processes of Ray's, one after the
+    other, and torch would take a second of each.
+    """
+
+    def __init__(self, tree: Mapping[str, Any], calls: Path | None, who: str, of: str) -> None:
+        import torch
+
+        from didr_core.data import feed
+        from didr_core.train.patience import Calls
+
         torch.set_num_threads(1)
-        self.calls = Calls(calls, "a prompt encoder")
+        self.calls = Calls(calls, who)
         with self.calls.at("loading"):
-            super().__init__(config)
+            self.stage = feed.stage(getattr(feed, of), Config(**tree))
+
+
+class EncoderActor(_Stage):
+    """:class:`didr_core.data.feed.PromptEncoder`, or what is kept of it."""
+
+    def __init__(self, tree: Mapping[str, Any], calls: Path | None = None) -> None:
+        super().__init__(tree, calls, "a prompt encoder", "PromptEncoder")
 
     def __call__(self, batch: Columns) -> Columns:
         """See there."""
         with self.calls.at(f"encoding {len(batch['prompt'])} prompts"):
-            return super().__call__(batch)
+            return self.stage(batch)
 
 
-class RewardActor(RewardPreparer):
-    """:class:`didr_core.data.feed.RewardPreparer` as a Ray Data actor."""
+class RewardActor(_Stage):
+    """:class:`didr_core.data.feed.RewardPreparer`, or what is kept of it."""
 
-    def __init__(self, config: Config, calls: Path | None = None) -> None:
-        torch.set_num_threads(1)
-        self.calls = Calls(calls, f"the reward actor of {config.reward and config.reward.name!r}")
-        with self.calls.at("loading"):
-            super().__init__(config)
+    def __init__(self, tree: Mapping[str, Any], calls: Path | None = None) -> None:
+        super().__init__(tree, calls, f"the reward actor of {tree['reward']['name']!r}", "RewardPreparer")
 
     def __call__(self, batch: Columns) -> Columns:
         """See there."""
         with self.calls.at(f"scoring the start's pictures of {len(batch['prompt'])} prompts"):
-            return super().__call__(batch)
-
-
-class KeptEncoder(Kept):
-    """The same, for `data.cache`."""
-
-    def __init__(self, config: Config, *calls: Path) -> None:
-        super().__init__(EncoderActor, config, *calls)
-
-
-class KeptReward(Kept):
-    """The same, for `data.cache`."""
-
-    def __init__(self, config: Config, *calls: Path) -> None:
-        super().__init__(RewardActor, config, *calls)
+            return self.stage(batch)
 
 
 def prompt_stream(
@@ -145,7 +137,7 @@ def prompt_stream(
     cursor: int,
     encoder: Need,
     reward: Need,
-    stages: tuple[type[Any], type[Any]] | None = None,
+    stages: tuple[type[Any], type[Any]] = (EncoderActor, RewardActor),
     calls: Path | None = None,
 ) -> Dataset:
     """The run's remaining samples as a dataset of training columns, one block a rank and step.
@@ -153,10 +145,9 @@ def prompt_stream(
     Args:
         cursor: samples that all ranks together have consumed; a multiple of ``train.batch``.
         encoder: what an encoder actor reserves. reward: what a reward-model actor reserves.
-        stages: the two actor classes, called with the config (tests put cheap ones here).
+        stages: the two actor classes, called with the configuration as a plain tree (tests put cheap ones here).
         calls: folder in which they say what they are at; given to them, too.
     """
-    stages = stages or ((KeptEncoder, KeptReward) if config.cache else (EncoderActor, RewardActor))
     # or a stage's error were lost in what Ray wraps it in
     ray.data.DataContext.get_current().raise_original_map_exception = True
     total = config.sizes.total_prompts
@@ -175,7 +166,7 @@ def _actors(
 ) -> Dataset:
     return stream.map_batches(
         stage,
-        fn_constructor_args=(config, calls) if calls else (config,),
+        fn_constructor_args=(config.model_dump(mode="json"), *([calls] if calls else [])),
         batch_size=share,
         batch_format="numpy",
         zero_copy_batch=False,
@@ -185,43 +176,9 @@ def _actors(
     )
 
 
-def precompute(
-    config: Config,
-    index: PromptIndex,
-    cursor: int,
-    encoder: Need,
-    reward: Need,
-    say: Callable[[str, int, int], None],
-    calls: Path | None = None,
-) -> None:
-    """:func:`didr_core.data.precompute.precompute` by the actors of :func:`prompt_stream`, which are gone when it returns.
-
-    Raises:
-        DIDRError: it would not fit on the disk. RayError: what a stage raised, or its death.
-    """
-    share, stages = config.sizes.share, feed.stages(config)
-    todo = list(absent(config, index, stages, share, cursor))
-    if not todo:
-        return
-    stream = prompt_stream(config, index, todo[0] * share, encoder, reward, calls=calls).select_columns(["index"])
-    stream.context.execution_options = execution_options()
-    last = config.sizes.total_prompts // share
-    for number, _ in zip(range(todo[0], last), stream.iter_batches(batch_size=share), strict=True):
-        if number == todo[0]:
-            require_room(config, stages, feed.samples(config, index, number * share, share), len(todo) - 1)
-        say(SAYS, number + 1 - todo[0], last - todo[0])
-
-
 def execution_options() -> ExecutionOptions:
     """Order kept, and a bound on what lies ahead of the trainers."""
     options = ExecutionOptions()
     options.preserve_order = True
     options.resource_limits = ExecutionResources.for_limits(object_store_memory=AHEAD_BYTES)
     return options
-
-
-def batches(shard: Any, share: int) -> Iterator[Batch]:
-    """Training batches of one rank from its dataset shard."""
-    rows: Iterable[Columns] = shard.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=1)
-    for row in rows:
-        yield to_batch(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import threading
 import traceback
@@ -43,6 +44,15 @@ def elsewhere(
         if mistake := users_mistake(error):
             raise mistake from error
         raise
+
+
+def by_name(module: str, function: str) -> Callable[[Any], Any]:
+    """A function of one argument, imported where it is called and not where it passes through: torch takes Ray's helpers a second each."""
+
+    def call(argument: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(argument)
+
+    return call
 
 
 def in_thread(function: Callable[..., None], *arguments: Any) -> Future[None]:

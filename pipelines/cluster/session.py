@@ -40,19 +40,17 @@ ALWAYS_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # or relative paths of the recipe would mean something else on a trainer than in the preflight
 }
-HERE_ENV = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and its process costs seconds of the start
-}
 QUIET_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # one run wrote 7,000 lines without
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 HERE_ENV = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and its process costs seconds of the start
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # where no cluster is to be, Ray listens on 127.0.0.1; on Linux, too
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",  # so do the workers' collective calls
 }
-"""Of a Ray of our own: nobody outside of this machine is let in."""
+"""Of a Ray of our own; nobody outside of this machine is let in."""
 TOKEN = Path.home() / ".ray" / "auth_token"
 WAIT_FOR_NODES_S = 600.0
 """How long to wait for the nodes of a cluster that may still be starting."""
@@ -167,8 +165,6 @@ def ray_session(address: str | None = None, num_cpus: int = 4, verbose: bool = F
         if not verbose:
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\.")
         if place.kind == "here":
-            for key, value in HERE_ENV.items():
-                os.environ.setdefault(key, value)
             _start(num_cpus, verbose, level)
         else:
             _attach(place, verbose, level)
@@ -243,7 +239,13 @@ def _start(slots: int, verbose: bool, level: str) -> None:
         TOKEN.parent.mkdir(mode=0o700, exist_ok=True)
     for last in (False, True):
         try:
-            ray.init("local", num_cpus=slots, log_to_driver=verbose, logging_level=level)
+            ray.init(
+                "local",
+                num_cpus=slots,
+                include_dashboard=verbose,
+                log_to_driver=verbose,
+                logging_level=level,
+            )
             with suppress(OSError):  # Ray lets everybody read it
                 TOKEN.chmod(0o600)
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray.train
@@ -10,14 +10,14 @@ import ray.train.torch
 import torch
 
 from didr_core.config import Config
-from didr_core.data.feed import LocalFeed, ahead
+from didr_core.data.feed import LocalFeed, ahead, to_batch
+from didr_core.data.prompts import Columns
 from didr_core.evaluate.finish import Gallery, Say, finish
 from didr_core.train import distributed
 from didr_core.train.learner import Learner
 from didr_core.train.loop import Journal, Observer, loop
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import Batch, Parallel
-from pipelines.cluster.prompts import batches
 from pipelines.cluster.remote import users_mistake
 from pipelines.cluster.scoring import ActorReward
 from pipelines.report.figures import save_grid
@@ -66,3 +66,10 @@ def _train(ranks: Parallel, config: Config, run: RunFolder, corpus: str, scorers
     learner.gather()
     if first:
         finish(learner, config, run, stage, save_grid)
+
+
+def batches(shard: Any, share: int) -> Iterator[Batch]:
+    """Training batches of one rank from its dataset shard."""
+    rows: Iterable[Columns] = shard.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=1)
+    for row in rows:
+        yield to_batch(row)

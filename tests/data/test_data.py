@@ -24,8 +24,8 @@ from toy import toy_recipe
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.data import prompts as data
-from didr_core.data.feed import LocalFeed, PromptEncoder, RewardPreparer, ahead, columns
-from didr_core.data.prompts import PromptIndex
+from didr_core.data.feed import LocalFeed, PromptEncoder, RewardPreparer, ahead
+from didr_core.data.prompts import PromptIndex, columns
 from didr_core.types import DIDRError
 
 

@@ -17,7 +17,8 @@ from random_models import clip_folder, prompt_shards, sdxl_folder
 from didr_core import config
 from didr_core.config import Config, registry
 from didr_core.data import scales
-from didr_core.data.feed import LocalFeed, PromptEncoder, RewardPreparer, columns
+from didr_core.data.feed import LocalFeed, PromptEncoder, RewardPreparer
+from didr_core.data.prompts import columns
 from didr_core.rewards.composite import Composite, part_names
 from didr_core.train.learner import Learner
 from didr_core.types import DIDRError

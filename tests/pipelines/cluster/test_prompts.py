@@ -65,7 +65,7 @@ def ranks(
     config: Config, cursor: int, stages: Any = None, limit: int | None = None
 ) -> tuple[list[list[Batch]], list[float]]:
     """What each rank receives, read by all ranks at once; and when the first batch came."""
-    from pipelines.cluster import prompts
+    from pipelines.cluster import prompts, worker
 
     began = time.perf_counter()
     index = PromptIndex.open(config.data.prompts)
@@ -75,7 +75,7 @@ def ranks(
     firsts: list[float] = []
 
     def read(rank: int, shard: Any) -> None:
-        for batch in prompts.batches(shard, config.sizes.share):
+        for batch in worker.batches(shard, config.sizes.share):
             firsts.append(time.perf_counter() - began)
             received[rank].append(batch)
             if limit and len(received[rank]) == limit:
@@ -202,7 +202,7 @@ def test_a_slow_trainer_holds_back_the_encoders(toy: Path, monkeypatch: pytest.M
     """Blocks of 1 MiB with 64 MiB allowed ahead: the object store must not fill up with the 2,000 that the run will need."""
     import ray
 
-    from pipelines.cluster import prompts
+    from pipelines.cluster import prompts, worker
 
     monkeypatch.setattr(prompts, "AHEAD_BYTES", 64 * 2**20)
     config = configs.load(str(toy), ["train.steps=1000"])
@@ -216,7 +216,7 @@ def test_a_slow_trainer_holds_back_the_encoders(toy: Path, monkeypatch: pytest.M
         return (whole - ray.available_resources().get("object_store_memory", 0.0)) / 2**20
 
     before = used()
-    shards = [prompts.batches(s, config.sizes.share) for s in stream.streaming_split(2, equal=True)]
+    shards = [worker.batches(s, config.sizes.share) for s in stream.streaming_split(2, equal=True)]
     most = 0.0
     for _ in range(3):
         threads = [threading.Thread(target=next, args=(shard,)) for shard in shards]
