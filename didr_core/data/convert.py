@@ -98,8 +98,8 @@ def tables(path: str, column: str, id_column: str) -> Iterator[pa.Table]:
         schema = read_schema(shard, column, KEY)[0]
         names = [column, *(f.name for f in schema if f.name != column and _told(f.type))]
         written = kind(shard) in READERS or schema.names == SCHEMA.names  # with a column of metadata already
-        for group in range(len(groups)):
-            table = read_group(shard, group, names, KEY)
+        for group, count in enumerate(groups):
+            table = read_group(shard, group, names, KEY, count)
             rows = [] if written else table.to_pylist()
             told = pa.array([json.dumps(row, ensure_ascii=False, default=str) for row in rows], pa.string())
             ids = table.column(id_column).cast(pa.string()) if has_id else pa.nulls(len(table), pa.string())
