@@ -76,6 +76,18 @@ def test_commands_are_understood(page: Path) -> None:
             understood(words[1:], line)
 
 
+def test_every_metric_is_explained() -> None:
+    names = r"\"((?:loss|grad|drs|reward|matching|latent|image|time|adam)/[a-z_]+)\""
+    logged = {
+        n
+        for room in ("train", "algorithms")
+        for p in (ROOT / "didr_core" / room).glob("*.py")
+        for n in re.findall(names, p.read_text())
+    }
+    told = set(re.findall(r"`([a-z]+/[a-z_]+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    assert len(logged) > 20 and logged <= told, logged - told
+
+
 def understood(words: list[str], line: str) -> None:
     """Fails where `didr WORDS` would be refused for what it says."""
     group: typer.core.TyperGroup = typer.main.get_command(app)  # type: ignore[assignment]
