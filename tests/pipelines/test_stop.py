@@ -230,7 +230,7 @@ def test_a_hang_under_ray_names_the_actor(toy: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", HURRIED, str(run.path), *words, "--set", "workers.patience_s=1800"]
     environment = dict(os.environ, PYTHONPATH=path, HOME=str(tmp_path / "home"))
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 600
     while not run.calls_path.is_dir() or not any(
         who.startswith("the reward actor") for who, _ in running(run.calls_path)
     ):
