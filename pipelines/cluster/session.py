@@ -49,7 +49,6 @@ HERE_ENV = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and its process costs seconds of the start
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # where no cluster is to be, Ray listens on 127.0.0.1; on Linux, too
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",  # so do the workers' collective calls
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and its process costs seconds of the start
 }
 """Of a Ray of our own; nobody outside of this machine is let in."""
 TOKEN = Path.home() / ".ray" / "auth_token"
