@@ -3,7 +3,8 @@
     python -m benchmarks.alarms --seeds 0 1 2 3 4 5 6 7 8 9 --work /tmp/alarms    # some two minutes a run, one worker each
 
 Writes results/alarms.md: beside each run's alarms, what its table of 256 held-out captions says of the same losses. An alarm is right where
-the table shows the loss. With `--curves` it writes tests/train/recorded_curves.json, too: all that alarms read of the first two runs and of the first hacked one.
+the table shows the loss. With `--curves` it writes tests/train/recorded_curves.json, too: all that alarms read of the first two runs and of
+the first hacked one.
 """
 
 from __future__ import annotations
