@@ -126,6 +126,7 @@ def test_a_loss_that_the_table_shows_rings_and_not_before_it_is_there() -> None:
     assert first == {"free-choice-lost": 50, HACKING: 56, "diversity-falls": 60}
 
 
-def test_a_run_whose_table_shows_no_loss_rings_nothing() -> None:
-    """Seed 1 of it."""
-    assert heard("tiny-1")[0] == {}
+def test_a_small_loss_rings_at_the_end_alone() -> None:
+    """Seed 1 of it: by the table of 256 captions 0.21 bits (0.09 to 0.34) less at the end."""
+    assert CURVES["tiny-1"]["heldout/background_bits"][49] > -0.1
+    assert heard("tiny-1")[0] == {HACKING: 60, "free-choice-lost": 60}
