@@ -110,7 +110,7 @@ def trained_table(rows: Rows) -> str:
                     str(dim),
                     f"{beta:g}",
                     f"`{name}`",
-                    f"{_median(mine, 'evaluations'):.0f}",
+                    f"{_median(mine, 'evaluations'):.2g}",
                     f"{distance:.3f}" + _range(mine, "distance", lambda v: f"{v:.3f}"),
                     f"{distance / best:.2f}",
                     f"{100 * _median(mine, 'off_support'):.1f}",
