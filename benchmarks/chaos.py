@@ -42,7 +42,7 @@ import torch
 from benchmarks.chaos_faults import KINDS, Door, mode
 from benchmarks.chaos_voyage import STEPS, Fault, Sailing
 from benchmarks.sweep_soak import Soaked
-from didr_core.train.run_folder import read_lines
+from didr_core.train.run_folder import RunFolder, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = ("survived", "failed cleanly", "moot")
@@ -200,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = read_lines(file, "n")
     done = {row["voyage"] for row in rows}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(RunFolder(work).lock())  # two at once would sail the same voyages
         door: Door | None = None
         for voyage in plan(given.seed):
             if len(rows) >= given.faults:

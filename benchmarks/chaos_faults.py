@@ -95,7 +95,7 @@ def _flip(rng: random.Random, data: bytearray) -> bytes:
 
 def _move_away(scene: Scene) -> None:
     newest = scene.run.checkpoint(scene.run.last_step())
-    newest.rename(newest.with_name(f"{newest.name}.damaged"))
+    newest.rename(newest.with_name(f"{newest.name}.damaged-{time.time_ns()}"))
 
 
 def _resize(scene: Scene, size: str) -> None:
