@@ -173,11 +173,14 @@ def test_the_export_is_merged_and_the_adapter_loads_in_diffusers(folder: Path, t
         assert (pipe.unet(x, t, **given).sample - expected).abs().max() < 2e-2  # a bf16 base in training, fp32 here
 
 
-def test_trained_generator_reads_an_adapter_from_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trained_generator_reads_an_adapter_from_the_checkpoint(folder: Path, tmp_path: Path, dtype: str) -> None:
+    """And merges it into the base in the numbers that it was trained on: the same file as at the end of the run."""
     from didr_core.export.sample import trained_generator
     from didr_core.train.run_folder import RunFolder
 
-    subject = learner(folder, output=str(tmp_path), data={"prompts": str(prompt_shards(tmp_path / "prompts"))})
+    prompts = {"prompts": str(prompt_shards(tmp_path / "prompts"))}
+    subject = learner(folder, output=str(tmp_path), data=prompts, roles={"dtype": dtype})
     subject.step(batch(subject))
     randomise(subject.ema_net, 1)
     run = RunFolder.create(subject.config, str(tmp_path / "run"), "test")
