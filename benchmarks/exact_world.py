@@ -21,11 +21,11 @@ class BatchNoise(Noise):
 
     def normal(self, index: Tensor | Sequence[int], shape: Sequence[int], tag: str) -> Tensor:
         """``[B, *shape]`` standard normal."""
-        return torch.randn(len(index), *shape, generator=self._generator(int(index[0]), tag))
+        return torch.randn(len(index), *shape, generator=self.generator(int(index[0]), tag))
 
     def uniform(self, index: Tensor | Sequence[int], tag: str, low: float = 0.0, high: float = 1.0) -> Tensor:
         """``[B]`` uniform."""
-        return low + (high - low) * torch.rand(len(index), generator=self._generator(int(index[0]), tag))
+        return low + (high - low) * torch.rand(len(index), generator=self.generator(int(index[0]), tag))
 
 
 class Exact(Estimator):
