@@ -148,8 +148,8 @@ def test_evaluate_as_a_job(head: Head, clone: Path, tmp_path: Path) -> None:
     ]
     done = head.submit(clone, "python", "-m", "pipelines.evaluate", *words, "--set", "tracking.uri=none", timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out" / "report.html").is_file(), done.stdout + done.stderr
     assert list(json.loads((tmp_path / "out" / "scores.json").read_text())["models"]) == ["start", "teacher"]
-    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_a_failing_job_says_why_last_and_exits_non_zero(head: Head, clone: Path) -> None:
