@@ -93,6 +93,7 @@ def test_the_plan_counts_the_flops_of_a_real_step(folder: Path, tmp_path: Path, 
         drp={"estimator": estimator, "steps": 2, "particles": 2},
         roles={"generator": "full", "assistant": "full"},
         train={"micro_batch": 2, "assistant_updates": 3},
+        times={"generator": [0.6, 0.9]},  # hybrid: where every sample costs what the plan counts, above its split
     )
     plan, data = memory.plan(subject.config), batch(subject)
     assert plan is not None
