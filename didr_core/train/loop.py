@@ -29,10 +29,13 @@ from didr_core.train.learner import Learner
 from didr_core.train.observer import Observer
 from didr_core.train.profile import Profile
 from didr_core.train.run_folder import RunFolder
-from didr_core.types import Batch, DIDRError, StepReport
+from didr_core.types import Batch, DIDRError, NonFiniteError, StepReport
 
 Look = Callable[[int, nn.Module], Mapping[str, float]]
 """Draws and measures pictures of the step and network that it is given; what it finds stands beside the step's metrics."""
+
+SETTLE_S = 120.0
+"""How long a rank waits for another one's checkpoint when both end; that one's own error ends the group sooner."""
 
 
 class Journal:
@@ -42,6 +45,7 @@ class Journal:
         self.run, self.config, self.learner, self.corpus = run, config, learner, corpus
         self.alarms = Alarms(config.alarms)
         self.saver = checkpoint.Saver(learner)
+        self.newest = 0  # step of the last checkpoint that was begun, by whomever
 
     def restore(self, step: int | None = None) -> None:
         """Go to the checkpoint of ``step`` (0: to the start); by default to the newest, if there is one.
@@ -68,6 +72,13 @@ class Journal:
         self.saver.save(
             self.run.checkpoint(step), extra, then=lambda: self.run.prune(self.config.train.keep_checkpoints)
         )
+
+    def settle(self) -> None:
+        """Until the newest checkpoint is whole, on ranks that do not write it too: the first one that ends, ends the group."""
+        self.saver.wait()
+        late = time.monotonic() + SETTLE_S
+        while self.newest and not self.run.checkpoint(self.newest).is_dir() and time.monotonic() < late:
+            time.sleep(0.05)
 
     def asked_to_stop(self, ringing: Iterable[str] = ()) -> tuple[bool, tuple[str, ...]]:
         """Whether somebody asked the run to stop, and which alarms stop it; every rank asks, and all get the same answer."""
@@ -131,7 +142,11 @@ def loop(
                         f"{learner.step_count * train.batch}"
                     )
                 waited = time.perf_counter() - began
-                report = learner.step(batch)
+                try:
+                    report = learner.step(batch)
+                except NonFiniteError:
+                    journal.settle()
+                    raise
                 seconds = time.perf_counter() - began
                 looked = _looked(learner, look, report.step) if every and report.step % every == 0 else {}
                 with learner.phase("report"):
@@ -143,12 +158,15 @@ def loop(
                     stop, rang = journal.asked_to_stop(report.alarms)
                 if stop or rang or report.step % train.checkpoint_every == 0 or report.step == train.steps:
                     with learner.phase("checkpoint"):
+                        journal.newest = report.step
                         if writes or learner.fsdp:
                             journal.save()
                         observer.checkpoint(report.step)
             if stop:
+                journal.settle()
                 raise KeyboardInterrupt(f"stopped after step {report.step}")
             if rang and report.step < train.steps:  # else there is nothing left to stop
+                journal.settle()
                 raise DIDRError(
                     f"stopped after step {report.step}, with a checkpoint, by alarms.on_alarm=stop. "
                     + " ".join(f"{name}: {explain(name, journal.config.alarms)}" for name in rang)
