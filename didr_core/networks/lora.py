@@ -306,7 +306,7 @@ def save_adapter(network: nn.Module, folder: Path) -> None:
     pipeline = getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
     # without the metadata diffusers would take alpha = rank; older releases of peft know no more than these
     settings = network.base.peft_config[network.role].to_dict()  # type: ignore[index, union-attr, operator]
-    metadata = {key: settings[key] for key in LORA_SETTINGS}
+    metadata = {key: sorted(v) if isinstance(v := settings[key], set | list) else v for key in LORA_SETTINGS}
     pipeline.save_lora_weights(folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata})
     if part == "unet":
         save_file(_in_kohyas_names(layers, settings["lora_alpha"]), folder / KOHYA, metadata={"format": "pt"})
