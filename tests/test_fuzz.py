@@ -167,6 +167,8 @@ SHARDS = {
 @examples(300)
 @example(name="a.parquet", damages=[(926, b"\x19")], cut=0)  # a row group of fewer than no rows
 @example(name="a.parquet", damages=[(926, b"\x12")], cut=0)  # and of more than there are
+@example(name="a.arrow", damages=[(385, b"\x01")], cut=0)  # a buffer of a negative size
+@example(name="a.arrow", damages=[(376, b"\x01")], cut=0)  # and a stream that ends in its middle
 @given(name=st.sampled_from(list(SHARDS)), damages=DAMAGES, cut=st.integers(0, 400))
 def test_shards(name: str, damages: list[tuple[int, bytes]], cut: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
