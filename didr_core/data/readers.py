@@ -106,6 +106,9 @@ def arrow(source: Any, column: str) -> pa.Table:
     except pa.ArrowInvalid:
         source.seek(0)
         table = pa.ipc.open_file(source).read_all()
+    for values in table.columns:  # offsets that lead nowhere; which encoding texts are in is asked, and told, later
+        bare = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(values.type)
+        (values.cast(bare) if bare else values).validate(full=True)
     return renamed(table, column)
 
 

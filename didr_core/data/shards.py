@@ -112,7 +112,7 @@ def _in_words(what: str) -> Iterator[None]:
     """Damage may show as any of these errors: a name that is no UTF-8, a length that memory has no room for."""
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, MemoryError, SystemError, StopIteration) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DIDRError(f"{what} ({reason}). Was it cut short? Replace or remove it.") from error
 
