@@ -12,6 +12,8 @@ Nothing materialises on the driver, and back-pressure bounds what is made ahead 
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ from ray.data.datasource import Datasource, ReadTask
 from didr_core.config import Config
 from didr_core.data.prompts import Columns, PromptIndex, columns
 from pipelines.cluster.resources import Need
+
+if os.environ.get("RAY_DATA_DISABLE_PROGRESS_BARS") == "1":  # the session is quiet; Ray Data sets its level when it is imported
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 CHUNK = 2048
 """Samples that a reading task takes at least; more where the run would need more than :data:`MOST_CHUNKS` tasks."""
