@@ -29,7 +29,9 @@ from didr_core.config import Config
 from didr_core.data.prompts import Columns, PromptIndex, columns
 from pipelines.cluster.resources import Need
 
-if os.environ.get("RAY_DATA_DISABLE_PROGRESS_BARS") == "1":  # the session is quiet; Ray Data sets its level when it is imported
+if (
+    os.environ.get("RAY_DATA_DISABLE_PROGRESS_BARS") == "1"
+):  # the session is quiet; Ray Data sets its level when it is imported
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 CHUNK = 2048
