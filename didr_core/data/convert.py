@@ -18,7 +18,7 @@ from didr_core.data.readers import METADATA, READERS, kind
 from didr_core.data.shards import GROUP, find_shards, read_footer, read_group, read_schema
 from didr_core.types import DIDRError
 
-KEY = "didr prompts"
+KEY = "FILES"
 SCHEMA = pa.schema({"prompt": pa.string(), "id": pa.string(), METADATA: pa.string()})
 
 

@@ -52,7 +52,7 @@ def find_shards(path: str, column: str, key: str) -> tuple[str, ...]:
         found, hint = [p for p in matched if not p.rpartition("/")[2].startswith((".", "_"))], "matches nothing"
     else:
         raise DIDRError(
-            f"{key}={path!r}: no such file or folder. Expected a file of prompts, a folder of them, or a glob; set {key}=PATH."
+            f"{key}={path!r}: no such file or folder. Expected a file of prompts, a folder of them, or a glob."
         )
     if not found:
         raise DIDRError(

@@ -6,7 +6,6 @@ What travels is which block; pictures and scores lie in the contest's folder, so
 from __future__ import annotations
 
 import pickle
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,7 @@ class _Stage:
 
         torch.set_num_threads(threads)
         self.calls = Calls(calls, who)
-        self.hand = Hand(pickle.loads(zlib.decompress(contest)), Config(**tree).torch_device)
+        self.hand = Hand(pickle.loads(contest), Config(**tree).torch_device)
 
     def _do(self, doing: str, work: Any, row: Row) -> Row:
         with self.calls.at(f"{doing} block {row['block']} of {self.hand.contest.models[row['model']].name}"):
@@ -88,7 +87,7 @@ def contest_on_ray(config: Config, contest: Contest, cluster: ClusterView, calls
     ray.data.DataContext.get_current().raise_original_map_exception = True
     items = contest.todo()
     stream = ray.data.from_items([{"model": m, "block": b} for m, b in items], override_num_blocks=len(items))
-    workers, given = config.workers, (config.model_dump(mode="json"), zlib.compress(pickle.dumps(contest)), calls)
+    workers, given = config.workers, (config.model_dump(mode="json"), pickle.dumps(contest), calls)
     stages = (
         (GeneratorActor, workers.train, train_need(workers, cluster)),
         (JudgeActor, workers.rewards, reward_need(workers, cluster)),
