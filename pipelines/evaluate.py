@@ -7,6 +7,7 @@ The folder is a :class:`didr_core.evaluate.contest.Contest`: the same command ag
 
 from __future__ import annotations
 
+import itertools
 import json
 import queue
 import shutil
@@ -24,8 +25,11 @@ from didr_core import config as configs
 from didr_core.config import Component, Config, build
 from didr_core.config.files import replace_text
 from didr_core.config.registry import configured
+from didr_core.data.convert import tables
 from didr_core.data.prompts import PromptIndex
-from didr_core.evaluate.contest import Contest, Item, run
+from didr_core.evaluate.contest import NEAREST, Contest, Item, run
+from didr_core.evaluate.judges import load_lpips
+from didr_core.evaluate.layouts import check_rows, write_pictures
 from didr_core.evaluate.models import parse
 from didr_core.evaluate.scores import origin
 from didr_core.export.card import public_path
@@ -33,7 +37,7 @@ from didr_core.train.ending import stoppable
 from didr_core.train.observer import Observer
 from didr_core.train.patience import Patience
 from didr_core.train.run_folder import RunFolder, disk, local_folder, room
-from didr_core.types import DIDRError
+from didr_core.types import DIDRError, Reward
 from didr_core.world.captions import parse_caption
 from pipelines.cluster.disks import check_disks
 from pipelines.cluster.leftovers import looked_after
@@ -55,6 +59,10 @@ class Options:
     seeds: int | None = None  # the recipe's
     rewards: Sequence[str] = ()  # the recipe's reward and judge
     batch: int | None = None  # 8; the bundled world's small pictures 64
+    real: str | None = None  # the model whose pictures the others' distances are from
+    features: str | None = None  # the reward they are measured in: the judge, else the first that has picture features
+    lpips: bool = False
+    layouts: Sequence[str] = ()  # that pictures are written in, too
     command: str = ""
 
 
@@ -74,6 +82,7 @@ def evaluate(
     config = configs.load(options.recipe, options.overrides)
     folder = RunFolder(local_folder("--out", out))
     contest = plan(options, config, folder.path)
+    told = told_of_prompts(options, config, contest)
     with disk("--out", folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
     room("--out", folder.path)
@@ -90,8 +99,18 @@ def evaluate(
         focus = next((m.name for m in contest.models if m.name == "aligned"), contest.models[0].name)
         source = public_path(options.prompts or config.data.heldout or config.data.prompts)
         scores = contest.scores(origin(source, [options.command] if options.command else []), focus)
+        if options.real:
+            scores.tree["laws"] = {
+                "real": options.real,
+                "features": contest.features,
+                "models": contest.laws(options.real),
+            }
         scores.write(folder.path)
         write_contest_report(contest, scores, focus)
+        for layout in options.layouts:
+            progress.phase(f"writing layout {layout}")
+            for place, model in enumerate(contest.models):
+                write_pictures(layout, folder.path / "layouts" / layout / model.name, contest.rows(place, told))
         _track(config, folder.path, scores.tree, uri)
     print_summary(scores.tree, folder.path, focus=focus, seconds=time.monotonic() - began)
     return folder.path
@@ -114,8 +133,9 @@ def plan(options: Options, config: Config, folder: Path) -> Contest:
     rewards: Mapping[str, Component | None] = {"reward": config.reward, "judge": config.judge}
     if options.rewards:
         rewards = dict(map(parse_reward, options.rewards))
-    for reward in filter(None, rewards.values()):
-        build("rewards", reward).check()
+    built = {name: build("rewards", reward) for name, reward in rewards.items() if reward is not None}
+    for reward in built.values():
+        reward.check()
     kept = {name: reward.model_dump(mode="json") for name, reward in rewards.items() if reward is not None}
     world = config.evaluation.world
     if world == "tiny":
@@ -130,7 +150,47 @@ def plan(options: Options, config: Config, folder: Path) -> Contest:
         if model.kind == "pictures":
             model.load(torch.device("cpu"), prompts, seeds)
     batch = options.batch or (64 if config.evaluation.world == "tiny" else 8)
-    return Contest(folder, models, prompts, seeds, kept, world, batch)
+    features = ""
+    if options.real or options.features:
+        features = _tower(options, names, built, len(prompts) * len(seeds))
+    if options.lpips:
+        load_lpips("cpu")
+    return Contest(folder, models, prompts, seeds, kept, world, batch, features, options.lpips)
+
+
+def _tower(options: Options, models: Sequence[str], rewards: Mapping[str, Reward], pictures: int) -> str:
+    """The name of the reward whose picture features are kept."""
+    if options.real and (options.real not in models or len(models) < 2 or pictures <= NEAREST):
+        raise DIDRError(
+            f"--real {options.real!r}: expected the name of one of at least two models ({', '.join(models)}), "
+            f"and more than {NEAREST} pictures of each, got {pictures}"
+        )
+    able = sorted((name for name, reward in rewards.items() if reward.features), key=lambda name: name != "judge")
+    if not able or (options.features or able[0]) not in able:
+        raise DIDRError(
+            f"--features {options.features or 'of the judge'}: expected a reward with picture features, "
+            f"{', '.join(able) or 'none of these has them'}. One is added by e.g. --reward clip_score,path=FOLDER"
+        )
+    return options.features or able[0]
+
+
+def told_of_prompts(options: Options, config: Config, contest: Contest) -> list[dict[str, Any]]:
+    """``id`` and ``metadata`` of every prompt, where layouts want them.
+
+    Raises:
+        DIDRError: a layout that cannot hold these prompts, or so many seeds; said before anything is drawn.
+    """
+    if not options.layouts:
+        return []
+    source = options.prompts or config.data.heldout or config.data.prompts
+    rows = (row for part in tables(source, config.data.column, config.data.id_column) for row in part.to_pylist())
+    told = [
+        {"id": row["id"] or str(number), "metadata": json.loads(row["metadata"] or "{}")}
+        for number, row in enumerate(itertools.islice(rows, len(contest.prompts)))
+    ]
+    for layout in options.layouts:
+        check_rows(layout, contest.prompts, told, len(contest.seeds))
+    return told
 
 
 def parse_reward(text: str) -> tuple[str, Component]:

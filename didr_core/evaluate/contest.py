@@ -1,7 +1,7 @@
 """An evaluation as a folder: models x prompts x seeds, drawn and judged a block of prompts at a time, by any number of processes.
 
     OUT/pictures/<model>-<hash>/000003.parquet    a row a picture: index, prompt, seed, picture (PNG), latent_mean, latent_std
-    OUT/scores/<model>-<hash>/000003.parquet      a row a picture: index, prompt, seed, and every measure
+    OUT/scores/<model>-<hash>/000003.parquet      a row a picture: index, prompt, seed, every measure, and features where asked for
     OUT/scores.json, scores.npz, report.html      once all are there
 
 A block's file is written whole or not at all and is never made twice: whoever was killed goes on with what is missing. The hashes are of
@@ -33,13 +33,17 @@ from torch import Tensor
 from didr_core.config import Component, fingerprint
 from didr_core.config.files import replaced
 from didr_core.config.registry import configured
+from didr_core.evaluate.features import cmmd, fid, kid, neighbours
 from didr_core.evaluate.judges import Drawn, Judges, of_latents
+from didr_core.evaluate.layouts import Row
 from didr_core.evaluate.models import Model, Pictures
 from didr_core.evaluate.scores import Arrays, Scores
 
 Item = tuple[int, int]
 """A model, by its place, and a block of prompts."""
 KEYS = ("index", "prompt", "seed", "picture")
+NEAREST = 5
+"""Neighbours that a ball reaches to, see :func:`didr_core.evaluate.features.neighbours`."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Contest:
     rewards: Mapping[str, Any]  # options by the name of the measure, plain: a class may live in a file of the user's
     world: str = "none"
     batch: int = 64  # prompts a block
+    features: str = ""  # the reward whose picture features are kept beside the scores
+    lpips: bool = False
 
     @cached_property
     def keys(self) -> list[tuple[str, str]]:
@@ -62,7 +68,7 @@ class Contest:
         keys = []
         for model in self.models:
             drawn = fingerprint.digest(model.fingerprint, asked)
-            scored = fingerprint.digest(drawn, judged, self.world)
+            scored = fingerprint.digest(drawn, judged, self.world, *filter(None, (self.features, self.lpips)))
             keys.append((f"{model.name}-{drawn[:12]}", f"{model.name}-{scored[:12]}"))
         return keys
 
@@ -106,7 +112,7 @@ class Contest:
         arrays: dict[str, Arrays] = {}
         rows: dict[str, Any] = {}
         for place, model in enumerate(self.models):
-            parts = [_read_scores(self.scores_of((place, block)), len(self.seeds)) for block in range(self.blocks)]
+            parts = [_read_scores(file, len(self.seeds)) for file in self._scores_of(place)]
             arrays[model.name] = {name: np.concatenate([p[0][name] for p in parts], 1)[None] for name in parts[0][0]}
             seconds, calls = (sum(told[key] for _, told in parts) for key in ("seconds", "calls"))
             pictures = len(self.prompts) * len(self.seeds)
@@ -114,6 +120,38 @@ class Contest:
             made = {"calls": round(calls / (self.blocks * len(self.seeds)), 2), "seconds": round(seconds, 3)}
             rows[model.name] = {**model.row(), **made, "pictures_made": pictures}
         return Scores.build(rows, arrays, self.prompts, self.seeds, facts=facts, focus=focus, world=self.world)
+
+    def laws(self, real: str) -> dict[str, dict[str, float]]:
+        """How far the pictures of every other model, of all prompts and seeds, are from those of ``real`` as a set, in :attr:`features`:
+        see :mod:`didr_core.evaluate.features`."""
+        sets = {model.name: self._features(place) for place, model in enumerate(self.models)}
+        given = sets.pop(real)
+        return {
+            name: {"fid": fid(given, made), "kid": kid(given, made), "cmmd": cmmd(given, made)}
+            | neighbours(given, made, NEAREST)
+            for name, made in sets.items()
+        }
+
+    def _features(self, place: int) -> NDArray[Any]:
+        """``[M, D]`` of a model's M pictures."""
+        columns = [pq.read_table(file, columns=["features"]).column(0) for file in self._scores_of(place)]
+        return np.concatenate([np.stack(column.to_numpy(zero_copy_only=False)) for column in columns])
+
+    def rows(self, place: int, told: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+        """A model's pictures, prompt by prompt, for :func:`didr_core.evaluate.layouts.write_pictures`.
+
+        Args:
+            told: ``id`` and ``metadata`` of every prompt.
+        """
+        for block in range(self.blocks):
+            pictures = pq.read_table(self.pictures((place, block)), columns=["picture"]).column(0).to_pylist()
+            width = len(self.places(block))
+            for i, number in enumerate(self.places(block)):
+                drawn = [Image.open(io.BytesIO(png)) for png in pictures[i::width]]
+                yield Row(number, told[number]["id"], self.prompts[number], told[number]["metadata"], drawn)
+
+    def _scores_of(self, place: int) -> list[Path]:
+        return [self.scores_of((place, block)) for block in range(self.blocks)]
 
     def shown(self, places: Sequence[int]) -> dict[str, dict[int, bytes]]:
         """Pictures (PNG) of some prompts with the first seed, by model and place."""
@@ -161,14 +199,20 @@ class Hand:
         contest, places = self.contest, self.contest.places(item[1])
         if contest.scores_of(item).is_file():
             return
-        self._judges = self._judges or Judges.load(contest.judges(), contest.world, self.device)
+        self._judges = self._judges or Judges.load(
+            contest.judges(), contest.world, self.device, features=contest.features, lpips=contest.lpips
+        )
         prompts = [contest.prompts[i] for i in places]
         table = pq.read_table(contest.pictures(item))
         found = self._judges.look(prompts, self._judges.prepare(prompts), self._seeds(table, len(places)))
         columns = {name: table.column(name).to_pylist() for name in KEYS if name != "picture"}
+        features = found.pop("features", None)
         whole = {name: np.broadcast_to(value, (len(contest.seeds), len(places))) for name, value in found.items()}
         told = _told(table) | {"once": [name for name, value in found.items() if len(value) < len(contest.seeds)]}
-        _write(contest.scores_of(item), columns | {name: value.reshape(-1) for name, value in whole.items()}, told)
+        columns |= {name: value.reshape(-1) for name, value in whole.items()}
+        if features is not None:
+            columns["features"] = list(features.reshape(-1, features.shape[-1]))
+        _write(contest.scores_of(item), columns, told)
 
     def _seeds(self, table: pa.Table, count: int) -> Iterator[Drawn]:
         """What a file of pictures holds, seed by seed."""
@@ -202,7 +246,7 @@ def _read_scores(path: Path, seeds: int) -> tuple[dict[str, NDArray[Any]], dict[
     """``{measure: [S, b]}`` of a file, ``[1, b]`` of what is one of all seeds together, and what it was told beside."""
     table = pq.read_table(path)
     told, found = _told(table), {}
-    for name in (n for n in table.column_names if n not in KEYS):
+    for name in (n for n in table.column_names if n not in (*KEYS, "features")):
         value = table.column(name).to_numpy().reshape(seeds, -1)
         found[name] = value[:1] if name in told["once"] else value
     return found, told

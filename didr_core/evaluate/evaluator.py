@@ -102,7 +102,7 @@ class Evaluator:
             raise ValueError(f"nothing to score: {len(prompts)} prompts, seeds {list(seeds)} (each once)")
         self.backbone, self.prompts, self.seeds = backbone, list(prompts), list(seeds)
         rewards = {name: r for name, r in (("reward", reward), ("judge", judge)) if r is not None}
-        self.judges = Judges(rewards, world, features, device)
+        self.judges = Judges(rewards, world, ("judge" if judge else "reward") if features else "", device)
         self.device, self.cache, self.parallel = device, cache, parallel or Single()
         if len(prompts) < self.parallel.world_size:  # not one for each: all do the whole
             self.parallel = Single()
@@ -178,9 +178,9 @@ class Evaluator:
 
     def measured(self, contestant: Contestant, key: str, folder: Path) -> Measured:
         """:meth:`measure`, kept in ``folder``; ``key`` must change whenever the pictures or the rewards would."""
-        wanted = hashlib.sha256(json.dumps([key, self.prompts, self.seeds, self.judges.features]).encode()).hexdigest()[
-            :16
-        ]
+        wanted = hashlib.sha256(
+            json.dumps([key, self.prompts, self.seeds, bool(self.judges.features)]).encode()
+        ).hexdigest()[:16]
         file = folder / f"{contestant.name}-{wanted}.npz"
         measured = read_arrays(file)
         if measured is None:

@@ -113,9 +113,7 @@ def write_pictures(layout: str, out: Path, rows: Iterable[Row]) -> int:
     Raises:
         DIDRError: no such layout, a number of pictures or metadata that it cannot hold, or two rows in one file.
     """
-    if layout not in LAYOUTS:
-        raise DIDRError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
-    how, written, told = LAYOUTS[layout], set[str](), list[Row]()
+    how, written, told = _layout(layout), set[str](), list[Row]()
     for row in rows:
         _check(layout, how, row)
         for name, content in how.files(row).items():
@@ -128,6 +126,26 @@ def write_pictures(layout: str, out: Path, rows: Iterable[Row]) -> int:
         written.add(name)
         _write(out / name, content)
     return len(written)
+
+
+def check_rows(layout: str, prompts: Sequence[str], told: Sequence[Mapping[str, Any]], pictures: int) -> None:
+    """Whether ``layout`` can hold so many pictures of each prompt, before there is one.
+
+    Args:
+        told: ``id`` and ``metadata`` of each prompt.
+
+    Raises:
+        DIDRError: see :func:`write_pictures`.
+    """
+    how = _layout(layout)
+    for number, (prompt, row) in enumerate(zip(prompts, told, strict=True)):
+        _check(layout, how, Row(number, row["id"], prompt, row["metadata"], [None] * pictures))  # type: ignore[list-item]
+
+
+def _layout(name: str) -> Layout:
+    if name not in LAYOUTS:
+        raise DIDRError(f"layout {name!r}: expected one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
 
 
 def _check(layout: str, how: Layout, row: Row) -> None:

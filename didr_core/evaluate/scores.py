@@ -43,6 +43,8 @@ MEASURES: dict[str, Measure] = {
     "loose": Measure("loose accuracy", unit="%", shown=False),
     "diversity": Measure("diversity over seeds"),
     "layout_diversity": Measure("layout diversity over seeds", shown=False),
+    "feature_diversity": Measure("feature distance over seeds"),
+    "lpips_diversity": Measure("LPIPS over seeds"),
     "background_entropy": Measure("free background", unit="bits"),
     "position_entropy": Measure("free position", unit="bits"),
     "clipped": Measure("clipped values", "", "%", shown=False),
@@ -234,6 +236,14 @@ def win_matrix(tree: Mapping[str, Any], name: str) -> dict[str, dict[str, dict[s
             other = {"mean": 1 - wins["mean"], "low": 1 - wins["high"], "high": 1 - wins["low"]}
             matrix.setdefault(pair["b"], {})[pair["a"]] = other
     return matrix
+
+
+def laws_table(tree: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """How far models' pictures are from those of one of them, as a set: header and rows; no rows where that was not asked for."""
+    laws = tree.get("laws", {"real": "", "models": {}})
+    names = list(next(iter(laws["models"].values()), {}))
+    header = [f"against {laws['real']}", *(n.upper() if n in ("fid", "kid", "cmmd") else n for n in names)]
+    return header, [[model, *(f"{row[n]:.4g}" for n in names)] for model, row in laws["models"].items()]
 
 
 def card_section(tree: Mapping[str, Any] | None) -> str:

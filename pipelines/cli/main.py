@@ -158,6 +158,20 @@ def evaluate(
     batch: Annotated[
         int | None, typer.Option(min=1, help="prompts drawn at once (default: 8; the bundled world's 64)")
     ] = None,
+    real: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="a model: how far the others' pictures are from its, FID, KID, CMMD, coverage"
+        ),
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(metavar="REWARD", help="whose picture features --real measures in (default: judge)")
+    ] = None,
+    lpips: Annotated[bool, typer.Option("--lpips", help="diversity over seeds by LPIPS (pip install lpips)")] = False,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(help="pictures also as a scorer reads them: plain, geneval, geneval2, dpg, hpsv2, unigenbench"),
+    ] = None,
     overrides: Overrides = None,
     local: Annotated[bool, typer.Option("--local", help="one process, without Ray")] = False,
     address: Annotated[
@@ -168,7 +182,21 @@ def evaluate(
     """Score any models on the same prompts and noise: pictures, rewards, intervals, who wins, report."""
     from pipelines import evaluate as job
 
-    options = job.Options(model, recipe, overrides or (), prompts, count, seeds, reward or (), batch, _command())
+    options = job.Options(
+        model,
+        recipe,
+        overrides or (),
+        prompts,
+        count,
+        seeds,
+        reward or (),
+        batch,
+        real=real,
+        features=features,
+        lpips=lpips,
+        layouts=layout or (),
+        command=_command(),
+    )
     job.evaluate(options, out, local=local, address=address, verbose=verbose)
 
 

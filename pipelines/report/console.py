@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from didr_core.config.limits import Limits
-from didr_core.evaluate.scores import comparison_table, table
+from didr_core.evaluate.scores import comparison_table, laws_table, table
 from didr_core.train.alarms import LOOKED, explain
 from didr_core.train.profile import table as profile_table
 
@@ -197,6 +197,12 @@ def print_summary(
         header, rows = comparison_table(scores, focus, judged)
         if rows:
             out.print(f"\n{focus} against the others, prompt by prompt")
+            out.print(rich_table(header, rows))
+        header, rows = laws_table(scores)
+        if rows:
+            out.print(
+                f"\n{counts['pictures_per_model']} pictures a model as a set, features of {scores['laws']['features']}"
+            )
             out.print(rich_table(header, rows))
     for name in alarms:
         out.print(Text(f"alarm {name}: {explain(name, limits)}", style="yellow"), soft_wrap=True)

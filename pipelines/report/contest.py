@@ -17,7 +17,7 @@ from PIL import Image
 
 from didr_core.config.files import replace_text
 from didr_core.evaluate.contest import Contest
-from didr_core.evaluate.scores import Scores, describe, win_matrix
+from didr_core.evaluate.scores import Scores, describe, laws_table, win_matrix
 from pipelines.report.page import hardware_of, render, score_tables
 
 FIRST, EXTREME = 12, 4  # prompts side by side; at each end of a ranking
@@ -56,6 +56,8 @@ def write_contest_report(contest: Contest, scores: Scores, focus: str) -> Path:
         focus=focus,
         scores=score_tables(tree, focus),
         matrices=[matrix for name in judged if (matrix := _matrix(tree, name))],
+        laws=laws_table(tree),
+        tower=describe(tree.get("laws", {}).get("features", "")).title,
         first=[card(place) for place in range(min(FIRST, len(contest.prompts)))],
         extremes=[
             {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
+import types
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +19,15 @@ from toy import toy_recipe
 
 from didr_core import config as configs
 from didr_core.evaluate import contest as contests
+from didr_core.evaluate import features
 from didr_core.evaluate.contest import Contest, Hand, run
 from didr_core.evaluate.contestants import one_step_contestant
 from didr_core.evaluate.evaluator import Evaluator, Measured
+from didr_core.evaluate.judges import Judges
+from didr_core.evaluate.layouts import write_pictures
 from didr_core.evaluate.models import parse
 from didr_core.evaluate.scores import Scores, win_matrix
+from didr_core.types import DIDRError
 from tests.evaluate.test_scores import PROMPTS, Brightness, Gain, Toy
 
 CPU = torch.device("cpu")
@@ -154,3 +161,61 @@ def test_workers_that_share_the_prompts_measure_what_one_does(size: int, batch: 
         for name, value in alone.items():
             assert measured[name].dtype == value.dtype
             np.testing.assert_allclose(measured[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_sets_of_pictures_are_compared_in_a_rewards_features(contest: Contest, scores: Scores, tmp_path: Path) -> None:
+    judged = replace(contest, features="reward")
+    made = [judged.scores_of(item) for item in run(judged, CPU)]
+    assert len(made) == 6 and not set(made) & {contest.scores_of((m, b)) for m in (0, 1) for b in range(3)}
+    found = judged.scores({}, "start")
+    for name in ("reward", "clipped", "diversity"):
+        np.testing.assert_array_equal(found.arrays["start"][name], scores.arrays["start"][name])
+    tower = Judges.load(judged.judges(), "none").rewards["reward"].features
+    assert tower is not None
+    rows = {m: [row for block in range(3) for row in _rows(judged.pictures((m, block)))] for m in (0, 1)}
+    pictures = {m: torch.stack([contests._image(row["picture"]) for row in drawn]) for m, drawn in rows.items()}
+    seen = {m: tower(images).detach().numpy() for m, images in pictures.items()}
+    laws = judged.laws("teacher")
+    assert list(laws) == ["start"] and laws["start"]["fid"] == pytest.approx(features.fid(seen[1], seen[0]), rel=1e-4)
+    expected = features.neighbours(seen[1], seen[0], contests.NEAREST)
+    assert {name: laws["start"][name] for name in expected} == pytest.approx(expected)
+    first, second = (seen[0][[0, 1, 2, 6, 7, 8, 12]], seen[0][[3, 4, 5, 9, 10, 11, 13]])
+    apart = np.linalg.norm(first - second, axis=1)
+    np.testing.assert_allclose(found.arrays["start"]["feature_diversity"][0, 0], apart, rtol=1e-4)
+
+
+def test_lpips_over_pairs_of_seeds(contest: Contest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace(contest, lpips=True)
+    with pytest.raises(DIDRError, match=r"--lpips: .*pip install lpips"):
+        next(run(asked, CPU))
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net: str, verbose: bool) -> None:
+            super().__init__()
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            assert a.shape == b.shape and a.min() < 0, "in [-1, 1]"
+            return (a - b).abs().amax((1, 2, 3), keepdim=True) / 2
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
+    assert len(list(run(asked, CPU))) == 6
+    one, two = (contests._image(row["picture"]) for row in _rows(asked.pictures((0, 2))))
+    got = asked.scores({}, "start").arrays["start"]["lpips_diversity"][0, 0, 6]
+    assert got == pytest.approx(float((one - two).abs().max()), rel=1e-5)
+
+
+def test_pictures_of_a_contest_in_a_layout(contest: Contest, scores: Scores, tmp_path: Path) -> None:
+    told = [{"id": f"p{i}", "metadata": {"tag": "x", "include": [i]}} for i in range(7)]
+    assert write_pictures("geneval", tmp_path, contest.rows(0, told)) == 21
+    assert json.loads((tmp_path / "00006" / "metadata.jsonl").read_text()) == {
+        "tag": "x",
+        "include": [6],
+        "prompt": TEXTS[6],
+    }
+    second = next(row["picture"] for row in _rows(contest.pictures((0, 1))) if (row["index"], row["seed"]) == (4, 1))
+    written = contests._image((tmp_path / "00004" / "samples" / "0001.png").read_bytes())
+    assert torch.equal(written, contests._image(second))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return pq.read_table(path).to_pylist()  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from toy import toy_recipe
 
+from didr_core.types import DIDRError
 from pipelines.evaluate import Options, evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +90,31 @@ def test_the_page_stands_alone_and_shows_what_was_measured(whole: Path) -> None:
     assert page.count("<figure>") == 3 * (8 + 4 + 4), "three models beside each other: the first prompts, worst, best"
     for media in ("(prefers-color-scheme: dark)", "(max-width:640px)", "print"):
         assert f"@media {media} {{" in page
+
+
+def test_pictures_that_are_there_become_sets_and_layouts(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole / "pictures", out / "pictures")
+    evaluate(options(recipe, real="teacher", layouts=("plain",)), str(out), local=True)
+    tree = json.loads((out / "scores.json").read_text())
+    laws = tree["laws"]
+    assert (laws["real"], laws["features"]) == ("teacher", "reward") and list(laws["models"]) == [
+        "start",
+        "aligned",
+    ]
+    assert f"{laws['models']['aligned']['fid']:.4g}" in (out / "report.html").read_text()
+    assert "feature_diversity" in tree["models"]["start"]["measures"]
+    assert len(list((out / "layouts" / "plain" / "aligned").glob("*.png"))) == 16
+    for wrong, said in (
+        ({"real": "nobody"}, "--real 'nobody'.*start, aligned, teacher"),
+        ({"features": "judge"}, "--features judge: expected a reward with picture features, reward"),
+        ({"real": "start", "rewards": ["toy:Opaque,bad=x"]}, "--features .*none of these has them"),
+        ({"layouts": ("geneval",)}, "has no tag, include"),
+        ({"layouts": ("hps",)}, "layout 'hps': expected one of plain"),
+    ):
+        with pytest.raises(DIDRError, match=said):
+            evaluate(options(recipe, **wrong), str(tmp_path / "wrong"), local=True)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_mlflow_keeps_one_run_a_folder(recipe: Path, whole: Path) -> None:
