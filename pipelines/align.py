@@ -25,6 +25,7 @@ from didr_core.config.files import expanded
 from didr_core.data import scales
 from didr_core.data.prompts import PromptIndex
 from didr_core.evaluate.finish import train_and_finish
+from didr_core.evaluate.scores import numbers
 from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
@@ -119,9 +120,14 @@ def align(
         observer.stage("writing the report")
         write_report(run.path)
         observer.keep("grid.png", "curves.png", "report.html", "scores.json", "config.yaml", "grids")
-    scores = run.path / "scores.json"
+        file = run.path / "scores.json"
+        scores = json.loads(file.read_text()) if file.is_file() else None
+        if scores:
+            observer.tracker.final({f"score/{name}": value for name, value in numbers(scores, "aligned").items()})
+        if (run.path / "export").is_dir():
+            observer.tracker.model(run.path / "export", config.tracking.weights)
     print_summary(
-        json.loads(scores.read_text()) if scores.is_file() else None,
+        scores,
         run.path,
         alarms=observer.rang,
         limits=config.alarms,

@@ -31,7 +31,7 @@ from didr_core.evaluate.contest import NEAREST, Contest, Item, run
 from didr_core.evaluate.judges import load_lpips
 from didr_core.evaluate.layouts import check_rows, write_pictures
 from didr_core.evaluate.models import parse
-from didr_core.evaluate.scores import origin
+from didr_core.evaluate.scores import numbers, origin
 from didr_core.export.card import public_path
 from didr_core.train.ending import stoppable
 from didr_core.train.observer import Observer
@@ -111,7 +111,7 @@ def evaluate(
             progress.phase(f"writing layout {layout}")
             for place, model in enumerate(contest.models):
                 write_pictures(layout, folder.path / "layouts" / layout / model.name, contest.rows(place, told))
-        _track(config, folder.path, scores.tree, uri)
+        _track(config, folder.path, scores.tree, focus, uri)
     print_summary(scores.tree, folder.path, focus=focus, seconds=time.monotonic() - began)
     return folder.path
 
@@ -291,7 +291,7 @@ def _on_ray(
     shutil.rmtree(calls, ignore_errors=True)
 
 
-def _track(config: Config, folder: Path, tree: Mapping[str, Any], uri: str) -> None:
+def _track(config: Config, folder: Path, tree: Mapping[str, Any], focus: str, uri: str) -> None:
     """One MLflow run a folder: means of all measures, the report and the numbers it shows."""
     note = folder / "mlflow.json"
     known = json.loads(note.read_text()) if note.is_file() else {}
@@ -300,12 +300,7 @@ def _track(config: Config, folder: Path, tree: Mapping[str, Any], uri: str) -> N
     ) as kept:
         if kept.run_id:
             replace_text(note, json.dumps({"run_id": kept.run_id}))
-        means = {
-            f"{model}/{name}": entry["mean"]
-            for model, row in tree["models"].items()
-            for name, entry in row["measures"].items()
-        }
-        kept.final({name: mean for name, mean in means.items() if mean is not None})
+        kept.final(numbers(tree, focus))
         for name in ("report.html", "scores.json", "scores.npz"):
             kept.artifact(folder / name)
 

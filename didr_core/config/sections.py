@@ -254,4 +254,13 @@ class Tracking(Strict):
         "",
         description="MLflow's address; none = track nothing; empty = MLFLOW_TRACKING_URI, else sqlite beside the runs",
     )
-    experiment: str = Field("didr", description="the MLflow experiment that runs are listed under")
+    experiment: str = Field(
+        "didr", description="the MLflow experiment (Weights & Biases: project) that runs are listed under"
+    )
+    also: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="trackers beside MLflow, each a package to install"
+    )
+    system: bool = Field(True, description="CPU, memory and GPU use of the driver's machine in MLflow, every 10 s")
+    weights: bool = Field(
+        False, description="the exported weights in MLflow's model, too, not its card and configs alone"
+    )

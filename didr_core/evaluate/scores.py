@@ -246,6 +246,18 @@ def laws_table(tree: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, [[model, *(f"{row[n]:.4g}" for n in names)] for model, row in laws["models"].items()]
 
 
+def numbers(tree: Mapping[str, Any], focus: str) -> dict[str, float]:
+    """What a tracker ranks runs by: ``<model>/<measure>``, and ``wins/<opponent>/<measure>`` of ``focus``."""
+    found = {
+        f"{model}/{n}": entry["mean"] for model, row in tree["models"].items() for n, entry in row["measures"].items()
+    }
+    for pair in (p for p in tree["pairs"] if p["a"] == focus):
+        found |= {
+            f"wins/{pair['b']}/{n}": entry["wins"]["mean"] for n, entry in pair["measures"].items() if "wins" in entry
+        }
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def card_section(tree: Mapping[str, Any] | None) -> str:
     """What a model card says of scores, in Markdown."""
     if not tree:

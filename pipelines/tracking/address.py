@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import netrc
 import os
 import re
 import socket
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -52,6 +53,7 @@ def look(tracking: Tracking, runs: Path) -> str:
     Raises:
         DIDRError: see :func:`resolve`; nobody answers, or a sqlite database of another schema.
     """
+    look_beside(tracking)
     uri = resolve(tracking, runs)
     if uri.startswith("http"):
         knock(uri)
@@ -65,6 +67,33 @@ def look(tracking: Tracking, runs: Path) -> str:
         if found and found[0] not in (ours := _schemas()) and ours:
             raise unusable(uri, f"its schema is {found[0]}, the MLflow here writes {', '.join(ours)}")
     return uri
+
+
+def look_beside(tracking: Tracking) -> None:
+    """Whether the packages of `tracking.also` are there, and a key for Weights & Biases unless it is offline; imports nothing.
+
+    Raises:
+        DIDRError: one is missing.
+    """
+    for name in tracking.also:
+        if importlib.util.find_spec(name) is None:
+            raise DIDRError(
+                f"tracking.also={list(tracking.also)}: the package {name!r} is not installed; pip install {name}"
+            )
+    if "wandb" in tracking.also and not _key_or_offline():
+        raise DIDRError(
+            f"tracking.also={list(tracking.also)}: no key of Weights & Biases. Say `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline "
+            "and `wandb sync` later."
+        )
+
+
+def _key_or_offline() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE", "online") != "online":
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    with suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(expanded(os.environ.get("NETRC", "~/.netrc"))).authenticators(host) is not None
+    return False
 
 
 def _schemas() -> set[str]:

@@ -13,13 +13,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shutil
+import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from didr_core.config import Config, Tracking, dump, flatten
 from didr_core.config.files import expanded
@@ -27,12 +30,14 @@ from didr_core.config.limits import Limits
 from didr_core.config.provenance import commit
 from didr_core.train.alarms import explain
 from didr_core.types import DIDRError
-from pipelines.tracking.address import knock, reason, resolve, unusable
+from pipelines.tracking.address import knock, look_beside, reason, resolve, unusable
+from pipelines.tracking.base import Several, Status, Tracker
+from pipelines.tracking.others import open_others
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 FLUSH_SECONDS, LONGEST_PAUSE = 10.0, 300.0
 LONGEST_VALUE = 500  # characters of a param; MLflow itself stops at 6,000
 BATCH = 900  # metrics a log_batch; MLflow stops at 1,000
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow opens on its view of trainings
 WAITING = 100_000  # metrics kept in memory while a server is away
 SETTINGS = {  # of MLflow: quiet, and giving up within seconds rather than minutes
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -44,43 +49,11 @@ SETTINGS = {  # of MLflow: quiet, and giving up within seconds rather than minut
 }
 
 
-class Tracker(AbstractContextManager["Tracker"]):
-    """What a run says to its tracker; this one tracks nothing. No method raises because a server is away."""
-
-    run_id: str | None = None
-
-    def params(self, tree: Mapping[str, Any]) -> None:
-        """The resolved config, once; nested keys become ``a.b``."""
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One step's numbers."""
-
-    def alarms(self, step: int, names: Sequence[str]) -> None:
-        """Alarms that ring at this step."""
-
-    def final(self, values: Mapping[str, float]) -> None:
-        """Numbers that a run has once, at its end; not tied to a step."""
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Tags of the run."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """A file or a folder to keep with the run."""
-
-    def status(self, status: Status) -> None:
-        """How the run will end, before it has."""
-
-    def close(self, status: Status = "FINISHED") -> None:
-        """Hand over what waits and end the run; further calls do nothing."""
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        killed = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
-        self.close("KILLED" if killed else "FAILED" if kind else "FINISHED")
-
-
 class MlflowTracker(Tracker):
     """One MLflow run. Metrics wait and go in batches; those that a server does not take stay, and are tried again: MLflow's own
     asynchronous logging drops a batch that fails."""
+
+    title = "MLflow"
 
     def __init__(self, client: Any, run_id: str, last_step: int = 0, params: Mapping[str, str] | None = None) -> None:
         from mlflow import entities
@@ -96,7 +69,8 @@ class MlflowTracker(Tracker):
         self._next_flush = time.monotonic() + FLUSH_SECONDS
         self._ringing: tuple[str, ...] = ()
         self.limits: Limits | None = None
-        self._warned = self._closed = False
+        self._closed = False
+        self._monitor: Any = None
 
     def params(self, tree: Mapping[str, Any]) -> None:
         """Log what the run does not have yet; a resumed run keeps the params it began with and is tagged when they differ."""
@@ -138,6 +112,34 @@ class MlflowTracker(Tracker):
         log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
         self._try(log, self.run_id, str(path), folder or None)
 
+    def model(self, export: Path, weights: bool) -> None:
+        """As a logged model of the run, once: its card and configs, and with ``weights`` all of it."""
+        with tempfile.TemporaryDirectory() as folder:
+            if not weights:
+                for path in (p for p in export.rglob("*") if p.suffix in (".md", ".json", ".yaml", ".txt")):
+                    kept = Path(folder) / path.relative_to(export)
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, kept)
+            self._try(self._log_model, export if weights else Path(folder))
+
+    def _log_model(self, files: Path) -> None:
+        run = self._client.get_run(self.run_id)
+        if run.outputs and run.outputs.model_outputs:
+            return
+        name, home = re.sub(r"[/:.%\"']", "-", run.info.run_name), run.info.experiment_id
+        tags = {key: value for key, value in run.data.tags.items() if key.startswith("didr.")}
+        model = self._client.create_logged_model(home, name, self.run_id, tags, model_type="text-to-image")
+        self._client.log_model_artifacts(model.model_id, str(files))
+        self._client.finalize_logged_model(model.model_id, "READY")
+        self._client.log_outputs(self.run_id, [self._entities.LoggedModelOutput(model.model_id, step=self._last_step)])
+
+    def watch_machine(self, uri: str) -> None:
+        """Log CPU, memory and GPU use of this machine every ten seconds, until the run ends."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=uri)
+        self._monitor.start()
+
     def status(self, status: Status) -> None:
         """See :class:`Tracker`."""
         self._try(self._client.set_terminated, self.run_id, status=status)
@@ -146,6 +148,8 @@ class MlflowTracker(Tracker):
         """See :class:`Tracker`. What waits is tried three times."""
         if self._closed:
             return
+        if self._monitor:
+            self._monitor.finish()
         for pause in (0.0, 1.0, 3.0):
             time.sleep(pause)
             if self.flush():
@@ -177,20 +181,6 @@ class MlflowTracker(Tracker):
         del self._waiting[:-WAITING]
         self._untaken += len(values)
 
-    def _try(self, call: Callable[..., Any], *args: Any, **named: Any) -> bool:
-        """Whether the call went through. The first failure is warned of; a training never stops because of its log book."""
-        try:
-            call(*args, **named)
-        except Exception as error:
-            if not self._warned:
-                warnings.warn(
-                    f"MLflow is not answering ({reason(error)}); training goes on, metrics are kept and tried again",
-                    stacklevel=3,
-                )
-            self._warned = True
-            return False
-        return True
-
 
 def preflight(tracking: Tracking, runs: Path) -> str:
     """The resolved URI, after asking it one question.
@@ -198,6 +188,7 @@ def preflight(tracking: Tracking, runs: Path) -> str:
     Raises:
         DIDRError: wrong scheme, unreachable server, folder that cannot be written, deleted experiment.
     """
+    look_beside(tracking)
     uri = resolve(tracking, runs)
     if uri != "none":
         try:
@@ -246,31 +237,39 @@ def open_tracker(
     Raises:
         DIDRError: the server does not know ``run_id``.
     """
-    uri = uri or resolve(config.tracking, run_folder.parent)
+    first = _open_mlflow(config, run_folder, run_id, tags, parent, uri or resolve(config.tracking, run_folder.parent))
+    others = open_others(config, run_folder, group=run_folder.parent.name if parent else "")
+    return Several([first, *others]) if others else first
+
+
+def _open_mlflow(
+    config: Config, run_folder: Path, run_id: str | None, tags: Mapping[str, str] | None, parent: str | None, uri: str
+) -> Tracker:
     if uri == "none":
         return Tracker()
     client = connect(uri)
     if run_id is not None:
         tracker = _attach(client, run_id)
-        tracker.limits = config.alarms
         tracker.tags(tags or {})
-        return tracker
-    known = {
-        "mlflow.user": os.environ.get("USER", "didr"),
-        "mlflow.source.name": "didr",
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": commit(),
-        "didr.recipe": config.name,
-        "didr.algorithm": config.algorithm.name,
-        "didr.run_folder": run_folder.name,
-        **({"mlflow.parentRunId": parent} if parent else {}),
-        **(tags or {}),
-    }
-    home = _experiment(client, config.tracking.experiment, uri, run_folder.parent)
-    run = client.create_run(home, run_name=run_folder.name, tags=known)
-    tracker = MlflowTracker(client, run.info.run_id)
+    else:
+        known = {
+            "mlflow.user": os.environ.get("USER", "didr"),
+            "mlflow.source.name": "didr",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.git.commit": commit(),
+            "didr.recipe": config.name,
+            "didr.algorithm": config.algorithm.name,
+            "didr.run_folder": run_folder.name,
+            **({"mlflow.parentRunId": parent} if parent else {}),
+            **(tags or {}),
+        }
+        home = _experiment(client, config.tracking.experiment, uri, run_folder.parent)
+        run = client.create_run(home, run_name=run_folder.name, tags=known)
+        tracker = MlflowTracker(client, run.info.run_id)
+        tracker.params(dump(config))
     tracker.limits = config.alarms
-    tracker.params(dump(config))
+    if config.tracking.system and not parent:
+        tracker.watch_machine(uri)
     return tracker
 
 
@@ -325,13 +324,16 @@ def _experiment(client: Any, name: str, uri: str, runs: Path) -> str:
     if found is None:
         where = (expanded(runs).absolute() / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
         try:
-            return str(client.create_experiment(name, artifact_location=where))
+            return str(client.create_experiment(name, artifact_location=where, tags=KIND))
         except Exception:
             found = client.get_experiment_by_name(name)  # another run was faster
             if found is None:
                 raise
     if found.lifecycle_stage == "deleted":
         raise DIDRError(f"tracking.experiment={name!r} was deleted in MLflow; restore it there or choose another name")
+    if not KIND.keys() & found.tags.keys():
+        for key, value in KIND.items():
+            client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
 
 

@@ -347,3 +347,34 @@ def test_a_fresh_database_says_nothing(
     with caplog.at_level(logging.INFO):
         preflight(Tracking(), tmp_path)
     assert capfd.readouterr() == ("", "") and caplog.text == ""
+
+
+def test_runs_can_be_ranked_and_the_model_is_kept_once(
+    runs: Path, config: Config, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "README.md").write_text("# card")
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    (tmp_path / "unet" / "weights.safetensors").write_bytes(b"w")
+    (runs / "ranked").mkdir()
+    first = open_tracker(config, runs / "ranked")
+    first.metrics(1, {"reward/gain": 1.0})
+    first.final({"score/aligned/judge": 1.5})
+    first.model(tmp_path, weights=False)
+    time.sleep(0.5)
+    first.close()
+    with open_tracker(config, runs / "ranked", run_id=first.run_id) as again:
+        again.model(tmp_path, weights=True)
+    run = client.get_run(str(first.run_id))
+    assert run.data.metrics["score/aligned/judge"] == 1.5
+    assert run.data.metrics["system/cpu_utilization_percentage"] >= 0 and steps_of(
+        client, first.run_id, "reward/gain"
+    ) == [1]
+    home = client.get_experiment(run.info.experiment_id)
+    assert home.tags["mlflow.experimentKind"] == "custom_model_development"
+    (output,) = run.outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert model.name == "ranked" and model.tags["didr.recipe"] == "tiny" and model.source_run_id == first.run_id
+    kept = {path.name for path in Path(model.artifact_location.removeprefix("file://")).rglob("*.*")}
+    assert kept == {"README.md", "config.json"}
