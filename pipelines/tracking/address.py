@@ -17,6 +17,7 @@ from didr_core.config.files import expanded
 from didr_core.config.passwords import HIDDEN
 from didr_core.types import DIDRError
 
+WRITERS = {"tensorboard": "tensorboardX"}  # the package that writes, where it is another than the one that shows
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks", "uc")
 
 
@@ -76,7 +77,7 @@ def look_beside(tracking: Tracking) -> None:
         DIDRError: one is missing.
     """
     for name in tracking.also:
-        if importlib.util.find_spec(name) is None:
+        if importlib.util.find_spec(WRITERS.get(name, name)) is None:
             raise DIDRError(
                 f"tracking.also={list(tracking.also)}: the package {name!r} is not installed; pip install {name}"
             )

@@ -35,11 +35,13 @@ class TensorBoardTracker(Tracker):
     title = "TensorBoard"
 
     def __init__(self, config: Config, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboardX import SummaryWriter  # Ray Tune brings it; to look at the files takes `tensorboard`
 
         self._step = RunFolder(folder).last_step()
         again = self._step + 1 if self._step else None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=again, flush_secs=30)
+        self._writer = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=again, flush_secs=30, filename_suffix=f".{self._step:08d}"
+        )
         rows = "".join(f"| {key} | {value} |\n" for key, value in flatten(dump(config)).items())
         self._try(self._writer.add_text, "config", f"| key | value |\n|---|---|\n{rows}", self._step)
 

@@ -112,7 +112,7 @@ def test_what_is_missing_is_said_before_anything_starts(tmp_path: Path, monkeypa
             asked()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password abc\n")
     look_beside(both)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(DIDRError, match="'tensorboard' is not installed; pip install tensorboard"):
         look_beside(Tracking(also=("tensorboard",)))
     with pytest.raises(DIDRError, match="tracking.also"):
