@@ -251,6 +251,7 @@ def _on_ray(
         observer.progress.console.print(room.table())
     # Ray's libraries read their environment when they are imported: the session has set it
     from pipelines.cluster.group import fit_until_done, fitted, measured_scales
+    from pipelines.cluster.members import Members
     from pipelines.cluster.remote import in_thread
     from pipelines.cluster.watch import POLL_S, Follower
 
@@ -265,12 +266,14 @@ def _on_ray(
         config = measured_scales(config, room.cluster, patience.look)
         run.write_config(config)
     follower, check_alive = Follower(run, patience, run.last_step()), pulse()
-    training = in_thread(fit_until_done, config, run, index, patience, room.cluster, profile)
+    members = Members(config, run, room.cluster, observer.stage)
+    training = in_thread(fit_until_done, members, run, index, patience, profile)
     try:
         while wait([training], POLL_S).not_done:
             follower.look()
             check_alive()
             patience.look()
+            members.look()
             record()
         training.result()
     finally:

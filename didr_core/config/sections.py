@@ -196,7 +196,10 @@ class DRP(Strict):
 class Workers(Strict):
     """Who runs where (Ray). CPUs count on a laptop, GPUs and custom resources on a cluster."""
 
-    train: int = Field(1, ge=1, description="workers that train")
+    train: int = Field(
+        1, ge=1, description="workers that train; [2, 8]: eight, as few as two (train_min) while nodes are missing"
+    )
+    train_min: int | None = Field(None, ge=1, description="fewest workers to go on with where nodes left; none = train")
     train_cpus: float = Field(1, ge=0, description="CPUs of each")
     train_gpus: float = Field(0, ge=0, description="GPUs of each; a part of one where it is shared")
     train_resources: dict[str, float] = Field(
@@ -221,6 +224,16 @@ class Workers(Strict):
         1800, gt=0, description="seconds without an answer of a process after which the run names it and stops"
     )
     max_failures: int = Field(2, ge=0, description="restarts of the worker group from the last checkpoint")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("train"), list | tuple):
+            if len(given["train"]) != 2:
+                raise ValueError(f"train={given['train']}: expected a number of workers, or [fewest, most]")
+            least, most = given["train"]
+            return given | {"train": most, "train_min": least}
+        return given
 
 
 class Baseline(Strict):

@@ -8,8 +8,8 @@ Columns are numpy arrays with a leading axis of samples. `pipelines/cluster/prom
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Literal
 
 import numpy as np
@@ -178,14 +178,29 @@ def _fingerprint(config: Config, of: Literal["text", "start"]) -> str:
     return own(of) if own else fingerprint.component("backbones", config.backbone)
 
 
-def ahead(stream: Iterable[Batch]) -> Iterator[Batch]:
-    """``stream``, whose next batch is made in a thread while this one is used; the first is being made from now on."""
+STOPPED_S = 10
+"""How long a run that was asked to stop waits for the batch of its last step."""
+
+
+def ahead(stream: Iterable[Batch], stopped: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+    """``stream``, whose next batch is made in a thread while this one is used; the first is being made from now on.
+
+    Raises:
+        KeyboardInterrupt: the run was ``stopped``, and :data:`STOPPED_S` later the next batch was not there: its actors' node may be gone.
+    """
     pool, source = ThreadPoolExecutor(1), iter(stream)
     first = pool.submit(next, source, None)
 
     def items() -> Iterator[Batch]:
         made = first
-        while (batch := made.result()) is not None:
+        while True:
+            patience = STOPPED_S
+            while not wait([made], 1.0).done:
+                patience -= stopped()
+                if patience <= 0:
+                    raise KeyboardInterrupt("stopped while it waited for prompts")
+            if (batch := made.result()) is None:
+                return
             made = pool.submit(next, source, None)
             yield batch
 

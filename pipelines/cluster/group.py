@@ -6,10 +6,12 @@ What would go wrong again (a NaN reward, a full disk, an exception in a reward's
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ray
 from ray.data import Dataset
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
@@ -22,6 +24,7 @@ from didr_core.plan import fit
 from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError
+from pipelines.cluster.members import Members
 from pipelines.cluster.prompts import execution_options, prompt_stream
 from pipelines.cluster.remote import by_name, elsewhere, users_mistake
 from pipelines.cluster.resources import ClusterView, encoder_need, reward_need, train_need
@@ -41,43 +44,51 @@ def measured_scales(config: Config, view: ClusterView, meanwhile: Callable[[], N
 
 
 def fit_until_done(
-    config: Config, run: RunFolder, index: PromptIndex, observer: Observer, view: ClusterView, profile: bool = False
+    members: Members, run: RunFolder, index: PromptIndex, observer: Observer, profile: bool = False
 ) -> None:
-    """Fit; after a worker's death again, from the last checkpoint, ``workers.max_failures`` times.
+    """Fit; after a worker's death again, from the last checkpoint, ``workers.max_failures`` times; whenever a node left or came, too.
 
     Args:
-        profile: see :func:`didr_core.train.loop.loop`.
+        members: which nodes, and how many workers; asked before every start. profile: see :func:`didr_core.train.loop.loop`.
 
     Raises:
         DIDRError: what a worker raised, in words, or workers that died too often.
         KeyboardInterrupt: the run was asked to stop, and has.
     """
-    most = config.workers.max_failures
-    if config.precomputed:
-        _precompute(config, run, index, observer, view)
-    scorers = start_scorers(config, reward_need(config.workers, view), run.calls_path) if config.black_box else []
-    for failures in range(most + 1):
+    failures = 0
+    for again in itertools.chain([False], itertools.repeat(True)):
+        config, view = members.start(again)
+        most = config.workers.max_failures
+        if config.precomputed:
+            _precompute(config, run, index, observer, view)
+        scorers = start_scorers(config, reward_need(config.workers, view), run.calls_path) if config.black_box else []
         step = run.last_step()
         run.forget_after(step)
-        observer.stage("starting workers" if not failures else f"starting workers again from step {step}")
+        observer.stage(f"starting workers again from step {step}" if again else "starting workers")
         try:
             _trainer(config, run, index, view, step, scorers, profile).fit()
             return
         except TrainingFailedError as error:
+            if why := members.why():
+                observer.note(f"{why}; going on from step {run.last_step()}", style="yellow")
+                continue
             if run.stop_path.exists():
                 raise KeyboardInterrupt(f"stopped after step {run.last_step()}") from error
             of_ranks = getattr(error, "worker_failures", {}).values()  # an error of the group itself has none
             if said := dict.fromkeys(str(e) for e in of_ranks if isinstance(e, DIDRError)):
                 raise DIDRError("\n".join(said)) from error
             last = str(error).strip().splitlines()[-1].partition(". ")[0][:300]
-            if failures == most:
+            failures += 1
+            if failures > most:
                 reached = max((row["step"] for row in read_lines(run.metrics_path)), default=0)
                 raise DIDRError(
-                    f"training failed {failures + 1} times (workers.max_failures={most}), last at step {reached}; "
+                    f"training failed {failures} times (workers.max_failures={most}), last at step {reached}; "
                     f"`didr align --resume {run.path}` goes on from step {run.last_step()}. Last: {last}"
                 ) from error
             observer.note(f"a worker failed; going on from step {run.last_step()} ({last})", style="yellow")
         finally:
+            for scorer in scorers:
+                ray.kill(scorer)
             shutil.rmtree(run.path / "ray", ignore_errors=True)
 
 

@@ -89,6 +89,7 @@ class Node:
     name: str
     resources: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
+    id: str = ""
 
     def capacity(self) -> dict[str, float]:
         """Its resources without the names Ray makes up for every node (`node:10.0.0.1`, `accelerator_type:...`)."""

@@ -25,7 +25,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,18 +177,28 @@ def ray_session(address: str | None = None, num_cpus: int = 4, verbose: bool = F
         ray.shutdown()
 
 
-def cluster_view(local: bool = False) -> ClusterView:
-    """The nodes that are up now, with their total resources and labels."""
-    import ray
+def cluster_view(local: bool = False, *, answering: bool = False) -> ClusterView:
+    """The nodes that are up now, but for those that are about to leave (spot notices), with their total resources and labels.
 
+    Args:
+        answering: ask each one: Ray's head takes up to 15 s to notice that a node is dead.
+    """
+    import ray
+    from ray._private.state import state
+
+    leaving = state.get_draining_nodes()
+    there = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
+    if answering and there:
+        with ThreadPoolExecutor(min(32, len(there))) as pool:
+            there = [n for n, found in zip(there, pool.map(_answers, there), strict=True) if found]
     nodes = [
         Node(
             str(n.get("NodeManagerHostname") or n["NodeManagerAddress"]),
             dict(n["Resources"]),
             dict(n.get("Labels") or {}),
+            n["NodeID"],
         )
-        for n in ray.nodes()
-        if n["Alive"]
+        for n in there
     ]
     return ClusterView(
         tuple(sorted(nodes, key=lambda n: n.name)),
@@ -197,7 +208,29 @@ def cluster_view(local: bool = False) -> ClusterView:
     )
 
 
-def await_room(demands_for: Callable[[ClusterView], Demands], cluster: ClusterView, say: Callable[[str], None]) -> Room:
+def nodes_in_use() -> set[str]:
+    """Ids of the nodes that actors of this job are on."""
+    import ray
+    from ray._private.state import state
+
+    actors = state.actor_table(None, ray.JobID.from_hex(ray.get_runtime_context().get_job_id()), "ALIVE")
+    return {actor["Address"]["NodeID"] for actor in actors.values()}
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        _is_anyone_there(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+    except DIDRError:
+        return False
+    return True
+
+
+def await_room(
+    demands_for: Callable[[ClusterView], Demands],
+    cluster: ClusterView,
+    say: Callable[[str], None],
+    look: Callable[[], ClusterView] | None = None,
+) -> Room:
     """Check the plan against the cluster; where nodes may still be starting, `say` what is short, and look again for ten minutes.
 
     Raises:
@@ -213,7 +246,7 @@ def await_room(demands_for: Callable[[ClusterView], Demands], cluster: ClusterVi
                 raise
             say(f"waiting for nodes, {left:.0f} s more: {short}")
         time.sleep(min(LOOK_S, max(0.1, left)))
-        cluster = cluster_view()
+        cluster = (look or cluster_view)()
 
 
 def pulse() -> Callable[[], None]:

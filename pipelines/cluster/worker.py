@@ -54,7 +54,7 @@ def _train(
     if (
         todo and not config.precomputed
     ):  # the actors start when the first batch is asked for: let them load their models while we load ours
-        stream = ahead(batches(ray.train.get_dataset_shard("train"), config.sizes.share))
+        stream = ahead(batches(ray.train.get_dataset_shard("train"), config.sizes.share), run.stop_path.exists)
     stage("loading networks", 0, 0)
     reward = ActorReward(scorers) if scorers else None
     learner = Learner(config, device=ray.train.torch.get_device(), parallel=ranks, reward=reward)

@@ -18,6 +18,7 @@ from didr_core.export.sample import trained_generator
 from didr_core.train.observer import Observer
 from didr_core.types import DIDRError
 from pipelines.cluster.group import fit_until_done
+from pipelines.cluster.members import Members
 from pipelines.cluster.remote import elsewhere, in_thread
 from pipelines.cluster.resources import train_need
 from pipelines.cluster.session import cluster_view, prepare_environment
@@ -45,7 +46,7 @@ def legs(folder: SweepFolder, number: int) -> Iterator[dict[str, Any]]:
         prepare_environment()
         view = cluster_view()
         need = train_need(config.workers, view)
-        group = in_thread(fit_until_done, config, run, open_prompts(config), _Log(), view)
+        group = in_thread(fit_until_done, Members(config, run, view, print), run, open_prompts(config), _Log())
         setup_seconds = round(time.time() - began, 3)
         for step in checkpoints(config, run.last_step()):
             last = step == config.train.steps  # then the group draws a grid and ends
