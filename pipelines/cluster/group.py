@@ -69,7 +69,7 @@ def fit_until_done(
             _trainer(config, run, index, view, step, scorers, profile).fit()
             return
         except TrainingFailedError as error:
-            if why := members.why():
+            if (why := members.why()) and run.info().get("status") != "interrupted":
                 observer.note(f"{why}; going on from step {run.last_step()}", style="yellow")
                 continue
             if run.stop_path.exists():

@@ -67,11 +67,11 @@ class Members:
         Raises:
             NoRoom: not even for the smallest, where nobody starts nodes.
         """
-        self._why, self._room_since = "", math.inf
+        self._next = math.inf  # there is no group to look after
         if again:
-            self.run.stop_path.unlink(missing_ok=True)
             self.view = self._largest()
-        self._used = {}
+            self.run.stop_path.unlink(missing_ok=True)
+        self._used, self._why, self._room_since, self._next = {}, "", math.inf, 0.0
         return with_workers(self.config, self.workers), self.view
 
     def why(self) -> str:

@@ -121,8 +121,13 @@ def test_room_is_awaited_where_nodes_may_come_and_nowhere_else(monkeypatch: pyte
 
 def test_a_cluster_grows_where_somebody_starts_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
+    from ray._private.state import state
+
     node = {"NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 2.0}, "Alive": True, "Labels": {"didr-role": "head"}}
-    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    node["NodeID"] = "one"
+    monkeypatch.setattr(ray, "nodes", lambda: [node, node | {"NodeID": "called back"}])
+    monkeypatch.setattr(state, "get_draining_nodes", lambda: {"called back": 0})
+    assert [n.id for n in session.cluster_view().nodes] == ["one"]
     assert not session.cluster_view().grows
     node["Labels"] = {ray._raylet.RAY_NODE_GROUP_KEY: "workers"}  # what Ray makes of an autoscaler's RAY_NODE_TYPE_NAME
     assert session.cluster_view().grows
