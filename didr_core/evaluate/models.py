@@ -62,7 +62,6 @@ class Pictures(Protocol):
 
     def draw(self, prompts: Sequence[str], places: Sequence[int], seed: int) -> tuple[Tensor, Tensor | None]:
         """``[B, 3, H, W]`` in [0, 1] on the CPU, and the clean latents where there are some; ``calls`` counts the network's."""
-        ...
 
 
 @dataclass(frozen=True)
