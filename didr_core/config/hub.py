@@ -75,7 +75,9 @@ def _download(key: str, path: str) -> None:
     said = f"{key}={path!r}: no such folder here"
     enable_progress_bars()  # transformers switches them off for all
     try:
-        if "model_index.json" in HfApi().list_repo_files(name, revision=revision):
+        # a listing of files would be tried again for 23 s where nobody answers
+        files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or ()]
+        if "model_index.json" in files:
             from diffusers import DiffusionPipeline  # knows which files a pipeline needs
 
             DiffusionPipeline.download(name, revision=revision, use_safetensors=True)
