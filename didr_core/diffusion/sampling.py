@@ -26,12 +26,6 @@ def noise(seed: int, positions: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def sample_one_step(backbone: Backbone, network: nn.Module, condition: Condition, z: Tensor) -> Tensor:
-    """The generator's single evaluation: ``z [B, ...] ~ N(0, I)`` to clean latents ``[B, ...]``."""
-    return backbone.generate(network, z, condition)
-
-
-@torch.no_grad()
 def sample_reference(
     backbone: Backbone, network: nn.Module, condition: Condition, z: Tensor, steps: int = 50, guidance: float = 4.0
 ) -> Tensor:
@@ -75,8 +69,8 @@ def guided_x0(
 
 
 def one_step(backbone: Backbone, network: nn.Module) -> Sampler:
-    """:func:`sample_one_step` as a :data:`Sampler`."""
-    return lambda condition, z: sample_one_step(backbone, network, condition, z)
+    """The generator's single evaluation: ``z [B, ...] ~ N(0, I)`` to clean latents ``[B, ...]``."""
+    return torch.no_grad()(lambda condition, z: backbone.generate(network, z, condition))
 
 
 def reference(backbone: Backbone, network: nn.Module, steps: int = 50, guidance: float = 4.0) -> Sampler:

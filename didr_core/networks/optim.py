@@ -126,12 +126,7 @@ def _gather(master: Tensor) -> Callable[[Tensor], None]:
 def optimizer(weights: Weights, settings: Optim, seed: int) -> torch.optim.Optimizer:
     """AdamW as ``settings`` says, over ``weights``; ``seed`` is that of stochastic rounding, the same on every rank."""
     values = list(weights.values.values())
-    options: dict[str, Any] = {
-        "lr": settings.lr,
-        "betas": settings.betas,
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
+    options: dict[str, Any] = settings.model_dump(include={"lr", "betas", "eps", "weight_decay"})
     made: torch.optim.Optimizer
     if settings.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
@@ -215,11 +210,8 @@ class StochasticAdamW(torch.optim.Optimizer):
                 if bits is None:
                     device = "cpu" if p.is_meta else p.device
                     bits = torch.Generator(device).manual_seed(group["seed"] * 1_000_003 + group["updates"])
-                p.copy_(
-                    stochastic_round(self._updated(p, group), bits)
-                    if p.dtype == torch.bfloat16
-                    else self._updated(p, group)
-                )
+                value = self._updated(p, group)
+                p.copy_(stochastic_round(value, bits) if p.dtype == torch.bfloat16 else value)
 
     def _updated(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """The float32 value after the update."""
