@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # every one of Ray's helper processes imports this module, and torch takes a second
     import torch
@@ -104,15 +104,11 @@ class Batch:
         )
 
 
-@runtime_checkable
 class Schedule(Protocol):
     """Forward process ``x_t = alpha_t x0 + sigma_t eps`` with t in [0, 1]."""
 
     def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``t [B] -> (alpha [B], sigma [B])``, float32 or better."""
-
-    def model_time(self, t: Tensor) -> Tensor:
-        """What the network is told for ``t [B]``."""
 
 
 class Backbone(Protocol):

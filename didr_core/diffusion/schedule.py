@@ -45,10 +45,6 @@ class VariancePreserving:
         abar = self.alphas_cumprod.to(t.device)[self.index(t)]
         return abar.sqrt().float(), (1 - abar).sqrt().float()
 
-    def model_time(self, t: Tensor) -> Tensor:
-        """Row numbers ``[B]``, int64."""
-        return self.index(t)
-
 
 class RectifiedFlow:
     """``alpha = 1 - s``, ``sigma = s`` with ``s = shift t / (1 + (shift - 1) t)``; networks are told ``1 - s`` (Z-Image).
@@ -59,18 +55,11 @@ class RectifiedFlow:
     def __init__(self, shift: float = 1.0) -> None:
         self.shift = shift
 
-    def _sigma(self, t: Tensor) -> Tensor:
-        t = (t if t.dtype == torch.float64 else t.float()).clamp_min(1e-3)
-        return self.shift * t / (1 + (self.shift - 1) * t)
-
     def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``alpha, sigma [B]``, float64 for float64 times, else float32."""
-        s = self._sigma(t)
+        t = (t if t.dtype == torch.float64 else t.float()).clamp_min(1e-3)
+        s = self.shift * t / (1 + (self.shift - 1) * t)
         return 1 - s, s
-
-    def model_time(self, t: Tensor) -> Tensor:
-        """``1 - s [B]``."""
-        return 1 - self._sigma(t)
 
 
 class Cosine:
@@ -83,10 +72,6 @@ class Cosine:
         """``alpha, sigma [B]``, float64 for float64 times, else float32."""
         angle = (t if t.dtype == torch.float64 else t.float()).clamp(1e-3, 1 - 1e-3) * (math.pi / 2)
         return angle.cos(), angle.sin()
-
-    def model_time(self, t: Tensor) -> Tensor:
-        """``t [B]`` itself."""
-        return t
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from ray import tune
 from rich.live import Live
@@ -79,10 +79,10 @@ class FollowedTrial(Observer):
 class SweepMonitor(tune.Callback):
     """Lines, MLflow and the watchdog of one sweep."""
 
-    def __init__(self, folder: SweepFolder, uri: str, stream: TextIO | None = None) -> None:
+    def __init__(self, folder: SweepFolder, uri: str) -> None:
         self.folder, self.uri = folder, uri
         self.options, self.config = folder.options(), folder.config()
-        self.console = console(stream)
+        self.console = console()
         self.running: dict[int, FollowedTrial] = {}
         self.parent: tracking.Tracker = tracking.Tracker()
         self._live: Live | None = None
