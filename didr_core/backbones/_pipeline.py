@@ -78,9 +78,7 @@ class Family:
     same: tuple[str, ...]  # settings in which generator and reference must agree
     marker: str  # a tensor by whose name a prefix in single files is recognised
     dtype: torch.dtype  # of exports
-    original: str | None = (
-        None  # part of a tensor's name in the authors' own layout (A1111's, ComfyUI's), which diffusers converts
-    )
+    original: str | None = None  # part of a tensor's name in the layout of A1111 and ComfyUI, which diffusers converts
 
 
 class PipelineBackbone:
@@ -95,6 +93,8 @@ class PipelineBackbone:
     def __init__(self, config: PipelineConfig) -> None:
         self.folder = locate(config.pipeline)
         self._options = config
+        self._vae_folder = locate(config.vae) if config.vae else self.folder / "vae"
+        self._decoder_folder = locate(config.decoder) if config.decoder else self._vae_folder
         self.check()
         self.scheduler_config = read_json(self.folder / "scheduler" / "scheduler_config.json")
         self.vae_config = read_json(self._decoder_folder / "config.json")
@@ -113,14 +113,6 @@ class PipelineBackbone:
     def network_config(self) -> dict[str, Any]:
         """Of the reference's network."""
         return read_json(self.folder / self.family.part / "config.json")
-
-    @property
-    def _vae_folder(self) -> Path:
-        return locate(self._options.vae) if self._options.vae else self.folder / "vae"
-
-    @property
-    def _decoder_folder(self) -> Path:
-        return locate(self._options.decoder) if self._options.decoder else self._vae_folder
 
     def _check_configs(self) -> None:
         """Raises DIDRError where folders are missing, or their configurations do not fit together."""
@@ -213,7 +205,6 @@ class PipelineBackbone:
             ) from error
 
     def tokenizers(self) -> dict[Path, int]:
-        """See :class:`didr_core.types.Backbone`."""
         folders = [self.folder / name for name in self._parts if name.startswith("tokenizer")]
         return {folder: tokens_read("backbone.pipeline", folder) for folder in folders}
 

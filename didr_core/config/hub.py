@@ -50,20 +50,21 @@ def fetch(key: str, options: Mapping[str, Any]) -> bool:
     Raises:
         DIDRError: the hub cannot be asked, or has no such model for this user.
     """
-    names = [(at, value) for at, value in _texts(key, options) if name_of(value) and not Path(value).exists()]
+    names = [(at, value) for at, value in texts(key, options) if name_of(value) and not Path(value).exists()]
     for at, value in names:
         _download(at, value)
     return bool(names)
 
 
-def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+def texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every text below ``value`` with its dotted key, but for names of components."""
     if isinstance(value, str):
         yield key, value
     for at, below in (
         value.items() if isinstance(value, Mapping) else enumerate(value if isinstance(value, list) else ())
     ):
         if at != "name":
-            yield from _texts(f"{key}.{at}", below)
+            yield from texts(f"{key}.{at}", below)
 
 
 def _download(key: str, path: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from didr_core.diffusion.noise import Noise
-from didr_core.diffusion.schedule import chain_times, step
+from didr_core.diffusion.schedule import chain_times, expand, step
 from didr_core.types import Backbone, Condition
 
 Sampler = Callable[[Condition, Tensor], Tensor]
@@ -49,7 +49,7 @@ def sample_reference(
         raise ValueError(f"steps={steps}: sampling takes at least one step")
     times = chain_times(torch.ones(len(z), device=z.device), steps)
     alpha, sigma = backbone.schedule.coeffs(times[0])
-    x = z * (alpha**2 + sigma**2).sqrt().view(-1, *([1] * (z.dim() - 1)))
+    x = z * expand((alpha**2 + sigma**2).sqrt(), z)
     x0 = guided_x0(backbone, network, x, times[0], condition, guidance)
     for before, now in pairwise(times):
         x = step(backbone.schedule, x, x0, before, now)

@@ -237,7 +237,6 @@ class Pipeline:
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], places: Sequence[int], seed: int) -> tuple[Tensor, Tensor | None]:
-        """See :class:`Pictures`."""
         last: dict[str, Tensor] = {}
 
         def keep(pipe: Any, step: int, time: Any, told: dict[str, Any]) -> dict[str, Any]:
@@ -299,7 +298,6 @@ class Folder:
             )
 
     def draw(self, prompts: Sequence[str], places: Sequence[int], seed: int) -> tuple[Tensor, Tensor | None]:
-        """See :class:`Pictures`."""
         made = []
         for place in places:
             with Image.open(self._of[place, seed]) as image:
