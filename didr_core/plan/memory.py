@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from didr_core.config import Config
@@ -104,7 +105,7 @@ def plan(config: Config) -> Plan | None:
         DIDRError: LoRA targets that no layer matches.
     """
     made = cache.kept(config, lambda: _told(config))
-    return _read(made) if made else None
+    return TypeAdapter(Plan).validate_python(made) if made else None
 
 
 def _told(config: Config) -> dict[str, Any]:
@@ -112,14 +113,6 @@ def _told(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, uncollected():
         backbone = hollow.backbone(config.backbone, Path(folder))
         return {} if backbone is None else asdict(_plan(config, backbone))
-
-
-def _read(told: Mapping[str, Any]) -> Plan:
-    processes = [
-        Process(**p | {kind: [Line(**line) for line in p[kind]] for kind in ("held", "phases")})
-        for p in told["processes"]
-    ]
-    return Plan(processes, [(phase, flops) for phase, flops in told["flops"]], told["samples"], told["notes"])
 
 
 def _plan(config: Config, backbone: Any) -> Plan:
