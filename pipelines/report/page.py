@@ -162,10 +162,8 @@ def _tiles(
     for name, against in (("judge", "start"), ("utility", "teacher")):
         for row in wins:
             if (row["name"], row["against"]) == (name, against):
-                label, between = (
-                    f"wins against the {against}, {row['measure']}",
-                    f"{row['low']:.0f} to {row['high']:.0f}",
-                )
+                label = f"wins against the {against}, {row['measure']}"
+                between = f"{row['low']:.0f} to {row['high']:.0f}"
                 yield {"value": f"{row['mean']:.0f} %", "interval": between, "label": label}
     strict = comparison_table(scores, "aligned", ["strict"])[1] if scores else []
     for against, _, difference, interval, *_ in strict:
