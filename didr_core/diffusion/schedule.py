@@ -36,10 +36,6 @@ class VariancePreserving:
         n = len(self.alphas_cumprod)
         return (t.double() * n + 1e-3).floor().long().clamp(0, n - 1)
 
-    def time(self, index: int) -> float:
-        """The t of table row ``index``."""
-        return index / len(self.alphas_cumprod)
-
     def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``alpha, sigma [B]``, float32."""
         abar = self.alphas_cumprod.to(t.device)[self.index(t)]
@@ -89,12 +85,6 @@ def diffuse(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """``x_t``."""
     alpha, sigma = coeffs_like(schedule, t, x0)
     return alpha * x0 + sigma * eps
-
-
-def score(schedule: Schedule, x0_hat: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """``grad log p_t(x) = (alpha D - x) / sigma^2``."""
-    alpha, sigma = coeffs_like(schedule, t, x)
-    return (alpha * x0_hat - x) / sigma**2
 
 
 def step(
