@@ -28,21 +28,16 @@ def check(config: Config) -> None:
     for key, settings in (("generator", config.generator), ("assistant", config.assistant)):
         if settings.optimizer != "adamw8bit":
             continue
+        full, usual, wrong = getattr(config.roles, key) == "full", f"{key}.optimizer=adamw", ""
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise DIDRError(
-                f"{key}.optimizer='adamw8bit': bitsandbytes is not installed. Install it (`pip install bitsandbytes`; CUDA), or use "
-                f"{key}.optimizer=adamw."
-            )
-        if config.roles.update == "stochastic" and getattr(config.roles, key) == "full":
-            raise DIDRError(
-                f"{key}.optimizer='adamw8bit': does not round stochastically. Use roles.update=master, or {key}.optimizer=adamw "
-                "(with betas[0]=0 it keeps one moment only)."
-            )
-        if config.roles.fsdp and getattr(config.roles, key) == "full":
-            raise DIDRError(
-                f"{key}.optimizer='adamw8bit': bitsandbytes cannot update weights that are split over workers. Use {key}.optimizer=adamw, "
-                "or roles.fsdp=false."
-            )
+            wrong = f"bitsandbytes is not installed. Install it (`pip install bitsandbytes`; CUDA), or use {usual}"
+        elif full and config.roles.update == "stochastic":
+            less = "with betas[0]=0 it keeps one moment only"
+            wrong = f"does not round stochastically. Use roles.update=master, or {usual} ({less})"
+        elif full and config.roles.fsdp:
+            wrong = f"bitsandbytes cannot update weights that are split over workers. Use {usual}, or roles.fsdp=false"
+        if wrong:
+            raise DIDRError(f"{key}.optimizer='adamw8bit': {wrong}.")
 
 
 class Weights:
