@@ -1,8 +1,6 @@
 """What the driver of a sweep does with its news: a live line a trial, MLflow's parent run and nested children, and a watchdog.
 
-It is Tune's callback and lives in the driver's own loop, which turns some times a second: then it looks into the files of the running
-trials. A child's MLflow run id is kept in sweep.json; where a kill came between making the run and writing that down, the run is found
-again by its tags: no trial has two.
+It is Tune's callback, in the driver's own loop: some times a second it looks into the files of the running trials.
 """
 
 from __future__ import annotations
