@@ -1,6 +1,6 @@
 """Which point comes next, and which trial is stopped early: Ray Tune's searcher and scheduler over what the sweep folder holds.
 
-Each driver starts Tune anew over what is missing there: a resumed sweep gives a number the same point and fills the scheduler's rungs again.
+Each driver starts Tune anew over what is missing there: a resumed sweep gives a number the same point and fills the scheduler's rungs anew.
 """
 
 from __future__ import annotations
