@@ -109,7 +109,7 @@ def test_a_wrong_picture_always_loses_and_taste_orders_right_ones(drawn):
     right = utility(render(faint), captions)
     assert right.min() > utility(render(wrong), captions).max() + 0.5
     for name, value in (("fade", scenes.fade), ("radius", scenes.radius)):
-        better, worse = faint.copy(), faint.copy()
+        better, worse = copy.deepcopy(faint), copy.deepcopy(faint)
         setattr(better, name, getattr(faint, name) * 1.2)
         assert (utility(render(better), captions) > utility(render(worse), captions)).mean() > 0.99, (name, value)
 
