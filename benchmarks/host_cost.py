@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import platform
 import statistics
 import tempfile
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import hollow_sdxl
 from didr_core import config as configs
+from didr_core.config import Config
 from didr_core.plan import hollow, published
 from didr_core.train.learner import Learner
 from didr_core.types import Batch
@@ -67,7 +69,7 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def learner(layout: str, folder: Path) -> Learner:
+def config_of(layout: str, folder: Path) -> Config:
     """SDXL's full depth at 1/20 of its width, float32, with the estimator `tweedie` and a toy reward."""
     roles, compiled = (LAYOUTS | COMPILED)[layout], layout in COMPILED
     pipeline = published.write("sdxl", folder, unet=NARROW_UNET, vae=hollow_sdxl.TINY_VAE)
@@ -84,7 +86,12 @@ def learner(layout: str, folder: Path) -> Learner:
         "roles": roles,
         "data": {"prompts": "none"},
     }
-    config = configs.validate(tree)
+    return configs.validate(tree)
+
+
+def learner(layout: str, folder: Path) -> Learner:
+    """The learner of :func:`config_of`, random weights."""
+    config = config_of(layout, folder)
     backbone = hollow.backbone(config.backbone, folder, "cpu")
     return Learner(config, backbone=backbone, reward=hollow.Reward(config.reward, "cpu"))  # type: ignore[arg-type]
 
@@ -98,7 +105,7 @@ def batch_of(subject: Learner) -> Batch:
 def bare(layout: str, folder: Path) -> dict[str, Callable[[], None]]:
     """The calls that a TA micro-step and a generator micro-step of ``layout`` must make, of a network without roles."""
     roles = (LAYOUTS | COMPILED)[layout]
-    config = learner("full", folder).config
+    config = config_of("full", folder)
     backbone = hollow.backbone(config.backbone, folder, "cpu")
     judge = hollow.Reward(config.reward, "cpu")
     dtype = getattr(torch, roles.get("dtype", "float32"))
@@ -156,7 +163,7 @@ def _nothing(_: Any) -> None: ...
 
 
 def measure(folder: Path, layouts: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """Rows of layout and part: CPU seconds, operators, and both as multiples of the bare calls'."""
+    """Rows of layout and part: CPU seconds (NaN without ``rounds``), operators, and both as multiples of the bare calls'."""
     subjects = {}
     for i, name in enumerate(layouts):
         subjects[f"{name}: bare calls"] = bare(name, folder / f"{i}b")
@@ -175,7 +182,7 @@ def measure(folder: Path, layouts: Sequence[str], rounds: int) -> list[dict[str,
         with Operators() as count:
             run()
         operators[name, part] = count.count
-    middle = {key: statistics.median(values) for key, values in seconds.items()}
+    middle = {key: statistics.median(values or [math.nan]) for key, values in seconds.items()}
     rows = []
     for name, part, _ in cases:
         least = middle.get((f"{name}: bare calls", part)), operators.get((f"{name}: bare calls", part))

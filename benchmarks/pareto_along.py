@@ -18,7 +18,7 @@ from didr_core.evaluate.contestants import fingerprint, one_step_contestant
 from didr_core.evaluate.evaluator import Evaluator
 from didr_core.evaluate.fronts import distances
 from didr_core.evaluate.paired import Bootstrap
-from didr_core.evaluate.scores import Arrays, describe
+from didr_core.evaluate.scores import Arrays, describe, entropies
 from didr_core.export.card import markdown
 from didr_core.train import checkpoint
 from didr_core.train.run_folder import RunFolder
@@ -33,10 +33,7 @@ def means(values: Arrays, reference: NDArray[Any]) -> dict[str, float]:
     """Of the measures ``[1, S, N]`` of one network; ``reference`` are the teacher's features ``[1, S, N, D]``."""
     one = Bootstrap(reference.shape[2], 1, 0)
     found = {name: one.means(values[name])[0] for name in MEASURES if name in values}
-    for what in ("background", "position"):
-        if f"{what}_code" in values:
-            groups = values.get(f"{what}_group")
-            found[f"{what}_entropy"] = one.entropy(values[f"{what}_code"], None if groups is None else groups[0, 0])[0]
+    found |= {f"{what}_entropy": bits[0] for what, bits in entropies(one, values)}
     apart = distances(one, values["features"].astype(np.float64), reference.astype(np.float64))[0]
     return {name: float(f"{value:.6g}") for name, value in (found | {"feature_distance": apart}).items()}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # every one of Ray's helper processes imports this module, and torch takes a second
     import torch
@@ -86,39 +86,29 @@ class Batch:
     def __getitem__(self, rows: slice | Tensor) -> Batch:
         """Some samples: a slice, or their numbers ``[b]``, on the host."""
         numbers = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
-        return replace(
-            self,
-            index=self.index[rows],
-            ids=[self.ids[i] for i in numbers],
-            prompts=[self.prompts[i] for i in numbers],
-            condition=self.condition[rows],
-            reward_inputs={k: v[rows] for k, v in self.reward_inputs.items()},
-            baseline=None if self.baseline is None else self.baseline[rows],
-            spread=None if self.spread is None else self.spread[rows],
-        )
+        ids, prompts = ([values[i] for i in numbers] for values in (self.ids, self.prompts))
+        return replace(self.map(lambda v: v[rows]), index=self.index[rows], ids=ids, prompts=prompts)
 
     def to(self, device: torch.device | str) -> Batch:
         """Move tensors to ``device``, all but ``index``."""
+        return self.map(lambda v: v.to(device))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        """Apply ``fn`` to every tensor but ``index``."""
         return replace(
             self,
-            condition=self.condition.to(device),
-            reward_inputs={k: v.to(device) for k, v in self.reward_inputs.items()},
-            baseline=None if self.baseline is None else self.baseline.to(device),
-            spread=None if self.spread is None else self.spread.to(device),
+            condition=self.condition.map(fn),
+            reward_inputs={k: fn(v) for k, v in self.reward_inputs.items()},
+            baseline=None if self.baseline is None else fn(self.baseline),
+            spread=None if self.spread is None else fn(self.spread),
         )
 
 
-@runtime_checkable
 class Schedule(Protocol):
     """Forward process ``x_t = alpha_t x0 + sigma_t eps`` with t in [0, 1]."""
 
     def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``t [B] -> (alpha [B], sigma [B])``, float32 or better."""
-        ...
-
-    def model_time(self, t: Tensor) -> Tensor:
-        """What the network is told for ``t [B]``."""
-        ...
 
 
 class Backbone(Protocol):
@@ -133,56 +123,43 @@ class Backbone(Protocol):
 
     def to(self, device: torch.device | str) -> None:
         """Move decoder and text towers; networks are moved by those who hold them."""
-        ...
 
     def check(self) -> None:
         """Cheap look at the weights folders (preflight). Raises DIDRError when they are not what the config says."""
-        ...
 
     def tokenizers(self) -> Mapping[Path, int] | None:
         """Folders of tokenizers, and how many tokens of a prompt are read, for a count of the prompts that are cut."""
-        ...
 
     def load_network(self, role: str) -> nn.Module:
         """Load ``role`` in {"generator", "reference", "assistant"}, float32, eval mode."""
-        ...
 
     def load_decoder(self) -> None:
         """Make :meth:`decode` usable (latents -> images)."""
-        ...
 
     def load_text(self) -> None:
         """Make :meth:`encode` usable. Who calls it on a trainer calls :meth:`free_text` before training goes on."""
-        ...
 
     def free_text(self) -> None:
         """Let go of what :meth:`load_text` loaded: text towers never sit on a trainer."""
-        ...
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Prompts to conditions, without grad."""
-        ...
 
     def null(self, like: Condition) -> Condition:
         """The unconditional condition, as many rows as ``like``."""
-        ...
 
     def x0(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Denoiser prediction converted to ``x0``: the only place where eps, v or flow is known. Float32 in and out, cast here to what
         ``network`` computes in."""
-        ...
 
     def generate(self, network: nn.Module, z: Tensor, condition: Condition) -> Tensor:
         """One-step generator: noise ``z ~ N(0, I)`` to a clean latent."""
-        ...
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents to images ``[B, 3, H, W]`` in [0, 1], differentiable."""
-        ...
 
     def export(self, generator: nn.Module, folder: str) -> None:
         """Write what stock diffusers loads, and the single-file weights."""
-        ...
 
 
 class Reward(Protocol):
@@ -196,23 +173,18 @@ class Reward(Protocol):
 
     def check(self) -> None:
         """Cheap look at the weights (preflight). Raises DIDRError when they are not what the config says."""
-        ...
 
     def tokenizers(self) -> Mapping[Path, int] | None:
         """As a backbone's."""
-        ...
 
     def load(self, device: torch.device | str = "cpu") -> None:
         """Load weights; `prepare` and `score` need it."""
-        ...
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Text features ``{name: [B, ...]}``; runs in reward-model actors, once per prompt."""
-        ...
 
     def score(self, images: Tensor, inputs: Tensors) -> Tensor:
         """``images [B, 3, H, W]`` in [0, 1] -> raw scores ``[B]`` on the published scale."""
-        ...
 
 
 class GeneratorContext(Protocol):
@@ -226,19 +198,15 @@ class GeneratorContext(Protocol):
 
     def assistant(self, grad: bool = False) -> Tensor:
         """``D_psi(x_t, t, c)``; with ``grad``, differentiable in ``x_t`` (never in the network's weights)."""
-        ...
 
     def reference(self, grad: bool = False) -> Tensor:
         """Guided ``D~_ref(x_t, t, c)``; without grad it is shared with the DRP's first evaluation."""
-        ...
 
     def drs(self) -> Tensor:
         """The Diffused Reward Score ``s_r(x_t)``, gated and clipped, without grad."""
-        ...
 
     def reward(self, latent: Tensor) -> Tensor:
         """Standardised reward ``[B]`` of clean latents, differentiable."""
-        ...
 
 
 class Algorithm(Protocol):
@@ -251,7 +219,6 @@ class Algorithm(Protocol):
 
     def generator_loss(self, ctx: GeneratorContext) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-sample loss ``[B]`` and per-sample metrics ``{name: [B]}``."""
-        ...
 
 
 def _nothing(*_: Any) -> None:
@@ -287,4 +254,3 @@ class Parallel(Protocol):
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Average in place over ranks."""
-        ...

@@ -11,6 +11,7 @@ from torch import Tensor
 from didr_core.algorithms import losses
 from didr_core.algorithms._clean_reward import clean_reward, pull
 from didr_core.config import Component
+from didr_core.diffusion.schedule import expand
 from didr_core.types import GeneratorContext
 
 
@@ -57,7 +58,5 @@ class DiffInstructStar:
             return loss, {"matching/rms": losses.rms(matching)}
         reward, gradient = clean_reward(ctx)
         size = losses.pseudo_huber(matching, self.config.c) + self.config.c
-        unit = 1 / size.view(
-            -1, *([1] * (matching.dim() - 1))
-        )  # of the term that reaches x0 directly, without the Jacobians
+        unit = 1 / expand(size, matching)  # of the term that reaches x0 directly, without the Jacobians
         return loss - self.config.weight * reward, pull(matching, self.config.weight * gradient, unit)

@@ -8,6 +8,7 @@ from torch import Tensor
 from didr_core.algorithms import losses
 from didr_core.algorithms._clean_reward import clean_reward, pull
 from didr_core.config import Component
+from didr_core.diffusion.schedule import expand
 from didr_core.types import GeneratorContext
 
 
@@ -52,6 +53,6 @@ class DMDR:
             return loss, {"matching/rms": losses.rms(matching)}
         reward, gradient = clean_reward(ctx)
         short = (reward.detach() < self.config.margin).to(gradient.dtype)
-        push = self.config.weight * gradient * short.view(-1, *([1] * (gradient.dim() - 1)))
+        push = self.config.weight * gradient * expand(short, gradient)
         metrics = pull(matching, push, unit) | {"reward/reached": 1 - short}
         return loss + self.config.weight * losses.hinge(reward, self.config.margin), metrics

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from didr_core.diffusion.schedule import expand
+
 
 def per_sample(x: Tensor) -> Tensor:
     """Mean over everything but the batch: ``[B, ...] -> [B]``."""
@@ -23,7 +25,7 @@ def denoising_score_matching(x0_hat: Tensor, x0: Tensor, alpha: Tensor, sigma: T
 
 def normalizer(x0: Tensor, reference: Tensor) -> Tensor:
     """DMD's weight per sample, ``1 / mean |x0 - D~_ref|`` (arXiv 2311.18828, eq. 8), shaped to broadcast."""
-    return 1 / per_sample((x0 - reference).abs()).clamp_min(1e-4).view(-1, *([1] * (x0.dim() - 1)))
+    return 1 / expand(per_sample((x0 - reference).abs()).clamp_min(1e-4), x0)
 
 
 def tilted_target(reference: Tensor, drs: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ def clip_rms(x: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     """Scale each sample down to ``rms <= limit [B]``; returns the result and which samples were clipped ``[B]`` (0/1)."""
     size = rms(x)
     factor = (limit / size.clamp_min(1e-12)).clamp_max(1)
-    return x * factor.view(-1, *([1] * (x.dim() - 1))), (factor < 1).float()
+    return x * expand(factor, x), (factor < 1).float()
 
 
 def pseudo_huber(y: Tensor, c: float) -> Tensor:

@@ -64,9 +64,8 @@ class PipelineConfig(Component):
 
     def exported(self, folder: Path) -> Self:
         """An export is a whole pipeline, with its own VAE, which may be one that overflows in half precision."""
-        own: dict[str, Any] = {"generator": None, "lora": None, "vae": None, "decoder": None}
-        own["decode_dtype"] = "float32"
-        return self.model_copy(update={"pipeline": str(folder), **own})
+        none = dict.fromkeys(("generator", "lora", "vae", "decoder"))
+        return self.model_copy(update={**none, "pipeline": str(folder), "decode_dtype": "float32"})
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,7 @@ class Family:
     same: tuple[str, ...]  # settings in which generator and reference must agree
     marker: str  # a tensor by whose name a prefix in single files is recognised
     dtype: torch.dtype  # of exports
-    original: str | None = (
-        None  # part of a tensor's name in the authors' own layout (A1111's, ComfyUI's), which diffusers converts
-    )
+    original: str | None = None  # part of a tensor's name in the layout of A1111 and ComfyUI, which diffusers converts
 
 
 class PipelineBackbone:
@@ -96,6 +93,8 @@ class PipelineBackbone:
     def __init__(self, config: PipelineConfig) -> None:
         self.folder = locate(config.pipeline)
         self._options = config
+        self._vae_folder = locate(config.vae) if config.vae else self.folder / "vae"
+        self._decoder_folder = locate(config.decoder) if config.decoder else self._vae_folder
         self.check()
         self.scheduler_config = read_json(self.folder / "scheduler" / "scheduler_config.json")
         self.vae_config = read_json(self._decoder_folder / "config.json")
@@ -114,14 +113,6 @@ class PipelineBackbone:
     def network_config(self) -> dict[str, Any]:
         """Of the reference's network."""
         return read_json(self.folder / self.family.part / "config.json")
-
-    @property
-    def _vae_folder(self) -> Path:
-        return locate(self._options.vae) if self._options.vae else self.folder / "vae"
-
-    @property
-    def _decoder_folder(self) -> Path:
-        return locate(self._options.decoder) if self._options.decoder else self._vae_folder
 
     def _check_configs(self) -> None:
         """Raises DIDRError where folders are missing, or their configurations do not fit together."""
@@ -214,7 +205,6 @@ class PipelineBackbone:
             ) from error
 
     def tokenizers(self) -> dict[Path, int]:
-        """See :class:`didr_core.types.Backbone`."""
         folders = [self.folder / name for name in self._parts if name.startswith("tokenizer")]
         return {folder: tokens_read("backbone.pipeline", folder) for folder in folders}
 
@@ -248,16 +238,9 @@ class PipelineBackbone:
         if of == "text":
             parts = sorted(p for p in self.folder.iterdir() if p.name.startswith(("text_encoder", "tokenizer")))
         else:
-            own = (
-                self._network_folder(locate(options.generator)) if options.generator else self.folder / self.family.part
-            )
-            parts = [
-                own,
-                *([locate(options.lora)] if options.lora else []),
-                self._decoder_folder,
-                self.folder / self.family.part / "config.json",
-                self.folder / "scheduler",
-            ]
+            start = [locate(path) for path in (options.generator or options.pipeline, options.lora) if path]
+            reference = (self.folder / self.family.part / "config.json", self.folder / "scheduler")
+            parts = [self._network_folder(start[0]), *start[1:], self._decoder_folder, *reference]
         paths = {"pipeline", "generator", "lora", "vae", "decoder"}
         told = options.model_dump(mode="json", exclude=paths | (picture if of == "text" else set()))
         return fingerprint.digest(of, told, *parts)
@@ -340,19 +323,14 @@ class PipelineBackbone:
         """From the network's scale to the VAE's, as the family's stock pipeline does with this configuration of a VAE."""
         return latent / vae.scaling_factor + (vae.get("shift_factor") or 0.0)  # type: ignore[no-any-return]
 
-    def _load_pipeline(self, dtype: torch.dtype, **parts: Any) -> Any:
-        """The reference's pipeline, with ``parts`` in place of its own (None: left out)."""
+    def load_text(self) -> None:
+        """Load tokenizers and text encoders: the reference's pipeline without network and VAE."""
         quiet()
+        dtype, parts = getattr(torch, self._options.text_dtype), dict[str, Any].fromkeys((self.family.part, "vae"))
         others = [k for k in self._parts if k not in parts and (self.folder / k / "config.json").is_file()]
         parts |= {k: self._pretrained(self._parts[k], self.folder / k, dtype) for k in others}
         with uncollected():  # the classes of its parts are imported
-            return class_of(self.family.pipeline).from_pretrained(self.folder, dtype=dtype, **parts)
-
-    def load_text(self) -> None:
-        """Load tokenizers and text encoders."""
-        self._text = self._load_pipeline(
-            getattr(torch, self._options.text_dtype), **{self.family.part: None, "vae": None}
-        )
+            self._text = class_of(self.family.pipeline).from_pretrained(self.folder, dtype=dtype, **parts)
 
     def free_text(self) -> None:
         """Let go of tokenizers and text encoders."""

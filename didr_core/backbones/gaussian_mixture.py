@@ -183,7 +183,6 @@ class _Assistant(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """As :class:`_Denoiser`."""
         time = torch.cat([alpha, sigma, 2 * alpha * sigma, alpha.square() - sigma.square()], 1)
         return self.reference(x, alpha, sigma) + sigma * self.mlp(torch.cat([x, time], 1))  # type: ignore[no-any-return]
 

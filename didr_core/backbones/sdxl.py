@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from didr_core.backbones._pipeline import Family, PipelineBackbone, PipelineConfig, dtype_of, read_json
-from didr_core.diffusion.schedule import VariancePreserving
+from didr_core.diffusion.schedule import VariancePreserving, expand
 from didr_core.networks.loading import class_of
 from didr_core.types import Condition, DIDRError
 
@@ -85,7 +85,6 @@ class SDXL(PipelineBackbone):
         return Condition({"prompt_embeds": embeds.float(), "pooled": pooled.float()})
 
     def blank(self, count: int) -> Condition:
-        """See :meth:`PipelineBackbone.blank`."""
         net = self.network_config
         pooled = net["projection_class_embeddings_input_dim"] - 6 * net["addition_time_embed_dim"]
         embeds = torch.zeros(count, 77, net["cross_attention_dim"])
@@ -125,8 +124,8 @@ class SDXL(PipelineBackbone):
         return out.float()  # type: ignore[no-any-return]
 
     def _coeffs(self, index: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        abar = self.schedule.alphas_cumprod.to(like.device)[index].view(-1, *([1] * (like.dim() - 1)))
-        return abar.sqrt().float(), (1 - abar).sqrt().float()
+        abar = self.schedule.alphas_cumprod.to(like.device)[index]
+        return expand(abar.sqrt().float(), like), expand((1 - abar).sqrt().float(), like)
 
     def x0(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """``(x - sigma eps) / alpha``."""

@@ -124,7 +124,6 @@ class ZImage(PipelineBackbone):
         )
 
     def blank(self, count: int) -> Condition:
-        """See :meth:`PipelineBackbone.blank`."""
         size, width = self.config.max_tokens, self.network_config["cap_feat_dim"]
         rows = torch.zeros(count, size, width)
         return Condition({"prompt_embeds": rows, "length": torch.full((count,), size), "null_embeds": rows[:, :16]})

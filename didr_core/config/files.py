@@ -81,7 +81,6 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML as people type it: a key given twice is an error, and 010, 1:30 and 2026-01-01 are no numbers and dates but text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See :class:`yaml.SafeLoader`."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1

@@ -50,20 +50,21 @@ def fetch(key: str, options: Mapping[str, Any]) -> bool:
     Raises:
         DIDRError: the hub cannot be asked, or has no such model for this user.
     """
-    names = [(at, value) for at, value in _texts(key, options) if name_of(value) and not Path(value).exists()]
+    names = [(at, value) for at, value in texts(key, options) if name_of(value) and not Path(value).exists()]
     for at, value in names:
         _download(at, value)
     return bool(names)
 
 
-def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+def texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every text below ``value`` with its dotted key, but for names of components."""
     if isinstance(value, str):
         yield key, value
     for at, below in (
         value.items() if isinstance(value, Mapping) else enumerate(value if isinstance(value, list) else ())
     ):
         if at != "name":
-            yield from _texts(f"{key}.{at}", below)
+            yield from texts(f"{key}.{at}", below)
 
 
 def _download(key: str, path: str) -> None:
@@ -75,7 +76,9 @@ def _download(key: str, path: str) -> None:
     said = f"{key}={path!r}: no such folder here"
     enable_progress_bars()  # transformers switches them off for all
     try:
-        if "model_index.json" in HfApi().list_repo_files(name, revision=revision):
+        # a listing of files would be tried again for 23 s where nobody answers
+        files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or ()]
+        if "model_index.json" in files:
             from diffusers import DiffusionPipeline  # knows which files a pipeline needs
 
             DiffusionPipeline.download(name, revision=revision, use_safetensors=True)

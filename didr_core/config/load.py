@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from didr_core.config.files import expanded, mapping, read_yaml, typed
 from didr_core.config.passwords import redacted
-from didr_core.config.registry import Component
+from didr_core.config.registry import Component, explain_own, near
 from didr_core.config.schema import Config
 from didr_core.types import DIDRError
 
@@ -111,8 +110,7 @@ def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     path = expanded(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        near = difflib.get_close_matches(recipe, known, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = near(recipe, known)
         raise DIDRError(f"recipe: unknown {recipe!r}; known: {', '.join(known)}, or a path ending in .yaml.{hint}")
     tree = mapping(path.read_bytes(), f"recipe {recipe!r}", parse=read_yaml)
     base = tree.pop("base", None)
@@ -146,17 +144,10 @@ def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """``top`` over ``base``; a component whose name changes replaces the whole section."""
     merged = dict(base)
     for key, value in top.items():
-        old = merged.get(key)
-        renamed = (
-            isinstance(value, Mapping)
-            and isinstance(old, Mapping)
-            and value.get("name", old.get("name")) != old.get("name")
-        )
-        merged[key] = (
-            _merge(dict(old), value)
-            if isinstance(value, Mapping) and isinstance(old, Mapping) and not renamed
-            else value
-        )
+        old: Any = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        same = both and value.get("name", old.get("name")) == old.get("name")
+        merged[key] = _merge(dict(old), value) if same else value
     return merged
 
 
@@ -175,17 +166,13 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
 def _explain(error: Any, where: str) -> str:
     key = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _known_keys(), 1, 0.5) or difflib.get_close_matches(
-            key.rpartition(".")[2], [k.rpartition(".")[2] for k in _known_keys()], 1
-        )
-        hint = f" Did you mean {near[0]!r}?" if near else " See `didr config show`."
+        known = _known_keys()
+        last = near(key.rpartition(".")[2], [k.rpartition(".")[2] for k in known])
+        hint = near(key, known, 0.5) or last or " See `didr config show`."
         return f"{where}: unknown key {key!r} (value {error['input']!r}).{hint}"
     if error["type"] == "missing":
         return f"{where}: {key!r} is missing; it has no default."
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {key}: {message}" + (
-        f" (got {error['input']!r})" if not isinstance(error["input"], Mapping) else ""
-    )
+    return explain_own(error, Config, where)
 
 
 def _known_keys(model: type[BaseModel] | None = None, prefix: str = "") -> list[str]:

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -46,6 +46,12 @@ def names(kind: str) -> list[str]:
     )
 
 
+def near(name: str, known: Iterable[str], alike: float = 0.6) -> str:
+    """A blank and "Did you mean ...?" with the one of ``known`` that is most like ``name``; empty where none is."""
+    found = difflib.get_close_matches(name, known, 1, alike)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
 def find(kind: str, name: str) -> type[Any]:
     """The component class behind ``name``, with defaults for what it leaves out (:data:`didr_core.types.OPTIONAL`).
 
@@ -59,9 +65,7 @@ def find(kind: str, name: str) -> type[Any]:
         return stand_in(name) or _outside(kind, key, name)
     known = names(kind)
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise DIDRError(f"{key}: unknown name {name!r}; known: {', '.join(known)}.{hint}")
+        raise DIDRError(f"{key}: unknown name {name!r}; known: {', '.join(known)}.{near(name, known)}")
     module = importlib.import_module(f"didr_core.{kind}.{name}")
     for value in vars(module).values():
         if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, KINDS[kind]):
@@ -150,9 +154,8 @@ def explain_own(error: Any, own: type[BaseModel], name: str) -> str:
     key, value = ".".join(str(p) for p in error["loc"]), error["input"]
     if error["type"] == "extra_forbidden":
         known = [k for k in own.model_fields if k != "name"]
-        near = difflib.get_close_matches(key.rpartition(".")[2], known, 1, 0.5)
-        hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(known) or 'no options'}."
-        return f"{name} has no key {key!r} (value {value!r}). {hint}"
+        hint = near(key.rpartition(".")[2], known, 0.5) or f" It has {', '.join(known) or 'no options'}."
+        return f"{name} has no key {key!r} (value {value!r}).{hint}"
     got = "" if isinstance(value, Mapping) else f" (got {value!r})"
     return f"{name}: {key}: {error['msg'].removeprefix('Value error, ')}{got}"
 

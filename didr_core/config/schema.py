@@ -68,7 +68,7 @@ class Config(Strict):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels between processes as its plain tree: a component that lives in a file is found again by its path over there."""
-        return _from_tree, (self.model_dump(mode="json"),)
+        return Config.model_validate, (self.model_dump(mode="json"),)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -160,14 +160,9 @@ class Config(Strict):
         )
 
 
-def _from_tree(tree: dict[str, Any]) -> Config:
-    return Config(**tree)
-
-
 def differentiable(reward: Component) -> bool:
     """Whether the configured reward has a gradient; of a composite, whether all its parts have."""
-    parts = getattr(reward, "parts", None)
-    if parts:
+    if parts := getattr(reward, "parts", None):
         return all(differentiable(part.reward) for part in parts)
     return bool(registry.find("rewards", reward.name).differentiable)
 

@@ -72,18 +72,6 @@ class Mixture:
         precision = 1 / (alpha**2 * self.variances + sigma**2)
         return (share * precision) @ self.means * alpha - (share * precision).sum(-1, keepdim=True) * x
 
-    def posterior(
-        self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float, draws: int, generator: torch.Generator
-    ) -> Tensor:
-        """``[M, B, D]`` exact draws of ``x0 | x_t = x``."""
-        share = self._joint(x, alpha, sigma).softmax(-1)
-        pick = torch.multinomial(share, draws, replacement=True, generator=generator).T  # [M, B]
-        variance = self.variances[pick][..., None]
-        total = alpha**2 * variance + sigma**2
-        mean = self.means[pick] + alpha * variance / total * (x - alpha * self.means[pick])
-        noise = torch.randn(mean.shape, generator=generator, dtype=x.dtype)
-        return mean + (variance * sigma**2 / total).sqrt() * noise
-
     def tilted(self, reward: Quadratic, beta: float) -> Mixture:
         """The optimum of RLHF, ``p exp(r / beta)`` normalised: a mixture again.
 

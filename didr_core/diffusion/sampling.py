@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from didr_core.diffusion.noise import Noise
-from didr_core.diffusion.schedule import chain_times, step
+from didr_core.diffusion.schedule import chain_times, expand, step
 from didr_core.types import Backbone, Condition
 
 Sampler = Callable[[Condition, Tensor], Tensor]
@@ -23,12 +23,6 @@ Sampler = Callable[[Condition, Tensor], Tensor]
 def noise(seed: int, positions: Sequence[int], shape: Sequence[int]) -> Tensor:
     """``z [N, *shape]``, standard normal, float32, CPU; row i depends on ``(seed, positions[i])`` alone."""
     return Noise(seed).normal(positions, shape, "picture")
-
-
-@torch.no_grad()
-def sample_one_step(backbone: Backbone, network: nn.Module, condition: Condition, z: Tensor) -> Tensor:
-    """The generator's single evaluation: ``z [B, ...] ~ N(0, I)`` to clean latents ``[B, ...]``."""
-    return backbone.generate(network, z, condition)
 
 
 @torch.no_grad()
@@ -55,7 +49,7 @@ def sample_reference(
         raise ValueError(f"steps={steps}: sampling takes at least one step")
     times = chain_times(torch.ones(len(z), device=z.device), steps)
     alpha, sigma = backbone.schedule.coeffs(times[0])
-    x = z * (alpha**2 + sigma**2).sqrt().view(-1, *([1] * (z.dim() - 1)))
+    x = z * expand((alpha**2 + sigma**2).sqrt(), z)
     x0 = guided_x0(backbone, network, x, times[0], condition, guidance)
     for before, now in pairwise(times):
         x = step(backbone.schedule, x, x0, before, now)
@@ -75,8 +69,8 @@ def guided_x0(
 
 
 def one_step(backbone: Backbone, network: nn.Module) -> Sampler:
-    """:func:`sample_one_step` as a :data:`Sampler`."""
-    return lambda condition, z: sample_one_step(backbone, network, condition, z)
+    """The generator's single evaluation: ``z [B, ...] ~ N(0, I)`` to clean latents ``[B, ...]``."""
+    return torch.no_grad()(lambda condition, z: backbone.generate(network, z, condition))
 
 
 def reference(backbone: Backbone, network: nn.Module, steps: int = 50, guidance: float = 4.0) -> Sampler:

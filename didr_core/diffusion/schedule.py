@@ -36,18 +36,10 @@ class VariancePreserving:
         n = len(self.alphas_cumprod)
         return (t.double() * n + 1e-3).floor().long().clamp(0, n - 1)
 
-    def time(self, index: int) -> float:
-        """The t of table row ``index``."""
-        return index / len(self.alphas_cumprod)
-
     def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``alpha, sigma [B]``, float32."""
         abar = self.alphas_cumprod.to(t.device)[self.index(t)]
         return abar.sqrt().float(), (1 - abar).sqrt().float()
-
-    def model_time(self, t: Tensor) -> Tensor:
-        """Row numbers ``[B]``, int64."""
-        return self.index(t)
 
 
 class RectifiedFlow:
@@ -59,18 +51,11 @@ class RectifiedFlow:
     def __init__(self, shift: float = 1.0) -> None:
         self.shift = shift
 
-    def _sigma(self, t: Tensor) -> Tensor:
-        t = (t if t.dtype == torch.float64 else t.float()).clamp_min(1e-3)
-        return self.shift * t / (1 + (self.shift - 1) * t)
-
     def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``alpha, sigma [B]``, float64 for float64 times, else float32."""
-        s = self._sigma(t)
+        t = (t if t.dtype == torch.float64 else t.float()).clamp_min(1e-3)
+        s = self.shift * t / (1 + (self.shift - 1) * t)
         return 1 - s, s
-
-    def model_time(self, t: Tensor) -> Tensor:
-        """``1 - s [B]``."""
-        return 1 - self._sigma(t)
 
 
 class Cosine:
@@ -83,10 +68,6 @@ class Cosine:
         """``alpha, sigma [B]``, float64 for float64 times, else float32."""
         angle = (t if t.dtype == torch.float64 else t.float()).clamp(1e-3, 1 - 1e-3) * (math.pi / 2)
         return angle.cos(), angle.sin()
-
-    def model_time(self, t: Tensor) -> Tensor:
-        """``t [B]`` itself."""
-        return t
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
@@ -104,12 +85,6 @@ def diffuse(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """``x_t``."""
     alpha, sigma = coeffs_like(schedule, t, x0)
     return alpha * x0 + sigma * eps
-
-
-def score(schedule: Schedule, x0_hat: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """``grad log p_t(x) = (alpha D - x) / sigma^2``."""
-    alpha, sigma = coeffs_like(schedule, t, x)
-    return (alpha * x0_hat - x) / sigma**2
 
 
 def step(

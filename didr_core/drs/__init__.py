@@ -1,5 +1,5 @@
 """Estimators of the Diffused Reward Score, one a file: the file's name is `drp.estimator`."""
 
-from didr_core.drs.problem import Calls, Denoise, Estimate, Estimator, Problem, Reward, estimate
+from didr_core.drs.problem import Denoise, Estimate, Estimator, Problem, Reward, estimate
 
-__all__ = ["Calls", "Denoise", "Estimate", "Estimator", "Problem", "Reward", "estimate"]
+__all__ = ["Denoise", "Estimate", "Estimator", "Problem", "Reward", "estimate"]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from didr_core.diffusion.noise import ahead
 from didr_core.diffusion.schedule import coeffs_like, expand, time_at
-from didr_core.drs.problem import Calls, Estimate, Estimator, Problem, bounded_tilt, chain, dot, repeat, weights_like
+from didr_core.drs.problem import Estimate, Estimator, Problem, bounded_tilt, chain, dot, repeat, weights_like
 from didr_core.drs.shift import shifted
 
 STRONG = 0.5  # nats of bend at which both values of E[y] count alike
@@ -35,13 +35,7 @@ class Hybrid(Estimator):
 
     steps, particles = 2, 2
 
-    @classmethod
-    def calls(cls, steps: int, particles: int) -> Calls:
-        """The cost of one sample above the split level: a shift, chains, and two more calls at their ends; below it, of the shift."""
-        return Calls(differentiated=0, plain=3 + particles * (steps + 2), rewarded=2 + particles)
-
     def estimate(self, problem: Problem) -> Estimate:
-        """See the module's docstring."""
         times = problem.t if problem.host_t is None else problem.host_t
         above = times > time_at(problem.schedule, self.config.split_noise)
         if above.all():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from didr_core.diffusion.schedule import coeffs_like
-from didr_core.drs.problem import Calls, Estimate, Estimator, Problem, particle_weights, rollout, weights_like
+from didr_core.drs.problem import Estimate, Estimator, Problem, particle_weights, rollout, weights_like
 
 
 class Importance(Estimator):
@@ -27,14 +27,8 @@ class Importance(Estimator):
                 f"drp.steps={steps}: with one step all particles of importance are equal; use drp.steps >= 2"
             )
 
-    @classmethod
-    def calls(cls, steps: int, particles: int) -> Calls:
-        """The cost of one sample."""
-        return Calls(differentiated=0, plain=1 + particles * (steps - 1), rewarded=particles)
-
     @torch.no_grad()
     def estimate(self, problem: Problem) -> Estimate:
-        """See the module's docstring."""
         m = self.config.particles
         first = problem.denoise(problem.x, problem.t)
         particles = rollout(problem, first, self.config.steps, m, eta=1.0)

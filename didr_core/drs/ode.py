@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from didr_core.diffusion.schedule import chain_times, step
-from didr_core.drs.problem import Calls, Estimate, Estimator, Problem, first_call, pull_back, reward_gradient
+from didr_core.drs.problem import Estimate, Estimator, Problem, first_call, pull_back, reward_gradient
 
 
 class ODE(Estimator):
@@ -13,13 +13,7 @@ class ODE(Estimator):
 
     steps = 4
 
-    @classmethod
-    def calls(cls, steps: int, particles: int) -> Calls:
-        """The cost of one sample."""
-        return Calls(differentiated=steps, plain=0, rewarded=1)
-
     def estimate(self, problem: Problem) -> Estimate:
-        """See the module's docstring."""
         x, first = first_call(problem)
         times = chain_times(problem.t, self.config.steps)
         with torch.enable_grad():

@@ -58,15 +58,6 @@ class Estimate:
     reward: Tensor  # [B]
 
 
-@dataclass(frozen=True)
-class Calls:
-    """What one sample costs: denoiser calls that are differentiated, those that are not, and pictures rewarded."""
-
-    differentiated: int
-    plain: int
-    rewarded: int
-
-
 class Estimator:
     """Base of the estimators, one a file. ``steps`` and ``particles`` are K and M where a config names none."""
 
@@ -80,11 +71,6 @@ class Estimator:
     @classmethod
     def check(cls, steps: int, particles: int) -> None:
         """Raises ValueError, which names the key, for a K or M that makes no sense here."""
-
-    @classmethod
-    def calls(cls, steps: int, particles: int) -> Calls:
-        """The cost of one sample at K and M."""
-        raise NotImplementedError
 
     def estimate(self, problem: Problem) -> Estimate:
         """The DRS at ``problem.x``, before gate and clip."""

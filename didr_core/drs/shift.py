@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from didr_core.diffusion.schedule import coeffs_like, expand
-from didr_core.drs.problem import Calls, Estimate, Estimator, Problem, bounded_tilt, dot
+from didr_core.drs.problem import Estimate, Estimator, Problem, bounded_tilt, dot
 
 FOOLED = 0.3  # bend over gain at which a shift is trusted by half is 1 / this
 
@@ -40,13 +40,7 @@ class Shift(Estimator):
         if steps != 1:
             raise ValueError(f"drp.steps={steps}: shift is one step; use hybrid for K > 1, or drp.steps=1")
 
-    @classmethod
-    def calls(cls, steps: int, particles: int) -> Calls:
-        """The cost of one sample."""
-        return Calls(differentiated=0, plain=3, rewarded=2)
-
     def estimate(self, problem: Problem) -> Estimate:
-        """See the module's docstring."""
         return shifted(problem, self.config.reach).estimate
 
 

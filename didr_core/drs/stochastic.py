@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from didr_core.drs.problem import (
-    Calls,
     Estimate,
     Estimator,
     Problem,
@@ -21,13 +20,7 @@ class Stochastic(Estimator):
 
     steps, particles = 8, 8
 
-    @classmethod
-    def calls(cls, steps: int, particles: int) -> Calls:
-        """The cost of one sample."""
-        return Calls(differentiated=1, plain=particles * (steps - 1), rewarded=particles)
-
     def estimate(self, problem: Problem) -> Estimate:
-        """See the module's docstring."""
         m = self.config.particles
         x, first = first_call(problem)
         reward, gradient = reward_gradient(problem, rollout(problem, first, self.config.steps, m, eta=1.0))

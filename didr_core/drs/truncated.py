@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from didr_core.drs.problem import Calls, Estimate, Estimator, Problem, first_call, pull_back, reward_gradient, rollout
+from didr_core.drs.problem import Estimate, Estimator, Problem, first_call, pull_back, reward_gradient, rollout
 
 
 class Truncated(Estimator):
@@ -10,13 +10,7 @@ class Truncated(Estimator):
 
     steps = 4
 
-    @classmethod
-    def calls(cls, steps: int, particles: int) -> Calls:
-        """The cost of one sample."""
-        return Calls(differentiated=1, plain=steps - 1, rewarded=1)
-
     def estimate(self, problem: Problem) -> Estimate:
-        """See the module's docstring."""
         x, first = first_call(problem)
         reward, gradient = reward_gradient(problem, rollout(problem, first, self.config.steps, 1, eta=0.0))
         return Estimate(pull_back(x, first, gradient) / problem.beta, first.detach(), reward)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from didr_core.drs.problem import Calls, Estimate, Estimator, Problem, first_call, pull_back, reward_gradient
+from didr_core.drs.problem import Estimate, Estimator, Problem, first_call, pull_back, reward_gradient
 
 
 class Tweedie(Estimator):
@@ -14,13 +14,7 @@ class Tweedie(Estimator):
         if steps != 1:
             raise ValueError(f"drp.steps={steps}: tweedie is one step; use ode or truncated for K > 1, or drp.steps=1")
 
-    @classmethod
-    def calls(cls, steps: int, particles: int) -> Calls:
-        """The cost of one sample."""
-        return Calls(differentiated=1, plain=0, rewarded=1)
-
     def estimate(self, problem: Problem) -> Estimate:
-        """See the module's docstring."""
         x, x0 = first_call(problem)
         reward, gradient = reward_gradient(problem, x0)
         return Estimate(pull_back(x, x0, gradient) / problem.beta, x0.detach(), reward)

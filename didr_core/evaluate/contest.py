@@ -4,10 +4,8 @@
     OUT/scores/<model>-<hash>/000003.parquet      a row a picture: index, prompt, seed, every measure, and features where asked for
     OUT/scores.json, scores.npz, report.html      once all are there
 
-A block's file is written whole or not at all and is never made twice: whoever was killed goes on with what is missing. The hashes are of
-all that the rows follow from (weights, settings, prompts, seeds, versions of the libraries; scores: the rewards too), so that a model or
-a reward can be added to a folder, and only what is new is made. What is judged is the 8-bit picture that is kept: ready pictures and
-drawn ones are scored alike.
+A block's file is written whole or not at all and is never made twice. The hashes are of all that the rows follow from (weights, settings,
+prompts, seeds, versions of the libraries; scores: the rewards too). What is judged is the 8-bit picture that is kept.
 """
 
 from __future__ import annotations

@@ -51,20 +51,10 @@ def one_step_contestant(name: str, backbone: Backbone, network: nn.Module) -> Co
     return Contestant(name, sampling.one_step(backbone, network))
 
 
-def teacher_contestant(
-    backbone: Backbone,
-    network: nn.Module,
-    steps: int = 50,
-    guidance: float = 4.0,
-    extra: str = "",
-    name: str = "teacher",
-) -> Contestant:
-    """The reference with guided DDIM: about ``2 * steps`` times as dear as one step, so its latents may be kept.
-
-    ``extra`` is whatever else the latents depend on (the text encoder's folder, say).
-    """
-    key = f"{fingerprint(network)}/{type(backbone.schedule).__name__}/{backbone.latent_shape}/{steps}/{guidance:g}/{extra}"
-    return Contestant(name, sampling.reference(backbone, network, steps, guidance), steps, guidance, key)
+def teacher_contestant(backbone: Backbone, network: nn.Module, steps: int = 50, guidance: float = 4.0) -> Contestant:
+    """The reference with guided DDIM: about ``2 * steps`` times as dear as one step, so its latents may be kept."""
+    key = f"{fingerprint(network)}/{type(backbone.schedule).__name__}/{backbone.latent_shape}/{steps}/{guidance:g}/"
+    return Contestant("teacher", sampling.reference(backbone, network, steps, guidance), steps, guidance, key)
 
 
 def contestants(

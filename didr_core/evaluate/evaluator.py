@@ -8,8 +8,6 @@ process group share the work: each draws and measures its part of the prompts, a
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from didr_core.config import Config, build
+from didr_core.config import Config, build, fingerprint
 from didr_core.data.cache import read_arrays, write_arrays
 from didr_core.diffusion import sampling
 from didr_core.evaluate.contestants import Contestant
@@ -178,12 +176,9 @@ class Evaluator:
 
     def measured(self, contestant: Contestant, key: str, folder: Path) -> Measured:
         """:meth:`measure`, kept in ``folder``; ``key`` must change whenever the pictures or the rewards would."""
-        wanted = hashlib.sha256(
-            json.dumps([key, self.prompts, self.seeds, bool(self.judges.features)]).encode()
-        ).hexdigest()[:16]
+        wanted = fingerprint.digest(key, self.prompts, self.seeds, bool(self.judges.features))
         file = folder / f"{contestant.name}-{wanted}.npz"
-        measured = read_arrays(file)
-        if measured is None:
+        if (measured := read_arrays(file)) is None:
             measured = self.measure(contestant)
             write_arrays(file, measured)
         return dict(measured)

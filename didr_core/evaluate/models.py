@@ -1,15 +1,7 @@
-"""The models of `didr evaluate`: what a person names, how it is sampled, and its pictures, by stock diffusers.
+"""The models of `didr evaluate` (docs/evaluate.md#models): what a person names, how it is sampled, and its pictures, by stock diffusers.
 
-    --model start                                the recipe's own start; `teacher`: its reference, many guided steps
-    --model aligned=runs/tiny-20261127-071656    a run of ours (its export), or an export folder
-    --model sdxl=FOLDER,steps=50,guidance=8      a diffusers pipeline folder
-    --model dmd2=unet.bin,base=FOLDER            a network, file or folder, in the pipeline ``base``; one step, unless told
-    --model mine=lora.safetensors,base=FOLDER    a LoRA on it
-    --model others=PICTURES                      ready pictures: manifest.jsonl, or one a prompt (and seed) in the order of names
-
-Every picture has a generator of its own, keyed by (seed, place of its prompt): the same one that this project's own samplers take, so that
-models of one latent shape start from the same noise whatever their batch, and stochastic schedulers are repeatable. Of the families that
-this package knows the noise is drawn in float32, whatever they compute in.
+Every picture has a generator of its own, keyed by (seed, place of its prompt): the same one that this project's own samplers take. Of the
+families that this package knows the noise is drawn in float32, whatever they compute in.
 """
 
 from __future__ import annotations
@@ -62,7 +54,6 @@ class Pictures(Protocol):
 
     def draw(self, prompts: Sequence[str], places: Sequence[int], seed: int) -> tuple[Tensor, Tensor | None]:
         """``[B, 3, H, W]`` in [0, 1] on the CPU, and the clean latents where there are some; ``calls`` counts the network's."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -246,7 +237,6 @@ class Pipeline:
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], places: Sequence[int], seed: int) -> tuple[Tensor, Tensor | None]:
-        """See :class:`Pictures`."""
         last: dict[str, Tensor] = {}
 
         def keep(pipe: Any, step: int, time: Any, told: dict[str, Any]) -> dict[str, Any]:
@@ -308,7 +298,6 @@ class Folder:
             )
 
     def draw(self, prompts: Sequence[str], places: Sequence[int], seed: int) -> tuple[Tensor, Tensor | None]:
-        """See :class:`Pictures`."""
         made = []
         for place in places:
             with Image.open(self._of[place, seed]) as image:

@@ -92,13 +92,13 @@ class Scores:
         trainings = max(len(next(iter(values.values()))) for values in arrays.values())
         full = {name: {key: _numbers(value) for key, value in values.items()} for name, values in arrays.items()}
         boot = Bootstrap(len(prompts), trainings, resamples)
-        entropies = {name: dict(_entropies(boot, values)) for name, values in full.items()}
+        bits = {name: {f"{w}_entropy": v for w, v in entropies(boot, values)} for name, values in full.items()}
         rows: dict[str, Any] = {}
         for name, values in full.items():
-            drawn = {key: boot.means(value) for key, value in values.items() if not _is_code(key)} | entropies[name]
+            drawn = {key: boot.means(value) for key, value in values.items() if not _is_code(key)} | bits[name]
             rows[name] = {**models[name], "measures": _ordered({k: interval(v).tree() for k, v in drawn.items()})}
         pairs = [
-            {"a": a, "b": b, "measures": _compare(boot, full[a], full[b], entropies[a], entropies[b])}
+            {"a": a, "b": b, "measures": _compare(boot, full[a], full[b], bits[a], bits[b])}
             for a, b in _pairs(list(full), focus)
         ]
         named = sorted({key for row in rows.values() for key in row["measures"]}, key=_rank)
@@ -333,12 +333,13 @@ def _is_code(key: str) -> bool:
     return key.endswith(("_code", "_group"))
 
 
-def _entropies(boot: Bootstrap, values: Arrays) -> Iterator[tuple[str, Array]]:
+def entropies(boot: Bootstrap, values: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, Array]]:
+    """``(what, bits [R + 1])`` of every ``<what>_code``, its captions grouped by ``<what>_group`` where there is one."""
     for key in values:
         if key.endswith("_code"):
             what = key.removesuffix("_code")
             groups = values.get(f"{what}_group")
-            yield f"{what}_entropy", boot.entropy(values[key], None if groups is None else groups[0, 0])
+            yield what, boot.entropy(values[key], None if groups is None else groups[0, 0])
 
 
 def _numbers(values: NDArray[Any]) -> NDArray[Any]:

@@ -6,7 +6,6 @@ show what the noise of two hundred pictures would hide. :mod:`didr_core.train.al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import nn
 from didr_core.evaluate.contestants import one_step_contestant
 from didr_core.evaluate.evaluator import Evaluator, Measured
 from didr_core.evaluate.paired import Bootstrap
+from didr_core.evaluate.scores import entropies
 
 SEEDS = (0, 1)
 REWARDS = ("reward", "judge", "utility")
@@ -50,19 +50,11 @@ def against(start: Measured, now: Measured) -> dict[str, float]:
     }
     found["diversity"] = float(now["diversity"].mean() / max(float(start["diversity"].mean()), 1e-9))
     found["saturation"] = float(now["saturation"].mean() - start["saturation"].mean())
-    bits = dict(_bits(start))
-    found |= {f"{name}_bits": value - bits[name] for name, value in _bits(now)}
+    boot = Bootstrap(now["diversity"].shape[2], resamples=0)
+    before = dict(entropies(boot, start))
+    found |= {f"{what}_bits": float(bits[0]) - float(before[what][0]) for what, bits in entropies(boot, now)}
     return {f"heldout/{name}": value for name, value in found.items()}
 
 
 def _within(values: NDArray[Any]) -> float:
     return float(np.sqrt(values.var(1, ddof=1).mean()))
-
-
-def _bits(measured: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, float]]:
-    for name in measured:
-        if name.endswith("_code"):
-            what = name.removesuffix("_code")
-            groups = measured.get(f"{what}_group")
-            boot = Bootstrap(measured[name].shape[2], resamples=0)
-            yield what, float(boot.entropy(measured[name], None if groups is None else groups[0, 0])[0])

@@ -1,9 +1,7 @@
-"""Fewer launches: the blocks that a network repeats, compiled with `torch.compile` while gradients are made.
+"""Fewer launches: the blocks that a network repeats, compiled with `torch.compile` while gradients are made (README.md).
 
-A network's class names its blocks (diffusers' ``_repeated_blocks``), as for `compile_repeated_blocks`. Here one compiled function serves
-all blocks of a shape called in one way (role, frozen weights, gradients on or off), which keeps guards short and the number of graphs
-small and fixed. Blocks are compiled in place: names of weights, copies and checkpoints stay as they are. Everything outside of
-:meth:`Blocks.run` (pictures, scores, exports) calls them as they were, so that no odd batch size compiles anything.
+A network's class names its blocks (diffusers' ``_repeated_blocks``). One compiled function serves all blocks of a shape called in one way
+(role, frozen weights, gradients on or off), which keeps guards short and the number of graphs small and fixed.
 """
 
 from __future__ import annotations

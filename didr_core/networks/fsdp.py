@@ -1,8 +1,6 @@
-"""Fully trained networks split over workers (FSDP2).
+"""Fully trained networks split over workers (FSDP2): each holds 1/N of them, and gathers one block at a time for a call.
 
-With ``roles.fsdp`` each of N workers holds 1/N of the weights, gradients, moments, masters and average of every network that trains in
-full, and gathers one block at a time for a call. Frozen networks stay whole: they are called most, and need not be called equally often
-on every worker, which collective calls do not forgive. Adapters stay whole, too: they are small.
+Frozen networks stay whole: they need not be called equally often on every worker, which collective calls do not forgive. So do adapters.
 """
 
 from __future__ import annotations

@@ -28,21 +28,16 @@ def check(config: Config) -> None:
     for key, settings in (("generator", config.generator), ("assistant", config.assistant)):
         if settings.optimizer != "adamw8bit":
             continue
+        full, usual, wrong = getattr(config.roles, key) == "full", f"{key}.optimizer=adamw", ""
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise DIDRError(
-                f"{key}.optimizer='adamw8bit': bitsandbytes is not installed. Install it (`pip install bitsandbytes`; CUDA), or use "
-                f"{key}.optimizer=adamw."
-            )
-        if config.roles.update == "stochastic" and getattr(config.roles, key) == "full":
-            raise DIDRError(
-                f"{key}.optimizer='adamw8bit': does not round stochastically. Use roles.update=master, or {key}.optimizer=adamw "
-                "(with betas[0]=0 it keeps one moment only)."
-            )
-        if config.roles.fsdp and getattr(config.roles, key) == "full":
-            raise DIDRError(
-                f"{key}.optimizer='adamw8bit': bitsandbytes cannot update weights that are split over workers. Use {key}.optimizer=adamw, "
-                "or roles.fsdp=false."
-            )
+            wrong = f"bitsandbytes is not installed. Install it (`pip install bitsandbytes`; CUDA), or use {usual}"
+        elif full and config.roles.update == "stochastic":
+            less = "with betas[0]=0 it keeps one moment only"
+            wrong = f"does not round stochastically. Use roles.update=master, or {usual} ({less})"
+        elif full and config.roles.fsdp:
+            wrong = f"bitsandbytes cannot update weights that are split over workers. Use {usual}, or roles.fsdp=false"
+        if wrong:
+            raise DIDRError(f"{key}.optimizer='adamw8bit': {wrong}.")
 
 
 class Weights:
@@ -126,12 +121,7 @@ def _gather(master: Tensor) -> Callable[[Tensor], None]:
 def optimizer(weights: Weights, settings: Optim, seed: int) -> torch.optim.Optimizer:
     """AdamW as ``settings`` says, over ``weights``; ``seed`` is that of stochastic rounding, the same on every rank."""
     values = list(weights.values.values())
-    options: dict[str, Any] = {
-        "lr": settings.lr,
-        "betas": settings.betas,
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
+    options: dict[str, Any] = settings.model_dump(include={"lr", "betas", "eps", "weight_decay"})
     made: torch.optim.Optimizer
     if settings.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
@@ -215,11 +205,8 @@ class StochasticAdamW(torch.optim.Optimizer):
                 if bits is None:
                     device = "cpu" if p.is_meta else p.device
                     bits = torch.Generator(device).manual_seed(group["seed"] * 1_000_003 + group["updates"])
-                p.copy_(
-                    stochastic_round(self._updated(p, group), bits)
-                    if p.dtype == torch.bfloat16
-                    else self._updated(p, group)
-                )
+                value = self._updated(p, group)
+                p.copy_(stochastic_round(value, bits) if p.dtype == torch.bfloat16 else value)
 
     def _updated(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """The float32 value after the update."""

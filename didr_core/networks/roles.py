@@ -1,9 +1,4 @@
-"""Who shares weights: generator, teaching assistant (TA) and reference as full copies, or as adapters on a frozen base (:mod:`lora`).
-
-full generator, full TA   three networks (DMD2, the paper)
-full generator, LoRA TA   the TA is an adapter on the reference: two networks (DMDR)
-LoRA generator, LoRA TA   two networks; one where the generator starts as the reference
-"""
+"""Who shares weights: generator, teaching assistant (TA) and reference as full copies, or as adapters on a frozen base (:mod:`lora`)."""
 
 from __future__ import annotations
 

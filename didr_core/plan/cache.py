@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import didr_core
-from didr_core.config import Config, files, locate
+from didr_core.config import Config, files, hub, locate
 
 MOST = 200
 """Plans that are kept; the oldest go."""
@@ -73,14 +73,8 @@ def _deciding(config: Config) -> Iterator[bytes]:
         yield str(path.relative_to(source)).encode()
         yield path.read_bytes()
     models = config.model_dump(mode="json", include={"algorithm", "backbone", "reward", "judge"})
-    for text in sorted(_texts([models, config.train.anchor])):
+    for text in sorted({text for _, text in hub.texts("", models) if text}):
         yield from _there(locate(text))
-
-
-def _texts(value: Any) -> set[str]:
-    if isinstance(value, dict | list):
-        return set().union(*map(_texts, value.values() if isinstance(value, dict) else value))
-    return {value} if isinstance(value, str) and value else set()
 
 
 def _there(path: Path) -> Iterator[bytes]:

@@ -1,8 +1,6 @@
 """What a recipe leaves open, decided by what fits on the GPU: `train.micro_batch: auto` and `roles.gradient_checkpointing: auto`.
 
-Both buy speed with memory. A forward and backward pass of few samples is bound by the host: SDXL's takes 0.25 s for one sample as for four
-(benchmarks/results/gpu_step.md), so up to :data:`ENOUGH` samples the micro-batch comes first, each doubling halves the time. From there
-on the GPU is the bound, and not to recompute activations, a third of an update's work, is worth more than a still larger micro-batch.
+Why in this order: README.md. SDXL's passes take 0.25 s for one sample as for four (benchmarks/results/gpu_step.md).
 """
 
 from __future__ import annotations

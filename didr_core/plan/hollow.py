@@ -38,9 +38,7 @@ class _Hollow:
 
     def load_network(self: Any, role: str) -> nn.Module:
         with torch.random.fork_rng():
-            torch.manual_seed(
-                role == "generator"
-            )  # random weights, where there are any: the TA starts as the reference
+            torch.manual_seed(role == "generator")  # where there are weights: the TA starts as the reference
             return super().load_network(role)  # type: ignore[misc, no-any-return]
 
     def _pretrained(self: Any, name: str, folder: Path, dtype: torch.dtype) -> Any:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from didr_core.config import Config
@@ -73,11 +74,8 @@ class Plan:
 
     def gpu_bytes(self) -> tuple[str, float]:
         """What may lie on one GPU together at worst, and its bytes: Ray puts processes on a GPU as long as their shares add up to one."""
-        worst: tuple[str, float] = ("", 0.0)
-        for before in (True, False):
-            on = [p for p in self.processes if p.gpus > 0 and p.before is before]
-            worst = max(worst, self._together(on), key=lambda found: found[1])
-        return worst
+        on = ([p for p in self.processes if p.gpus > 0 and p.before is before] for before in (True, False))
+        return max(map(self._together, on), key=lambda found: found[1])
 
     @staticmethod
     def _together(on: Sequence[Process]) -> tuple[str, float]:
@@ -107,7 +105,7 @@ def plan(config: Config) -> Plan | None:
         DIDRError: LoRA targets that no layer matches.
     """
     made = cache.kept(config, lambda: _told(config))
-    return _read(made) if made else None
+    return TypeAdapter(Plan).validate_python(made) if made else None
 
 
 def _told(config: Config) -> dict[str, Any]:
@@ -115,14 +113,6 @@ def _told(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, uncollected():
         backbone = hollow.backbone(config.backbone, Path(folder))
         return {} if backbone is None else asdict(_plan(config, backbone))
-
-
-def _read(told: Mapping[str, Any]) -> Plan:
-    processes = [
-        Process(**p | {kind: [Line(**line) for line in p[kind]] for kind in ("held", "phases")})
-        for p in told["processes"]
-    ]
-    return Plan(processes, [(phase, flops) for phase, flops in told["flops"]], told["samples"], told["notes"])
 
 
 def _plan(config: Config, backbone: Any) -> Plan:
@@ -155,28 +145,12 @@ def _plan(config: Config, backbone: Any) -> Plan:
     if rewards.models:
         start = _weights("generator", load_start(backbone, config.backbone, config.roles, torch.device("meta")))
         seen = Line("reward", "pictures of the start, scored", f"{size} samples", _scored(learner, size))
-        processes.append(
-            Process(
-                "reward actor",
-                workers.rewards,
-                workers.reward_gpus,
-                [*start, *judges, context],
-                [seen],
-                before=config.precomputed
-                and not config.black_box,  # which is scored by actors as long as training lasts
-            )
-        )
+        over = config.precomputed and not config.black_box  # which is scored by actors as long as training lasts
+        own = [*start, *judges, context]
+        processes.append(Process("reward actor", workers.rewards, workers.reward_gpus, own, [seen], over))
     if text:
-        processes.append(
-            Process(
-                "encoder actor",
-                workers.encoders,
-                workers.encoder_gpus,
-                [*text, context],
-                [],
-                before=config.precomputed,
-            )
-        )
+        own, over = [*text, context], config.precomputed
+        processes.append(Process("encoder actor", workers.encoders, workers.encoder_gpus, own, [], over))
     notes = [
         f"latents {' x '.join(map(str, backbone.latent_shape))}, micro-batch {size}",
         f"flash attention; {MARGIN:.0%} added for fragmentation and workspaces; GB = 1e9 bytes",
@@ -197,10 +171,7 @@ class _Shapes(Noise):
 
 def _usual_moments(config: Config) -> Config:
     """8-bit moments are made by a library for CUDA alone: here as float32, and counted as a quarter."""
-    usual = {
-        role: settings.model_copy(update={"optimizer": "adamw"})
-        for role, settings in (("generator", config.generator), ("assistant", config.assistant))
-    }
+    usual = {k: getattr(config, k).model_copy(update={"optimizer": "adamw"}) for k in ("generator", "assistant")}
     return config.model_copy(update=usual)
 
 
@@ -263,10 +234,7 @@ def _held(learner: Learner, config: Config) -> list[Line]:
         parts = config.workers.train if full and config.roles.fsdp else 1
         add(role, "weights" if full else "adapter", weights.network.parameters(), parts)
         add(role, "master weights", weights.values.values(), parts)
-        trained = (
-            *weights.values.values(),
-            *weights.network.parameters(),
-        )  # adapters have gradients beside their masters'
+        trained = (*weights.values.values(), *weights.network.parameters())  # adapters have gradients of their own
         add(role, "gradients", (v.grad for v in trained if v.grad is not None), parts)
         small = getattr(config, role).optimizer == "adamw8bit"
         add(role, "Adam moments", (t for s in optimizer.state.values() for t in s.values()), parts, small)

@@ -120,21 +120,8 @@ def _writes(function: Any) -> bool:
     return name.endswith("_") and name[:-1] in WRITING
 
 
-WRITING = {
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "addcmul",
-    "addcdiv",
-    "lerp",
-    "sqrt",
-    "copy",
-    "zero",
-    "fill",
-    "uniform",
-    "normal",
-}
+ARITHMETIC = {"add", "sub", "mul", "div", "addcmul", "addcdiv", "lerp", "sqrt"}
+WRITING = ARITHMETIC | {"copy", "zero", "fill", "uniform", "normal"}
 """Operators that change the values of their first argument and nothing else; their in-place names end in ``_``."""
 
 for _way in ("", "_backward"):  # torch's formulas leave out attention on a CPU: the same as on a GPU

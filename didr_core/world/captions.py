@@ -36,7 +36,6 @@ RELATION_WORDS = {
 }
 BACKGROUND_WORDS = (" on a {} background", " on {}", ", {} background", " against {}")
 OPPOSITE = {"above": "below", "below": "above", "left": "right", "right": "left"}
-MAX_WORDS = 16
 
 KIND_WEIGHTS = {"single": 0.25, "count": 0.2, "pair": 0.25, "relation": 0.3}
 NAMED_BACKGROUND = 0.6

@@ -116,8 +116,8 @@ def _fit(matte: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
                     x, y, r = best[rows, kind].T
                     attempt(kind, rows, x + reach * dx, y + reach * dy, r * (1 + 0.06 * reach * grow))
     shape = best_iou.argmax(1)
-    pick = np.arange(total)
-    return shape, best_iou[pick, shape], best[pick, shape, 0], best[pick, shape, 1], best[pick, shape, 2]
+    x, y, radius = best[everything, shape].T
+    return shape, best_iou[everything, shape], x, y, radius
 
 
 def read_pictures(pictures: np.ndarray, chunk: int = 512) -> Readings:

@@ -27,9 +27,6 @@ class CheckerReward:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def check(self) -> None:
-        """Nothing lies on disk."""
-
     def load(self, device: torch.device | str = "cpu") -> None:
         """Nothing to load."""
 

@@ -68,12 +68,6 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.objects)
 
-    def take(self, index: np.ndarray | slice) -> Scenes:
-        return Scenes(**{name: value[index] for name, value in vars(self).items()})
-
-    def copy(self) -> Scenes:
-        return Scenes(**{name: value.copy() for name, value in vars(self).items()})
-
 
 def distance(shape: int, u: np.ndarray, v: np.ndarray, r: np.ndarray) -> np.ndarray:
     """Signed distance in pixels (negative inside) of points (u right, v down, from the box centre) to a shape of radius r; broadcasts."""

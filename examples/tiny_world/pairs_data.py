@@ -8,6 +8,7 @@ the analytic checker says what each is worth.
 from __future__ import annotations
 
 import contextlib
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -165,7 +166,7 @@ def facet_pairs(facet: str, count: int, seed: int) -> tuple[list[str], torch.Ten
         if facet in ("colour", "shape", "background"):  # the layout stays, too
             worse.x, worse.y = better.x.copy(), better.y.copy()
     else:
-        worse = better.copy()
+        worse = copy.deepcopy(better)
         low = rng.uniform(0.0, 0.8, count).astype(np.float32)
         high = (low + rng.uniform(0.2, 1 - low)).astype(np.float32)
         if facet == "size":

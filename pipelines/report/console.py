@@ -22,6 +22,13 @@ from didr_core.train.alarms import LOOKED, explain
 from didr_core.train.profile import table as profile_table
 
 SMOOTHING = 0.9  # of the numbers shown; the curves in the report are raw
+SHOWN = {
+    "drs/ratio": "DRS/matching {:.3g}",
+    "loss/assistant": "TA loss {:.3g}",
+    "heldout/judge": "held-out judge {:+.2f} sd",
+    "heldout/background_bits": "free backgrounds {:+.2f} bits",
+}
+"""Metrics of the progress line, behind the reward."""
 
 
 class Progress:
@@ -107,18 +114,9 @@ class Progress:
         if "reward/gain" in self._values:
             raw = f" ({self._values['reward/raw']:.4g} raw)" if "reward/raw" in self._values else ""
             parts.append(f"reward {self._values['reward/gain']:+.2f} sd{raw}")
-        for key, label in (("drs/ratio", "DRS/matching"), ("loss/assistant", "TA loss")):
-            if key in self._values:
-                parts.append(f"{label} {self._values[key]:.3g}")
-        for key, label in (
-            ("judge", "held-out judge {:+.2f} sd"),
-            ("background_bits", "free backgrounds {:+.2f} bits"),
-        ):
-            if f"heldout/{key}" in self._values:
-                parts.append(label.format(self._values[f"heldout/{key}"]))
+        parts += [form.format(self._values[key]) for key, form in SHOWN.items() if key in self._values]
         if self._pace is not None:
-            parts.append(f"{self._pace:.2f} s/step")
-            parts.append(f"ETA {clock((self.total - self.step) * self._pace)}")
+            parts += [f"{self._pace:.2f} s/step", f"ETA {clock((self.total - self.step) * self._pace)}"]
         if self._alarms:
             parts.append("ALARM " + ", ".join(self._alarms))
         return "  ".join(parts)
@@ -153,10 +151,9 @@ def clock(seconds: float) -> str:
 
 def console(stream: TextIO | None = None) -> Console:
     """A console that never wraps a log's lines at 80 characters."""
-    made = Console(file=stream or sys.stderr, highlight=False)
-    return (
-        made if made.is_terminal else Console(file=stream or sys.stderr, highlight=False, width=200, color_system=None)
-    )
+    given: dict[str, Any] = {"file": stream or sys.stderr, "highlight": False}
+    made = Console(**given)
+    return made if made.is_terminal else Console(**given, width=200, color_system=None)
 
 
 def warn(text: str) -> None:

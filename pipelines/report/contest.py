@@ -44,6 +44,9 @@ def write_contest_report(contest: Contest, scores: Scores, focus: str) -> Path:
             pictures.append({"model": model, "value": value, "data": _inlined(drawn[model][place])})
         return {"prompt": contest.prompts[place], "told": told, "pictures": pictures}
 
+    def cards(rows: Ranked) -> list[dict[str, Any]]:
+        return [card(place, name, told) for place, (name, told) in rows.items()]
+
     some = Image.open(io.BytesIO(next(iter(drawn[focus].values()))))
     columns = ["source", "steps", "guidance", "timesteps", "scheduler", "dtype", "calls", "seconds"]
     rows = [[name, *(_told(row.get(key)) for key in columns)] for name, row in tree["models"].items()]
@@ -60,14 +63,7 @@ def write_contest_report(contest: Contest, scores: Scores, focus: str) -> Path:
         tower=describe(tree.get("laws", {}).get("features", "")).title,
         first=[card(place) for place in range(min(FIRST, len(contest.prompts)))],
         extremes=[
-            {
-                "title": title,
-                "lead": lead,
-                "parts": [
-                    {"title": part, "cards": [card(place, name, told) for place, (name, told) in rows.items()]}
-                    for part, rows in parts
-                ],
-            }
+            {"title": title, "lead": lead, "parts": [{"title": part, "cards": cards(rows)} for part, rows in parts]}
             for title, lead, parts in groups
         ],
         small=max(some.size) <= SMALL,
@@ -95,14 +91,13 @@ def _extremes(values: Mapping[str, NDArray[Any]], focus: str) -> Iterator[tuple[
     for name, value in values.items():
         title = describe(name).title
         order = np.argsort(value, kind="stable")
-        parts = [
-            (f"{end} of {focus}", _ranked(places, name)) for end, places in (("Worst", order), ("Best", order[::-1]))
-        ]
+        ends = (("Worst", order), ("Best", order[::-1]))
+        parts = [(f"{end} of {focus}", {int(p): (name, "") for p in places[:EXTREME]}) for end, places in ends]
         yield f"Best and worst by {title}", "Prompts by the score of one picture, from the first noise.", parts
     names = [name for name in values if name != "utility"]
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            high, low = (_standardised(values[n]) for n in (a, b))
+            high, low = ((v - v.mean()) / max(float(v.std()), 1e-9) for v in (values[a], values[b]))
             titles = describe(a).title, describe(b).title
             parts = []
             for sign, (more, less), name in ((1, titles, a), (-1, titles[::-1], b)):
@@ -113,19 +108,10 @@ def _extremes(values: Mapping[str, NDArray[Any]], focus: str) -> Iterator[tuple[
             yield f"Where {titles[0]} and {titles[1]} disagree", lead, parts
 
 
-def _ranked(order: NDArray[Any], name: str) -> Ranked:
-    return {int(place): (name, "") for place in order[:EXTREME]}
-
-
 def _values(scores: Scores, model: str, name: str) -> NDArray[Any]:
     """A measure of each prompt's picture from the first noise ``[N]``."""
     found: NDArray[Any] = scores.arrays[model][name][0, 0]
     return found
-
-
-def _standardised(values: NDArray[Any]) -> NDArray[Any]:
-    standard: NDArray[Any] = (values - values.mean()) / max(float(values.std()), 1e-9)
-    return standard
 
 
 def _matrix(tree: Mapping[str, Any], name: str) -> dict[str, Any]:

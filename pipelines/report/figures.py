@@ -14,15 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 # Okabe-Ito: told apart with any colour vision.
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#6b7280",
-)
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#6b7280"
 MODEL_COLOURS = {"start": GREY, "control": ORANGE, "aligned": BLUE, "teacher": GREEN}
 MODEL_LABELS = {"start": "before", "aligned": "after"}
 
@@ -31,12 +24,7 @@ GAP, CARD_GAP, MARGIN = 6, 26, 28
 INK, FAINT, PAPER = "#1f2430", "#6b7280", "#ffffff"
 
 
-def save_grid(
-    rows: Mapping[str, Tensor],
-    captions: Sequence[str],
-    path: Path,
-    title: str = "",
-) -> Path:
+def save_grid(rows: Mapping[str, Tensor], captions: Sequence[str], path: Path, title: str = "") -> Path:
     """A card a prompt: the models' pictures side by side (same prompt, same noise), the caption below.
 
     Args:
@@ -50,8 +38,7 @@ def save_grid(
     if not rows or not captions or any(n != len(captions) for n in counts.values()):
         raise ValueError(f"save_grid: {len(captions)} captions but pictures {counts}")
     tiles = {name: [_tile(image) for image in images] for name, images in rows.items()}
-    side = next(iter(tiles.values()))[0].width
-    high = next(iter(tiles.values()))[0].height
+    side, high = next(iter(tiles.values()))[0].size
     card = len(rows) * side + (len(rows) - 1) * GAP
     columns = min(len(captions), max(1, round(4 * 2 / len(rows)) if len(rows) < 4 else 2))
     head, body = _font(17, bold=True), _font(16)
@@ -82,7 +69,6 @@ def save_grid(
             draw.rectangle((x, y, x + side - 1, y + high - 1), outline="#d7dae0")
         for k, line in enumerate(wrapped[i]):
             draw.text((left, y + high + 5 + 21 * k), line, fill=INK, font=body)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path, optimize=True)
     return path
@@ -132,14 +118,14 @@ class Panel:
     y: str
     lines: tuple[tuple[str, str, str], ...]  # metric, label, colour
     log: bool = False
-    zero: str = ""  # a horizontal line at 0 or 1, with what it means
+    zero: bool = False  # a horizontal line at 0
 
     def present(self, history: Sequence[Mapping[str, Any]]) -> bool:
         return any(row.get(key) is not None for row in history for key, _, _ in self.lines)
 
 
 PANELS = (
-    Panel("Reward", "gain over start (sd)", (("reward/gain", "training reward", BLUE),), zero="start"),
+    Panel("Reward", "gain over start (sd)", (("reward/gain", "training reward", BLUE),), zero=True),
     Panel("Reward, published scale", "score (mean of the batch)", (("reward/raw", "training reward", SKY),)),
     Panel("Teaching assistant", "DSM loss", (("loss/assistant", "TA loss", VERMILION),)),
     Panel(
@@ -151,7 +137,7 @@ PANELS = (
             ("reward/ratio", "norm ratio reward / matching", PURPLE),
             ("reward/cosine", "cosine", SKY),
         ),
-        zero="0",
+        zero=True,
     ),
     Panel(
         "Gradient norms",
@@ -176,13 +162,13 @@ PANELS = (
             ("heldout/judge", "held-out judge", ORANGE),
             ("heldout/utility", "true utility", GREEN),
         ),
-        zero="start",
+        zero=True,
     ),
     Panel(
         "What captions leave free",
         "against the start (bits)",
         (("heldout/background_bits", "backgrounds", PURPLE), ("heldout/position_bits", "positions", GREY)),
-        zero="start",
+        zero=True,
     ),
     Panel("Anchor", "regression loss", (("loss/anchor", "anchor loss", GREEN),)),
 )
@@ -215,15 +201,12 @@ def save_curves(history: Sequence[Mapping[str, Any]], path: Path, alarms: Sequen
             edge = {"transform": axes.get_xaxis_transform(), "clip_on": False}
             axes.plot(ringing, [0.012] * len(ringing), "|", color=VERMILION, markersize=9, **edge)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, facecolor="white")
     return path
 
 
 def _draw(axes: Any, panel: Panel, history: Sequence[Mapping[str, Any]]) -> None:
-    from matplotlib.ticker import LogLocator
-
     for key, label, colour in panel.lines:
         points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
         if not points:
@@ -236,19 +219,25 @@ def _draw(axes: Any, panel: Panel, history: Sequence[Mapping[str, Any]]) -> None
         axes.axhline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
     if panel.log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        plain_ticks(axes.yaxis)
     axes.set_title(panel.title, loc="left", fontsize=14, fontweight="bold", color=INK)
     axes.set_xlabel("step", fontsize=12, color=INK)
     axes.set_ylabel(panel.y, fontsize=12, color=INK)
     axes.tick_params(labelsize=11, colors=INK)
     axes.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)
     if len(panel.lines) > 1:
         axes.legend(fontsize=11, frameon=False, loc="best")
+
+
+def plain_ticks(axis: Any) -> None:
+    """On a logarithmic axis a few round numbers, rather than powers of ten with one label."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:

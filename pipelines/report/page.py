@@ -67,6 +67,7 @@ def write_report(run: Path) -> Path:
     info, facts = RunFolder(folder).info(), (scores or {}).get("facts", {})
     when = facts.get("date", "")[:16].replace("T", " ")
     commit = facts.get("commit") or info.get("commit")
+    told = (when and f"{when} UTC", commit and f"commit {commit}", hardware_of(facts), facts.get("control"))
     wins = list(_wins(scores)) if scores else []
     by_name: dict[str, list[int]] = {}
     for row in alarms:
@@ -75,11 +76,7 @@ def write_report(run: Path) -> Path:
         "page.html.j2",
         name=str(config.get("name") or folder.name),
         folder=folder.name,
-        facts=[
-            f
-            for f in (when and f"{when} UTC", commit and f"commit {commit}", hardware_of(facts), facts.get("control"))
-            if f
-        ],
+        facts=[fact for fact in told if fact],
         history=history,
         updates=sum("loss/generator" in row for row in history),
         verdict=_verdict(scores, wins),
@@ -166,11 +163,8 @@ def _tiles(
         for row in wins:
             if (row["name"], row["against"]) == (name, against):
                 label = f"wins against the {against}, {row['measure']}"
-                yield {
-                    "value": f"{row['mean']:.0f} %",
-                    "interval": f"{row['low']:.0f} to {row['high']:.0f}",
-                    "label": label,
-                }
+                between = f"{row['low']:.0f} to {row['high']:.0f}"
+                yield {"value": f"{row['mean']:.0f} %", "interval": between, "label": label}
     strict = comparison_table(scores, "aligned", ["strict"])[1] if scores else []
     for against, _, difference, interval, *_ in strict:
         if against == "start":

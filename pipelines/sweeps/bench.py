@@ -1,14 +1,6 @@
-"""What a trial is worth: held-out gain over the start against distance to the reference, with intervals. No Ray.
+"""What a trial is worth: held-out gain over the start against distance to the reference, with intervals; what they are: docs/sweeps.md.
 
-- **gain**: mean difference to the starting generator's score, caption by caption and noise by noise, in standard deviations of the start's
-  scores. The score is the held-out judge's; the training reward's where a recipe names no judge.
-- **distance**: how far the law of picture features has moved from that of the reference's pictures of the same captions: the
-  Wasserstein-2 distance of Gaussian fits (the root of FID's formula), over the spread of the reference's features (the root of their
-  total variance).
-- **score**: gain minus the distance added to the start's: one standard deviation of held-out reward is worth moving the features by one of
-  their own standard deviations.
-
-The start's and the reference's pictures are scored once a sweep (:class:`Bench`) and read from files by every trial.
+The start's and the reference's pictures are scored once a sweep (:class:`Bench`) and read from files by every trial. No Ray.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ import os
 import statistics
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from didr_core.config import Config
 from didr_core.config.files import mapping, read_yaml
@@ -116,23 +117,23 @@ def plan_table(config: Config, space: Space, options: SweepOptions, found: Room,
         reference = f"the {evaluation.teacher_steps}-step guided reference"
     else:
         reference = "the start (evaluation.teacher_steps=0: no reference is drawn)"
-    table = Table(title=f"sweep {options.name}", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.show_header = False
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    table.add_row("space", f"{space.name}: {space.about}")
-    for key, domain in space.domains.items():
-        table.add_row(f"  {key}", f"{domain.kind} {list(domain.values)}")
-    for key, value in space.fixed.items():
-        if key not in said:
-            table.add_row(f"  {key}", f"{value} (fixed)")
-    table.add_row("trials", f"{options.trials} by {options.search}, {to_end}")
-    table.add_row("each", f"{config.train.steps} steps of {config.train.batch} samples; reserves {needs}{group}")
-    table.add_row("at once", f"{options.concurrent} on {_cluster(found.cluster)}")
-    table.add_row("judged on", f"{evaluation.prompts} held-out prompts x {max(2, evaluation.seeds)} noises by {judge}")
-    table.add_row("objective", f"the front of held-out gain against distance to {reference}; {WORDS}")
-    table.add_row("time", estimate(config, options, earlier_seconds(config)))
-    table.add_row("folder", str(path))
+    rows = {
+        "space": f"{space.name}: {space.about}",
+        **{f"  {key}": f"{domain.kind} {list(domain.values)}" for key, domain in space.domains.items()},
+        **{f"  {key}": f"{value} (fixed)" for key, value in space.fixed.items() if key not in said},
+        "trials": f"{options.trials} by {options.search}, {to_end}",
+        "each": f"{config.train.steps} steps of {config.train.batch} samples; reserves {needs}{group}",
+        "at once": f"{options.concurrent} on {_cluster(found.cluster)}",
+        "judged on": f"{evaluation.prompts} held-out prompts x {max(2, evaluation.seeds)} noises by {judge}",
+        "objective": f"the front of held-out gain against distance to {reference}; {WORDS}",
+        "time": estimate(config, options, earlier_seconds(config)),
+        "folder": str(path),
+    }
+    looks: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "pad_edge": False}
+    columns = Column(style="dim"), Column(overflow="fold")
+    table = Table(*columns, title=f"sweep {options.name}", show_header=False, **looks)
+    for row in rows.items():
+        table.add_row(*row)
     return table
 
 

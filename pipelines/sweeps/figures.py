@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.report.figures import FAINT, GREY, INK, VERMILION
+from pipelines.report.figures import FAINT, GREY, INK, VERMILION, plain_ticks
 from pipelines.sweeps.folder import trial_name
 from pipelines.sweeps.results import Results, front_of, judged
 
@@ -53,6 +53,7 @@ def save_front(results: Results, chosen: int | None, path: Path, *, gain: str, d
         ValueError: no judged trial.
     """
     import matplotlib
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -92,7 +93,8 @@ def save_front(results: Results, chosen: int | None, path: Path, *, gain: str, d
             handles += axes.plot(*place, "o", markersize=24, linestyle="none", label=name, **ring)
         if colour:
             bar = figure.colorbar(drawn, ax=axes, pad=0.02, label=UNITS.get(colour, colour))
-            _plain_ticks(bar, norm)
+            if isinstance(norm, LogNorm):
+                plain_ticks(bar.ax.yaxis)
         axes.set(xlabel=distance, ylabel=gain)
         axes.grid(alpha=0.25)
         axes.margins(0.08)
@@ -153,9 +155,7 @@ def _norm(results: Results, key: str | None) -> Any:
 
     values = [float(r["set"][key]) for r in results] if key else [0.0]
     low, high = min(values), max(values)
-    if _is_wide(low, high):
-        return LogNorm(low, high)
-    return Normalize(low - (low == high), high + (low == high))
+    return LogNorm(low, high) if _is_wide(low, high) else Normalize(low - (low == high), high + (low == high))
 
 
 def _is_wide(low: float, high: float) -> bool:
@@ -176,14 +176,3 @@ def _interval(results: Results, key: str) -> tuple[Any, Any]:
     """Means ``[n]``, and how far their intervals reach ``[2, n]`` below and above; NaN where there is none."""
     mean, low, high = (np.array([r.get(key + end) for r in results], np.float64) for end in ("", "_low", "_high"))
     return mean, np.clip([mean - low, high - mean], 0, None)
-
-
-def _plain_ticks(bar: Any, norm: Any) -> None:
-    """A few round numbers rather than powers of ten with one label."""
-    from matplotlib.colors import LogNorm
-    from matplotlib.ticker import LogLocator
-
-    if isinstance(norm, LogNorm):
-        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        bar.ax.yaxis.set_major_formatter("{x:g}")
-        bar.ax.yaxis.set_minor_formatter("")

@@ -1,8 +1,7 @@
 """A trial of several workers: Ray Train inside a Ray Tune trial.
 
 The trial's actor drives `TorchTrainer.fit` in a thread, exactly as `didr align` does, and answers Tune from what rank 0 writes into the run
-folder. Nothing is passed through a queue, so nothing can be left in one: Ray's `TuneReportCallback` leaves a trial RUNNING for ever when
-its driver function returns before the queue is drained. A scheduler that stops the trial ends its actor, and with it all it started.
+folder. A scheduler that stops the trial ends its actor, and with it all it started.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """What the driver of a sweep does with its news: a live line a trial, MLflow's parent run and nested children, and a watchdog.
 
-It is Tune's callback and lives in the driver's own loop, which turns some times a second: then it looks into the files of the running
-trials. A child's MLflow run id is kept in sweep.json; where a kill came between making the run and writing that down, the run is found
-again by its tags: no trial has two.
+It is Tune's callback, in the driver's own loop: some times a second it looks into the files of the running trials.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from ray import tune
 from rich.live import Live
@@ -79,10 +77,10 @@ class FollowedTrial(Observer):
 class SweepMonitor(tune.Callback):
     """Lines, MLflow and the watchdog of one sweep."""
 
-    def __init__(self, folder: SweepFolder, uri: str, stream: TextIO | None = None) -> None:
+    def __init__(self, folder: SweepFolder, uri: str) -> None:
         self.folder, self.uri = folder, uri
         self.options, self.config = folder.options(), folder.config()
-        self.console = console(stream)
+        self.console = console()
         self.running: dict[int, FollowedTrial] = {}
         self.parent: tracking.Tracker = tracking.Tracker()
         self._live: Live | None = None

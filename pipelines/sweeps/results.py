@@ -182,7 +182,4 @@ def summary(folder: SweepFolder, chosen: int | None, why: str) -> list[str]:
     if chosen is None:
         return [f"no recommendation: {why}"]
     point = shown(folder.points()[chosen])
-    return [
-        f"recommended: {trial_name(chosen)} ({point}): {why}",
-        f"align longer with it:  {command(folder, chosen)}",
-    ]
+    return [f"recommended: {trial_name(chosen)} ({point}): {why}", f"align longer with it:  {command(folder, chosen)}"]

@@ -1,7 +1,6 @@
 """Which point comes next, and which trial is stopped early: Ray Tune's searcher and scheduler over what the sweep folder holds.
 
-Tune's own state is a snapshot now and then, the sweep folder is exact, so each driver starts Tune anew over what is missing there. A point
-is in points.jsonl before its trial starts: a resumed sweep gives the same number the same point, and fills the scheduler's rungs as before.
+Each driver starts Tune anew over what is missing there: a resumed sweep gives a number the same point and fills the scheduler's rungs anew.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ check(space, points, "tiny", ["train.steps=100"])   # DIDRError names the key, b
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -22,6 +21,7 @@ from typing import Any
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.config.files import expanded
+from didr_core.config.registry import near
 from didr_core.types import DIDRError
 
 Point = dict[str, Any]
@@ -106,8 +106,7 @@ def find(name: str) -> Space:
     if own and not path.is_file():
         raise DIDRError(f"--space {name!r}: no such file. Expected a Python file with a function space().")
     if not own and name not in names():
-        near = difflib.get_close_matches(name, names(), 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = near(name, names())
         raise DIDRError(f"--space {name!r}: unknown; known: {', '.join(names())}, or a path ending in .py.{hint}")
     try:
         module = runpy.run_path(str(path))
@@ -182,8 +181,7 @@ def _domain(name: str, key: str, value: Mapping[str, Any]) -> Domain:
             least = "0 < low < high" if kind == "loguniform" else "low < high"
             raise DIDRError(f"{got}; expected [low, high] with {least}")
     else:
-        near = difflib.get_close_matches(str(kind), (*RANGES, *LISTS), 1, 0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = near(str(kind), (*RANGES, *LISTS), 0.5)
         raise DIDRError(f"space {name!r}: {key}: unknown kind {kind!r}; expected {PLAIN}.{hint}")
     return Domain(kind, tuple(values))
 

@@ -1,8 +1,7 @@
 """The Ray Tune trainable: a trial in a warm actor.
 
-A class trainable, not a function: Tune asks for one leg at a time and gets an answer or an exception, so there is no queue to be left full
-and no thread to be left waiting. Actors are reused from trial to trial (`reset_config`), with torch, the judges and the page
-cache warm. What would go wrong again is an answer too ("failed", with its reason): it ends the trial and keeps the actor.
+A class trainable, not a function: Tune asks for one leg at a time and gets an answer or an exception. What would go wrong again is an
+answer too ("failed", with its reason): it ends the trial and keeps the actor, which is reused for the next one (`reset_config`).
 """
 
 from __future__ import annotations

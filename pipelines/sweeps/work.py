@@ -81,7 +81,9 @@ def opened(folder: SweepFolder, number: int) -> Iterator[tuple[Config, RunFolder
     """
     options, run = folder.options(), folder.trial(number)
     config = folder.config_of(number, options.workers)
-    open_folder(run, config, options.command)
+    if not (run.path / "run.json").is_file():  # what a kill left of an attempt to make it is thrown away
+        shutil.rmtree(run.path, ignore_errors=True)
+        RunFolder.create(config, str(run.path), options.command)
     torch.set_num_threads(config.train.threads)
     deadline = time.monotonic() + LOCK_S
     with contextlib.ExitStack() as stack:
@@ -94,13 +96,6 @@ def opened(folder: SweepFolder, number: int) -> Iterator[tuple[Config, RunFolder
                     raise
                 time.sleep(1.0)
         yield config, run
-
-
-def open_folder(run: RunFolder, config: Config, command: str) -> None:
-    """The trial's run folder; what a kill left of an attempt to make it is thrown away."""
-    if not (run.path / "run.json").is_file():
-        shutil.rmtree(run.path, ignore_errors=True)
-        RunFolder.create(config, str(run.path), command)
 
 
 def checkpoints(config: Config, done: int) -> Iterator[int]:

@@ -97,18 +97,15 @@ class MlflowTracker(Tracker):
         self.metrics(step, {f"alarm/{name}": float(name in names) for name in self._ringing})
 
     def final(self, values: Mapping[str, float]) -> None:
-        """See :class:`Tracker`."""
         self._wait(0, values)
         self.flush()
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """See :class:`Tracker`."""
         rows = [self._entities.RunTag(key, str(value)) for key, value in values.items()]
         if rows:
             self._try(self._client.log_batch, self.run_id, tags=rows)
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """See :class:`Tracker`."""
         log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
         self._try(log, self.run_id, str(path), folder or None)
 
@@ -141,11 +138,10 @@ class MlflowTracker(Tracker):
         self._monitor.start()
 
     def status(self, status: Status) -> None:
-        """See :class:`Tracker`."""
         self._try(self._client.set_terminated, self.run_id, status=status)
 
     def close(self, status: Status = "FINISHED") -> None:
-        """See :class:`Tracker`. What waits is tried three times."""
+        """What waits is tried three times."""
         if self._closed:
             return
         if self._monitor:

@@ -198,7 +198,7 @@ def test_sdxl_is_stock_diffusers(base: Path, tmp_path: Path, kind: str) -> None:
         latent = torch.randn(3, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
         stock_x0 = scheduled_x0(pipe.scheduler)
         for step in (20, 399, 480):
-            time = torch.tensor([backbone.schedule.time(step)] * 3)
+            time = torch.tensor([step / len(backbone.schedule.alphas_cumprod)] * 3)
             eps = pipe.unet(latent, step, embeds, added_cond_kwargs=added(backbone, pooled)).sample
             close(backbone.x0(network, latent, time, mine), stock_x0(eps, step, latent))
         close(backbone.decode(latent), pipe_pictures(pipe, latent))

@@ -59,17 +59,6 @@ def test_exact_drs_is_the_gradient_of_the_log_expectation() -> None:
         assert torch.allclose(difference, exact[:, i], atol=1e-7)
 
 
-def test_posterior_draws_have_the_denoiser_as_their_mean() -> None:
-    law, x = uneven(), points()
-    drawn = law.posterior(x, ALPHA, SIGMA, 20_000, torch.Generator().manual_seed(2))
-    assert drawn.shape == (20_000, 6, 3)
-    error = (drawn.mean(0) - law.denoise(x, ALPHA, SIGMA)).abs() / (drawn.std(0) / 20_000**0.5)
-    assert error.max() < 5
-    tilted = (torch.softmax(reward()(drawn) / 2.0, 0)[..., None] * drawn).sum(0)
-    want = law.tilted(reward(), 2.0).denoise(x, ALPHA, SIGMA)
-    assert torch.allclose(tilted, want, atol=0.05)
-
-
 def problem(law: Mixture, value: Quadratic, beta: float, t: float, x: Tensor, draws: int = 1) -> drs.Problem:
     generator, x = torch.Generator().manual_seed(3), x.repeat(draws, 1)
     return drs.Problem(

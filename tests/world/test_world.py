@@ -1,5 +1,6 @@
 """The tiny world without its weights: captions, renderer, checker, utility, comparisons, prompts."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_assess_refuses_broken_input():
 def test_a_wrong_picture_always_loses_and_taste_orders_right_ones(drawn):
     facts, scenes, _, rng = drawn
     captions = [write_caption(fact, rng) for fact in facts]
-    faint = scenes.copy()
+    faint = copy.deepcopy(scenes)
     faint.fade[:] = 0.5
     faint.radius *= 0.7 / (scenes.radius / np.where(scenes.objects == 1, SINGLE_RADIUS, CELL_RADIUS))
     wrong = draw_scenes([spoil(fact, rng)[0] for fact in facts], rng)
@@ -108,7 +109,7 @@ def test_a_wrong_picture_always_loses_and_taste_orders_right_ones(drawn):
     right = utility(render(faint), captions)
     assert right.min() > utility(render(wrong), captions).max() + 0.5
     for name, value in (("fade", scenes.fade), ("radius", scenes.radius)):
-        better, worse = faint.copy(), faint.copy()
+        better, worse = copy.deepcopy(faint), copy.deepcopy(faint)
         setattr(better, name, getattr(faint, name) * 1.2)
         assert (utility(render(better), captions) > utility(render(worse), captions)).mean() > 0.99, (name, value)
 
@@ -116,7 +117,7 @@ def test_a_wrong_picture_always_loses_and_taste_orders_right_ones(drawn):
 def test_summary_and_compare(drawn):
     facts, scenes, pictures, rng = drawn
     captions = [write_caption(fact, rng) for fact in facts]
-    bold = scenes.copy()
+    bold = copy.deepcopy(scenes)
     bold.fade = 0.75 + 0.5 * (scenes.fade - 0.5)
     free = np.array([fact.background is None for fact in facts])
     bold.background = np.where(free, 0, scenes.background)
@@ -140,7 +141,7 @@ def test_entropy_within_captions_sees_collapse_that_the_marginal_hides():
     asked = [fact for fact in facts for _ in range(32)]
     captions = [write_caption(fact, np.random.default_rng(0)) for fact in asked]
     scenes = draw_scenes(asked, rng)
-    collapsed = scenes.copy()
+    collapsed = copy.deepcopy(scenes)
     collapsed.background = np.repeat(np.arange(4), 32)  # one background for each caption
     wide, narrow = summary(assess(render(scenes), captions)), summary(assess(render(collapsed), captions))
     assert wide["background_bits_within"] > 1.8 and narrow["background_bits"] > 1.9

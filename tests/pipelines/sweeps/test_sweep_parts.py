@@ -82,8 +82,8 @@ def test_a_half_made_folder_is_made_again(toy: Path, tmp_path: Path) -> None:
     folder = new(toy, {"drp.beta": {"grid": [0.2, 0.9]}}, tmp_path)
     (folder.trial(0).path / "checkpoints").mkdir(parents=True)
     (folder.trial(0).path / "config.yaml").write_text("cut sho")
-    work.open_folder(folder.trial(0), folder.config_of(0), "")
-    assert folder.trial(0).info()["status"] == "running"
+    with work.opened(folder, 0) as (_, run):
+        assert run.info()["status"] == "running"
 
 
 def test_results_say_what_a_trial_is_worth(swept: SweepFolder) -> None:
