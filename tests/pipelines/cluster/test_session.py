@@ -89,7 +89,7 @@ def test_workers_get_our_environment_but_not_what_the_job_set(monkeypatch: pytes
 
 
 def test_all_packages_travel_when_attached() -> None:
-    assert [p.name for p in session._package_folders()] == list(session.PACKAGES)
+    assert [p.name for p in session.package_folders()] == list(session.PACKAGES)
 
 
 DEMANDS = Demands((Group("training worker", 2, Need(), "workers.train"),))
