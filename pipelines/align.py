@@ -61,8 +61,8 @@ def align(
     Args:
         recipe: name or YAML file. overrides: ``a.b=c``.
         output: the run's folder itself; default ``<config.output>/<name>-<time>``.
-        resume: folder or name of a run to go on with, or `latest` or `auto` (:data:`didr_core.train.run_folder.AUTO`); ``output`` is then where
-            runs lie.
+        resume: folder or name of a run to go on with, `latest` or `auto` (:data:`didr_core.train.run_folder.AUTO`); ``output`` is then
+            where runs lie.
         local: one process, no Ray. address: a Ray cluster; see :func:`pipelines.cluster.session.ray_session`.
         profile: print where the time of a step went, by part of the step (rank 0's), and keep it in the run folder.
         command: what the user typed, kept in run.json.
