@@ -342,7 +342,7 @@ def _command() -> str:
     """What was typed, for run.json and the model card: without the machine's own folders."""
     program = Path(sys.argv[0]).name
     name = "didr" if program in ("didr", "cli.py") else f"python -m pipelines.{Path(program).stem}"
-    return shlex.join([name, *(_relative(a) for a in sys.argv[1:])])
+    return f"{name} {shlex.join(_relative(a) for a in sys.argv[1:])}"
 
 
 def _relative(argument: str) -> str:

@@ -184,9 +184,10 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
     if info.status == "SUCCEEDED":
         return 0
     code = 143 if info.status == "STOPPED" else info.driver_exit_code or 1
+    code = code if code > 0 else 128 - code  # a signal ended it
     reason = (info.message or "").strip().splitlines()[-1:] or ["see its log"]
     _say(f"job {job} {info.status.lower()} with exit code {code}: {reason[0]}")
-    return code if code > 0 else 128 - code
+    return code
 
 
 def _stop(client: JobSubmissionClient, job: str) -> int:
