@@ -163,6 +163,8 @@ def _cluster(address: str | None) -> Iterator[JobSubmissionClient]:
 
 def _follow(client: JobSubmissionClient, job: str) -> int:
     """Print the job's output until it ends; returns its exit code, and says last why it is not 0."""
+    from aiohttp import ClientError
+
     shown = 0
 
     async def tail() -> None:
@@ -174,9 +176,11 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
             shown = max(shown, at)
 
     try:
-        while not (info := client.get_job_info(job)).status.is_terminal():
-            with suppress(RuntimeError):  # a connection that broke
+        while True:
+            with suppress(RuntimeError, OSError, ClientError):  # a connection that broke
                 asyncio.run(tail())
+            if (info := client.get_job_info(job)).status.is_terminal():
+                break
             time.sleep(0.5)
     except KeyboardInterrupt:
         _say(f"job {job} goes on. `didr submit --stop {job}` ends it, `ray job logs --follow {job}` shows it")
