@@ -32,7 +32,7 @@ from didr_core.train.ending import stoppable
 from didr_core.train.loop import outcome
 from didr_core.train.observer import Observer
 from didr_core.train.patience import Patience
-from didr_core.train.run_folder import RunFolder, local_folder
+from didr_core.train.run_folder import AUTO, RunFolder, local_folder, may_change, settings
 from didr_core.types import DIDRError, StepReport
 from pipelines.cluster.disks import check_disks
 from pipelines.cluster.leftovers import looked_after
@@ -62,7 +62,8 @@ def align(
     Args:
         recipe: name or YAML file. overrides: ``a.b=c``.
         output: the run's folder itself; default ``<config.output>/<name>-<time>``.
-        resume: folder or name of a run to go on with.
+        resume: folder or name of a run to go on with, `latest` or `auto` (:data:`didr_core.train.run_folder.AUTO`); ``output`` is then
+            where runs lie.
         local: one process, no Ray. address: a Ray cluster; see :func:`pipelines.cluster.session.ray_session`.
         profile: print where the time of a step went, by part of the step (rank 0's), and keep it in the run folder.
         command: what the user typed, kept in run.json.
@@ -72,8 +73,8 @@ def align(
         SystemExit: Ctrl-C or SIGTERM; see :func:`didr_core.train.ending.stoppable`.
     """
     began = time.monotonic()
-    old = RunFolder.find(resume, output or "runs") if resume else None
-    config = old.config(overrides) if old else configs.load(recipe, overrides)
+    old, config = _begun(recipe, overrides, output, resume)
+    asked, output = settings(config), None if resume else output
     folder = old.path if old else local_folder("--output", output) if output else None
     index = preflight(config, here=local, output=folder, note=warn)
     runs = (folder or local_folder("output", config.output) / "run").parent
@@ -89,6 +90,8 @@ def align(
         old.path.parent if old else expanded(output).absolute().parent if output else expanded(config.output),
     )
     run = old or RunFolder.create(config, output, command)
+    if not old:
+        run.update(settings=asked)
     if config.cache:  # an absolute path, the same in all processes
         cache = config.cache if config.data.cache else run.path.parent / "cache"
         config = config.model_copy(update={"data": config.data.model_copy(update={"cache": str(cache)})})
@@ -108,7 +111,7 @@ def align(
         run.profile_path.unlink(missing_ok=True)  # of an earlier part of the run
         observer.note(told)
         observer.note(index.overlap)
-        if old and overrides:
+        if old and overrides and resume != AUTO:
             run.update(resumed=[*run.info().get("resumed", []), command])
         if local:
             train_and_finish(config, run, index, observer, save_grid, profile)
@@ -136,6 +139,19 @@ def align(
         profile=json.loads(run.profile_path.read_text()) if run.profile_path.is_file() else None,
     )
     return run
+
+
+def _begun(
+    recipe: str, overrides: Sequence[str], output: str | None, resume: str | None
+) -> tuple[RunFolder | None, Config]:
+    """The run to go on with, None for a new one, and its settings."""
+    if resume and resume != AUTO:
+        old = RunFolder.find(resume, output or "runs")
+        return old, old.config(overrides)
+    config = configs.load(recipe, [*overrides, *([f"output={output}"] if output and resume else [])])
+    if resume and (left := RunFolder.unfinished(config)):
+        return left, left.config([item for item in overrides if may_change(item)])
+    return None, config
 
 
 class RunObserver(Observer):

@@ -23,7 +23,7 @@ from didr_core.data import scales
 from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
-from didr_core.train.run_folder import compared, local_folder
+from didr_core.train.run_folder import AUTO, compared, local_folder
 from didr_core.types import DIDRError
 from pipelines.cluster.disks import check_disks
 from pipelines.cluster.leftovers import looked_after
@@ -59,20 +59,21 @@ def sweep(
     """A whole sweep, new or resumed.
 
     Args:
-        output: where sweeps lie (default: the recipe's). resume: a sweep to go on with, as it began: of ``options`` nothing counts.
+        output: where sweeps lie (default: the recipe's). resume: a sweep to go on with, as it began: of ``options`` nothing counts; `auto`
+            is the newest unfinished one with the same ``options``, else a new one.
 
     Raises:
         DIDRError: anything the user can mend. The folder keeps all that is done.
     """
     began = time.monotonic()
-    if resume:
+    if resume and resume != AUTO:
         folder = SweepFolder.find(resume, output or "runs")
         if options.overrides:
             raise DIDRError(
                 f"--set {options.overrides[0]!r}: a resumed sweep goes on as it began. Start another one for other settings."
             )
     else:
-        folder = _new(options, output, address)
+        folder = _new(options, output, address, resume)
     with folder.lock():
         record = looked_after(folder.path)
         clear_partials(folder.path)
@@ -92,8 +93,10 @@ def sweep(
     return folder
 
 
-def _new(options: SweepOptions, output: str | None, address: str | None = None) -> SweepFolder:
-    """Check everything that can be checked, then make the folder."""
+def _new(
+    options: SweepOptions, output: str | None, address: str | None = None, resume: str | None = None
+) -> SweepFolder:
+    """Check everything that can be checked, then make the folder; with ``resume``, find it first."""
     prepare_environment(here=where_to_run(address).kind == "here")
     from pipelines.sweeps.search import SCHEDULERS, SEARCHES, need_optuna
 
@@ -117,7 +120,6 @@ def _new(options: SweepOptions, output: str | None, address: str | None = None) 
     check_disks(config.tracking, local_folder("output", config.output) / options.name, ray=here)
     options = replace(
         options,
-        name=options.name or f"sweep-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}",
         overrides=[o for o in options.overrides if not o.startswith("output=")],
         space=found.name,
         about=found.about,
@@ -125,7 +127,10 @@ def _new(options: SweepOptions, output: str | None, address: str | None = None) 
         search=search,
         trials=len(points) or options.trials or DEFAULT_TRIALS,
     )
-    return SweepFolder.create(options, config, points)
+    if resume and (old := SweepFolder.unfinished(options, config.output)):
+        return old
+    name = options.name or f"sweep-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return SweepFolder.create(replace(options, name=name), config, points)
 
 
 def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float, record: Callable[[], None]) -> None:

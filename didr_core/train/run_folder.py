@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.config.files import expanded, mapping, replace_text
+from didr_core.config.fingerprint import digest
 from didr_core.config.provenance import provenance, versions
 from didr_core.types import DIDRError, StepReport
 
@@ -50,6 +51,9 @@ FREE_TO_CHANGE = (
     "train.threads",
 )
 """Keys that `--resume` may set anew: they change how a run runs, not what its next update is."""
+
+LATEST, AUTO = "latest", "auto"
+"""For a run's name: the newest one; and, to resume, the newest unfinished one that was asked for alike, else a new one."""
 
 NUMBERS = ("torch", "diffusers", "transformers")
 """Packages whose version may change what a run computes."""
@@ -90,7 +94,7 @@ class RunFolder:
 
     @classmethod
     def find(cls, run: str, output: str = "runs") -> RunFolder:
-        """The folder ``run``, or the run of that name in ``output``.
+        """The folder ``run``, or the run of that name in ``output``; ``latest`` is the newest one there.
 
         Raises:
             DIDRError: there is none (names the runs that there are).
@@ -98,11 +102,28 @@ class RunFolder:
         for path in (expanded(run), local_folder("output", output) / run):
             if (path / "run.json").is_file():
                 return cls(path.resolve())
+        if run == LATEST and (newest := cls.in_order(output)):
+            return newest[0]
         there = sorted(p.parent.name for p in local_folder("output", output).glob("*/run.json"))
         raise DIDRError(
             f"run {run!r}: no run folder of that name or path (one with run.json in it). "
             f"Runs in {output}: {', '.join(there[-8:]) or 'none'}."
         )
+
+    @classmethod
+    def in_order(cls, output: str) -> list[RunFolder]:
+        """The runs in ``output``, the newest first."""
+        found = [cls(path.parent) for path in local_folder("output", output).glob("*/run.json")]
+        return sorted(found, key=lambda run: float(run.info().get("started", 0.0)), reverse=True)
+
+    @classmethod
+    def unfinished(cls, config: Config) -> RunFolder | None:
+        """The newest run in ``config.output`` that has not finished, began with the same settings, and that no living process trains in."""
+        for run in cls.in_order(config.output):
+            if run.info().get("settings") == settings(config) and run.info().get("status") != "finished":
+                with suppress(DIDRError), run.lock():
+                    return run
+        return None
 
     @contextmanager
     def lock(self, doing: str = "training") -> Iterator[None]:
@@ -129,8 +150,7 @@ class RunFolder:
             DIDRError: an override that would change what the run computes, or a damaged config.yaml.
         """
         for item in overrides:
-            key = item.partition("=")[0].strip()
-            if not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE):
+            if not may_change(item):
                 raise DIDRError(
                     f"--set {item!r}: a resumed run must go on as it began; only {', '.join(FREE_TO_CHANGE)} may change. "
                     "Start a new run for anything else."
@@ -237,6 +257,18 @@ class RunFolder:
         path = self.path / name
         with disk("output", path):
             replace_text(path, text)
+
+
+def may_change(item: str) -> bool:
+    """Whether ``a.b=c`` is the override of a key in :data:`FREE_TO_CHANGE`."""
+    key = item.partition("=")[0].strip()
+    return any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+
+
+def settings(config: Config) -> str:
+    """A digest of what a resume may not change; of the config as it was asked for, before ``auto`` is decided."""
+    kept = {key: value for key, value in configs.flatten(configs.dump(config)).items() if not may_change(key)}
+    return digest({**kept, "output": None})
 
 
 def compared(info: Mapping[str, Any], prompts: str, who: str) -> str:

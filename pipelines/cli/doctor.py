@@ -18,7 +18,7 @@ from didr_core.plan import advice, fit, memory
 from didr_core.plan.memory import GIB, Line, Plan
 from didr_core.types import DIDRError
 from pipelines.cli.show import say_unread
-from pipelines.cluster.resources import check, demands_of
+from pipelines.cluster.resources import check, demands_of, taken
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "ray", "mlflow")
 OPTIONAL = {"bitsandbytes": "for generator.optimizer=adamw8bit"}
@@ -165,13 +165,12 @@ def _cluster(out: Console, address: str | None, config: Config | None) -> bool:
 
     try:
         with ray_session(address) as cluster:
+            out.print(cluster.table())
             if config is not None:
-                out.print(check(demands_of(config, cluster), cluster).table())
-                return True
-            table = _table(f"cluster at {address}", "node", "has")
-            for node in cluster.nodes:
-                table.add_row(node.name, ", ".join(f"{v:g} {k}" for k, v in sorted(node.capacity().items())))
-            out.print(table)
+                room = check(demands_of(config, cluster), cluster)
+                out.print(room.table())
+                held = taken(room.demands, cluster)
+                out.print(f"[bold]{config.name} fits the cluster[/bold]" + (f", but {held}" if held else ""))
     except DIDRError as error:
         out.print(f"cluster at {address}: {error}")
         return False

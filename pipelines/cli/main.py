@@ -1,4 +1,4 @@
-"""`didr`: align, sweep, evaluate, sample, export, prompts, doctor, explain, config. A command imports the heavy libraries that it needs."""
+"""`didr`: its commands are listed by `didr --help`. A command imports the heavy libraries that it needs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.cli.submit import submit
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(no_args_is_help=True)(submit)
 config_app = typer.Typer(help="Look at recipes and resolved configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 STOPPED = (130, 143)  # exit codes: Ctrl-C, SIGTERM
+AUTO = "auto: the newest unfinished one that was begun alike, else a new one"
 
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="a name from `didr config list`, or a YAML file")]
 Overrides = Annotated[
@@ -61,7 +65,9 @@ def align(
         str | None,
         typer.Option(help="this run's folder (default: <output>/<name>-<time>); with --resume: where runs lie"),
     ] = None,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="go on with a run: its folder or name")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="go on with a run: its folder or name, latest, " + AUTO)
+    ] = None,
     local: Annotated[bool, typer.Option("--local", help="one process, without Ray")] = False,
     address: Annotated[
         str | None, typer.Option(help="a Ray cluster: auto, or HOST:PORT (default: a Ray of our own)")
@@ -93,7 +99,9 @@ def sweep(
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="the sweep's folder in the output folder")] = None,
     output: Annotated[str | None, typer.Option(help="where sweeps and runs lie (default: the recipe's)")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="NAME", help="go on with a sweep: its name or folder")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="go on with a sweep: its name or folder, latest, " + AUTO)
+    ] = None,
     search: Annotated[str | None, typer.Option(help="grid, random or optuna (default: as the space says)")] = None,
     scheduler: Annotated[str, typer.Option(help="none, or asha: stop trials with a poor score early")] = "none",
     concurrent: Annotated[int | None, typer.Option(min=1, help="trials at once (default: as many as fit)")] = None,
@@ -362,7 +370,7 @@ def _command() -> str:
     """What was typed, for run.json and the model card: without the machine's own folders."""
     program = Path(sys.argv[0]).name
     name = "didr" if program in ("didr", "cli.py") else f"python -m pipelines.{Path(program).stem}"
-    return shlex.join([name, *(_relative(a) for a in sys.argv[1:])])
+    return f"{name} {shlex.join(_relative(a) for a in sys.argv[1:])}"
 
 
 def _relative(argument: str) -> str:
@@ -381,7 +389,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "didr") -> None:
         code = stop.code
     except Exception as error:
         sys.exit(_explain(error, verbose="-v" in given or "--verbose" in given))
-    if code in STOPPED:  # 130 is also what typer makes of Ctrl-C
+    if code in STOPPED and given[:1] != ["submit"]:  # 130 is also what typer makes of Ctrl-C
         typer.echo(
             "interrupted; `didr align --resume RUN`, `didr sweep --resume NAME` or the same `didr evaluate` goes on from there",
             err=True,

@@ -14,6 +14,7 @@ The role names below are the ones `cluster.yaml` gives its nodes. A process asks
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,10 +104,27 @@ class ClusterView:
     nodes: tuple[Node, ...]
     local: bool = True
     grows: bool = False
+    free: Mapping[str, float] | None = None
+    """What nobody has reserved just now, over all nodes; None where that is everything."""
 
     def totals(self) -> dict[str, float]:
         """Resource name to the sum over all nodes."""
         return _total(node.capacity() for node in self.nodes)
+
+    def table(self) -> Table:
+        """Nodes, their labels, what they have; what all have together, and what of that is free."""
+        table = Table(title="cluster", title_justify="left", title_style="bold")
+        for heading in ("node", "labels", "has"):
+            table.add_column(heading, overflow="fold")
+        for node in self.nodes:
+            own = ", ".join(f"{k}={v}" for k, v in sorted(node.labels.items()) if not k.startswith("ray.io/node-id"))
+            table.add_row(node.name, own or "-", _amounts(node.capacity()))
+        table.add_section()
+        there = self.totals()
+        table.add_row("in all", "", _amounts(there))
+        if self.free is not None:
+            table.add_row("free now", "", _amounts({name: self.free.get(name, 0.0) for name in there}))
+        return table
 
 
 @dataclass(frozen=True)
@@ -216,6 +234,19 @@ def check(demands: Demands, cluster: ClusterView) -> Room:
     return Room(demands, cluster, placement, tight=friendly is None or unlucky is None)
 
 
+def taken(demands: Demands, cluster: ClusterView) -> str:
+    """What of that which ``demands`` need others hold just now, in words; empty where enough is free."""
+    there = cluster.totals()
+    free = there if cluster.free is None else cluster.free
+    needs = sorted(demands.totals().items())
+    short = [
+        f"{_one(name, amount)} {name} needed, {_one(name, free.get(name, 0.0))} of {_one(name, there.get(name, 0.0))} free"
+        for name, amount in needs
+        if amount > free.get(name, 0.0) + _EPS
+    ]
+    return f"other jobs hold it: {'; '.join(short)} (`ray status`, `ray job list`)" if short else ""
+
+
 def _each_fits_somewhere(demands: Demands, cluster: ClusterView) -> None:
     for group in demands.groups:
         need = group.need.amounts()
@@ -241,12 +272,12 @@ def _totals_suffice(demands: Demands, cluster: ClusterView) -> None:
         raise NoRoom(
             f"the plan needs {_one(name, amount)} {name} and the cluster has {_one(name, there.get(name, 0.0))},"
             f" {_one(name, amount - there.get(name, 0.0))} short: {parts}."
-            f" Lower {_settings(users)}, or add {name}." + _hint(cluster, [name])
+            f" Lower {_settings(users)}, or add {name}." + _hint(cluster, [name], math.ceil(amount))
         )
 
 
-def _hint(cluster: ClusterView, short: Sequence[str]) -> str:
-    """What else may be the matter, by the kind of cluster."""
+def _hint(cluster: ClusterView, short: Sequence[str], enough: int = 0) -> str:
+    """What else may be the matter, by the kind of cluster; ``enough``: what a single node would have to have."""
     if cluster.local and CPU in short:
         return (
             " On one machine these CPUs are slots that Ray hands out, not cores: `--set workers.local_cpus=N` gives it more."
@@ -254,7 +285,8 @@ def _hint(cluster: ClusterView, short: Sequence[str]) -> str:
         )
     if cluster.local:
         return ""
-    more = " These CPUs are slots, not cores: `ray start --num-cpus=N` gives a node more." if CPU in short else ""
+    more = " These CPUs are slots, not cores: `ray start --num-cpus=N` gives a node more" if CPU in short else ""
+    more += f" (here {enough} are enough)." if more and enough and len(cluster.nodes) == 1 else "." if more else ""
     return more + " Nodes that are still starting do not count yet: `ray status` shows them."
 
 

@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 from didr_core.config import Config
 from didr_core.types import DIDRError
-from pipelines.cluster.resources import ClusterView, Demands, Node, NoRoom, Room, check
+from pipelines.cluster.resources import ClusterView, Demands, Node, NoRoom, Room, check, taken
 
 ALWAYS_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() drains at this poll; Ray's 2 s would make every report cost 2 s
@@ -55,6 +55,8 @@ HERE_ENV = {
 TOKEN = Path.home() / ".ray" / "auth_token"
 WAIT_FOR_NODES_S = 600.0
 """How long to wait for the nodes of a cluster that may still be starting."""
+WAIT_FOR_OTHERS_S = 3600.0
+"""How long to wait for what other jobs hold."""
 LOOK_S = 10.0
 STARTUP_TIMEOUT = "timed out during startup"  # what Ray says when a helper was too slow
 SOCKET_PATH = 107  # characters that Linux allows
@@ -205,6 +207,7 @@ def cluster_view(local: bool = False, *, answering: bool = False) -> ClusterView
         local,
         # Ray's label of nodes that a launcher or an operator starts; those of a person have none
         grows=any("ray.io/node-group" in node.labels for node in nodes),
+        free=None if local else ray.available_resources(),
     )
 
 
@@ -231,20 +234,24 @@ def await_room(
     say: Callable[[str], None],
     look: Callable[[], ClusterView] | None = None,
 ) -> Room:
-    """Check the plan against the cluster; where nodes may still be starting, `say` what is short, and look again for ten minutes.
+    """Check the plan against the cluster. `say` what is waited for: nodes that may still be starting, what other jobs hold just now.
 
     Raises:
-        NoRoom: at once where nobody starts nodes, after ten minutes elsewhere.
+        NoRoom: at once where nobody starts nodes, after ten minutes where somebody does, after an hour of waiting for others.
     """
-    deadline = time.monotonic() + (WAIT_FOR_NODES_S if cluster.grows else 0.0)
+    began = time.monotonic()
     while True:
         try:
-            return check(demands_for(cluster), cluster)
-        except NoRoom as short:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise
-            say(f"waiting for nodes, {left:.0f} s more: {short}")
+            room = check(demands_for(cluster), cluster)
+            short, what, limit = taken(room.demands, cluster), "for room", WAIT_FOR_OTHERS_S
+            if not short:
+                return room
+        except NoRoom as error:
+            short, what, limit = str(error), "for nodes", WAIT_FOR_NODES_S if cluster.grows else 0.0
+        left = began + limit - time.monotonic()
+        if left <= 0:
+            raise NoRoom(short)
+        say(f"waiting {what}, {left:.0f} s more: {short}")
         time.sleep(min(LOOK_S, max(0.1, left)))
         cluster = (look or cluster_view)()
 
@@ -299,7 +306,7 @@ def _attach(place: Place, verbose: bool, level: str) -> None:
     _is_anyone_there(place.address)
     environment: dict[str, Any] = {"env_vars": _worker_env(verbose)}
     if place.kind == "attached":
-        environment["py_modules"] = [str(p) for p in _package_folders()]
+        environment["py_modules"] = [str(p) for p in package_folders()]
     try:
         # No num_cpus: the cluster says what it has. In a job Ray merges this with the job's own runtime_env.
         ray.init(place.address, runtime_env=environment, log_to_driver=verbose, logging_level=level)
@@ -333,7 +340,7 @@ def _worker_env(verbose: bool) -> dict[str, str]:
     return {key: os.environ.get(key, value) for key, value in wanted.items() if key not in taken}
 
 
-def _package_folders() -> list[Path]:
+def package_folders() -> list[Path]:
     """The folders of this checkout's packages; a package that is missing (a partial install) is left out."""
     found = map(importlib.util.find_spec, PACKAGES)
     return [Path(spec.origin).parent for spec in found if spec and spec.origin]

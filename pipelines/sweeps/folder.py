@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.config.files import expanded, mapping, replace_text
 from didr_core.config.provenance import provenance
-from didr_core.train.run_folder import RunFolder, disk, local_folder, read_lines
+from didr_core.train.run_folder import LATEST, RunFolder, disk, local_folder, read_lines
 from didr_core.types import DIDRError
 from pipelines.sweeps.space import Point, Space, read
 
@@ -89,7 +89,7 @@ class SweepFolder:
 
     @classmethod
     def find(cls, name: str, output: str = "runs") -> SweepFolder:
-        """The folder ``name``, or the sweep of that name in ``output``.
+        """The folder ``name``, or the sweep of that name in ``output``; ``latest`` is the newest one there.
 
         Raises:
             DIDRError: there is none (names those that there are).
@@ -97,10 +97,27 @@ class SweepFolder:
         for path in (expanded(name), local_folder("output", output) / name):
             if (path / "sweep.json").is_file():
                 return cls(path.resolve())
+        if name == LATEST and (newest := cls.in_order(output)):
+            return newest[0]
         there = sorted(p.parent.name for p in local_folder("output", output).glob("*/sweep.json"))
         raise DIDRError(
             f"--resume {name!r}: no sweep of that name or path. Sweeps in {output}: {', '.join(there[-8:]) or 'none'}."
         )
+
+    @classmethod
+    def in_order(cls, output: str) -> list[SweepFolder]:
+        """The sweeps in ``output``, the newest first."""
+        found = [cls(path.parent) for path in local_folder("output", output).glob("*/sweep.json")]
+        return sorted(found, key=lambda folder: float(folder.info()["started"]), reverse=True)
+
+    @classmethod
+    def unfinished(cls, options: SweepOptions, output: str) -> SweepFolder | None:
+        """The newest sweep in ``output`` that has not finished, began as ``options`` ask, and that no living driver holds."""
+        for folder in cls.in_order(output):
+            if folder.info()["status"] != "finished" and _asked(folder.options(), options) == _asked(options, options):
+                with suppress(DIDRError), folder.lock():
+                    return folder
+        return None
 
     @property
     def name(self) -> str:
@@ -216,6 +233,12 @@ class SweepFolder:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _asked(options: SweepOptions, by: SweepOptions) -> dict[str, Any]:
+    """What two sweeps must have in common to be one: all but how it runs, and the name if ``by`` has none."""
+    free = {"command", "facts", "patience", "concurrent", *(() if by.name else ("name",))}
+    return json.loads(json.dumps({key: value for key, value in asdict(options).items() if key not in free}))
 
 
 def _json(path: Path, fix: str) -> dict[str, Any] | None:

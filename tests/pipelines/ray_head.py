@@ -35,6 +35,12 @@ class Head:
         line = ["ray", "job", "submit", "--address", self.dashboard, "--working-dir", str(folder), "--", *command]
         return subprocess.run(line, env=self.env, capture_output=True, text=True, timeout=timeout)
 
+    def didr(self, folder: Path, code: Path, *words: str, timeout: float = 500.0) -> subprocess.CompletedProcess[str]:
+        """`didr WORDS` in ``folder`` by the packages in ``code``."""
+        line = [sys.executable, "-m", "pipelines.cli.main", *words]
+        env = self.env | {"PYTHONPATH": str(code)}
+        return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+
 
 def free_ports(count: int) -> list[int]:
     """Ports nobody listens on now. All are held open until the last is found, so that they differ."""

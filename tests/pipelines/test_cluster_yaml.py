@@ -15,35 +15,18 @@ from pipelines.cluster.resources import (
     ROLE_LABEL,
     ROLES,
     TRAINER_RESOURCE,
-    ClusterView,
-    Node,
     NoRoom,
     align_demands,
     check,
 )
+from tests.pipelines.deploy.nodes import view
 
 ROOT = Path(__file__).resolve().parents[2]
-# What the cloud reports for the instance types in the file; a new type there wants a line here.
-MACHINES = {
-    "m7i.2xlarge": {"CPU": 8},
-    "g6e.12xlarge": {"CPU": 48, "GPU": 4},
-    "g6.4xlarge": {"CPU": 16, "GPU": 1},
-}
 
 
 @pytest.fixture(scope="module")
 def config() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "cluster.yaml").read_text())
-
-
-def as_cluster(config: dict[str, Any]) -> ClusterView:
-    """The nodes `ray up` would start: what the machine has, overridden by `resources`, as the launcher does it."""
-    nodes = []
-    for name, kind in config["available_node_types"].items():
-        count = 1 if name == config["head_node_type"] else kind["min_workers"]
-        resources = MACHINES[kind["node_config"]["InstanceType"]] | kind["resources"]
-        nodes += [Node(f"{name}-{i}", resources, kind["labels"]) for i in range(count)]
-    return ClusterView(tuple(nodes), local=False)
 
 
 def test_ray_accepts_it(config: dict[str, Any]) -> None:
@@ -78,17 +61,17 @@ def test_roles_are_the_ones_the_code_reserves(config: dict[str, Any]) -> None:
 
 
 def test_a_gpu_run_fits_and_each_process_lands_on_its_role(config: dict[str, Any]) -> None:
-    view = as_cluster(config)
+    nodes = view(config)
     workers = Workers(train=4, train_cpus=8, train_gpus=1, encoders=4, encoder_gpus=0.25, rewards=4, reward_gpus=0.25)
-    room = check(align_demands(workers, view), view)
-    for node, (train, encoders, rewards, listing) in zip(view.nodes, room.placement, strict=True):
+    room = check(align_demands(workers, nodes), nodes)
+    for node, (train, encoders, rewards, listing) in zip(nodes.nodes, room.placement, strict=True):
         role = node.labels[ROLE_LABEL]
         assert role == TRAINER_RESOURCE or train == 0
         assert role == REWARD_RESOURCE or (encoders, rewards) == (0, 0)
         assert role != "head" or listing == 0
     assert not room.tight, "with roles no placement can go wrong"
     with pytest.raises(NoRoom, match=r"workers\.train"):
-        check(align_demands(workers.model_copy(update={"train": 5}), view), view)
+        check(align_demands(workers.model_copy(update={"train": 5}), nodes), nodes)
 
 
 def test_nodes_install_from_the_lock_and_show_the_token(config: dict[str, Any]) -> None:

@@ -1,18 +1,21 @@
-"""`ray job submit` against a head of our own: the commands of docs/cluster.md, token and all."""
+"""`ray job submit` and `didr submit` against a head of our own: the commands of docs/cluster.md, token and all."""
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from didr_core.train.run_folder import RunFolder
 from pipelines.cluster.resources import REWARD_RESOURCE, ROLE_LABEL, TRAINER_RESOURCE
 from tests.pipelines.ray_head import Head, ray_head
 
@@ -93,40 +96,58 @@ def test_without_the_token_nobody_gets_in(head: Head, clone: Path) -> None:
     assert "ran" not in done.stdout
 
 
-def test_align_as_a_job(head: Head, clone: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    settings = {
-        "train.steps": 2,
-        "train.batch": 4,
-        "train.checkpoint_every": 2,
-        "evaluation.grid": 2,
-        "evaluation.prompts": 2,
-        "evaluation.world": "none",
-        "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db",
-    }
-    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    done = head.submit(
-        clone, "python", "-m", "pipelines.align", "--recipe", "tiny", "--output", str(run), *sets, timeout=500
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((run / "run.json").read_text())["status"] == "finished"
-    assert (run / "scores.json").is_file()
-    assert (run / "export" / "model_index.json").is_file()
+SHORT = {
+    "train.batch": 4,
+    "evaluation.grid": 2,
+    "evaluation.prompts": 4,
+    "evaluation.teacher_steps": 0,
+    "tracking.uri": "none",
+}
+
+
+def sets(**more: object) -> list[str]:
+    """Words for settings; `__` stands for the dot."""
+    every = SHORT | {key.replace("__", "."): value for key, value in more.items()}
+    return [word for key, value in every.items() for word in ("--set", f"{key}={value}")]
+
+
+def test_align_is_submitted_looked_at_stopped_and_goes_on(head: Head, clone: Path, tmp_path: Path) -> None:
+    """By `didr submit`, from a clone and from an empty folder, to which the code comes from where it is installed."""
+    run, empty = RunFolder(tmp_path / "run"), tmp_path / "empty"
+    empty.mkdir()
+    long = sets(train__steps=2000, train__checkpoint_every=2000, evaluation__world="none", evaluation__every=0)
+    words = ("--no-wait", "--job-id", "first", "--", "align", "--recipe", "tiny", "--output", str(run.path), *long)
+    sent = head.didr(clone, clone, "submit", "--address", head.dashboard, *words)
+    assert sent.returncode == 0 and "with the code in it" in sent.stderr, sent.stderr
+    try:
+        deadline = time.monotonic() + 400
+        while not run.metrics_path.is_file() or run.metrics_path.read_text().count("\n") < 2:
+            assert time.monotonic() < deadline and run.info().get("status") != "failed", run.info()
+            time.sleep(0.5)
+        looked = head.didr(clone, clone, "doctor", "--recipe", "tiny", "--address", head.address)
+    finally:
+        ended = head.didr(empty, clone, "submit", "--address", head.dashboard, "--stop", "first")
+    said = " ".join(looked.stdout.split())
+    assert looked.returncode == 0 and "GiB memory" in said and "e+" not in said, looked.stdout + looked.stderr
+    assert f"{ROLE_LABEL}=trainer" in said and "in all" in said and "free now" in said
+    assert re.search(r"tiny fits the cluster, but other jobs hold it: 4 CPU needed, [01] of 4 free", said), said
+    assert ended.returncode == 0 and "job first: stopped" in ended.stderr, ended.stderr
+    step = run.last_step()
+    assert run.info()["status"] == "interrupted" and step >= 2
+    assert f"--resume {run.path}` goes on from step {step}" in ended.stdout
+
+    words = ("--resume", "run", "--", "align", "--output", str(tmp_path), "--set", f"train.steps={step + 2}")
+    done = head.didr(empty, clone, "submit", "--address", head.dashboard, *words)
+    assert done.returncode == 0 and "this installation's code" in done.stderr, done.stdout + done.stderr
+    assert run.info()["status"] == "finished" and run.last_step() == step + 2
+    assert f"going on from step {step}" in done.stdout
+    assert (run.path / "scores.json").is_file() and (run.path / "export" / "model_index.json").is_file()
 
 
 def test_sweep_as_a_job(head: Head, clone: Path, tmp_path: Path) -> None:
-    settings = {
-        "train.steps": 2,
-        "train.batch": 4,
-        "train.checkpoint_every": 2,
-        "evaluation.grid": 2,
-        "evaluation.prompts": 4,
-        "evaluation.teacher_steps": 0,
-        "tracking.uri": "none",
-    }
-    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    words = ["--recipe", "tiny", "--space", "smoke", "--trials", "2", "--output", str(tmp_path), "--name", "s", *sets]
-    done = head.submit(clone, "python", "-m", "pipelines.sweep", *words, timeout=500)
+    words = ["--recipe", "tiny", "--space", "smoke", "--trials", "2", "--output", str(tmp_path), "--name", "s"]
+    words += sets(train__steps=2, train__checkpoint_every=2)
+    done = head.didr(clone, clone, "submit", "--address", head.dashboard, "--", "sweep", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     front = json.loads((tmp_path / "s" / "front.json").read_text())
     assert front["trials"] == {"planned": 2, "finished": 2}
@@ -160,7 +181,7 @@ def test_a_failing_job_says_why_last_and_exits_non_zero(head: Head, clone: Path)
 
 def test_a_job_without_room_says_so_at_once(head: Head, clone: Path, tmp_path: Path) -> None:
     """Nobody starts nodes for this head: there is nothing to wait for."""
-    command = [
+    words = (
         "--recipe",
         "tiny",
         "--output",
@@ -169,8 +190,9 @@ def test_a_job_without_room_says_so_at_once(head: Head, clone: Path, tmp_path: P
         "workers.train=5",
         "--set",
         "train.batch=5",
-    ]
-    done = head.submit(clone, "python", "-m", "pipelines.align", *command, timeout=200)
+    )
+    done = head.didr(clone, clone, "submit", "--address", head.dashboard, "--", "align", *words)
     last = done.stdout.strip().splitlines()[-1]
     assert done.returncode == 1 and "needs 7 CPU and the cluster has 4, 3 short" in last, done.stdout
-    assert "Lower workers.train" in last and "ray start --num-cpus=N" in last
+    assert "Lower workers.train" in last and "`ray start --num-cpus=N` gives a node more (here 7 are enough)" in last
+    assert done.stderr.strip().splitlines()[-1].endswith(f" failed with exit code 1: {last}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from didr_core import config as configs
 from didr_core.config import Workers
 from pipelines.cluster.resources import (
     REWARD_RESOURCE,
@@ -23,8 +26,11 @@ from pipelines.cluster.resources import (
     Room,
     align_demands,
     check,
+    demands_of,
     role_resources,
 )
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def cluster(*nodes: dict[str, float], local: bool = False) -> ClusterView:
@@ -60,6 +66,34 @@ def test_tiny_demands_fit_four_cpus_and_not_three() -> None:
 def test_the_hang_of_two_workers_on_two_cpus_is_refused() -> None:
     with pytest.raises(NoRoom, match="needs 3 CPU and the cluster has 2"):
         check(tiny_demands(actors=0), cluster({"CPU": 2}))
+
+
+def test_the_single_machine_of_the_docs_has_room_on_two_cores() -> None:
+    """docs/cluster.md's words for one machine; without them Ray counts the cores, and the error says what to say instead."""
+    demands = demands_of(configs.load("tiny"), cluster({"CPU": 4}))
+    (slots,) = re.findall(r"ray start --head --num-cpus=([1-9]\d*)", (ROOT / "docs" / "cluster.md").read_text())
+    assert check(demands, cluster({"CPU": float(slots)}))
+    with pytest.raises(
+        NoRoom, match=r"needs 4 CPU and the cluster has 2, 2 short.*`ray start --num-cpus=N` .*\(here 4 are enough\)"
+    ):
+        check(demands, cluster({"CPU": 2}))
+
+
+def test_a_cluster_s_table_is_for_people() -> None:
+    node = Node(
+        "one", {"CPU": 4.0, "memory": 1.71375e10, "trainer": 2.0}, {"didr-role": "trainer", "ray.io/node-id": "ab12"}
+    )
+    told = Console(width=200)
+    with told.capture() as shown:
+        told.print(
+            ClusterView((node,), local=False, free={"CPU": 1.0, "memory": 2.0**30, "object_store_memory": 7.0}).table()
+        )
+    lines = [" ".join(re.findall(r"[^\s│]+", line)) for line in shown.get().splitlines() if "│" in line]
+    assert lines == [
+        "one didr-role=trainer 4 CPU, 16.0 GiB memory, 2 trainer",
+        "in all 4 CPU, 16.0 GiB memory, 2 trainer",
+        "free now 1 CPU, 1.0 GiB memory, 0 trainer",
+    ]
 
 
 def test_a_worker_needs_its_gpu_and_its_cpus_on_one_node() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_workers_get_our_environment_but_not_what_the_job_set(monkeypatch: pytes
 
 
 def test_all_packages_travel_when_attached() -> None:
-    assert [p.name for p in session._package_folders()] == list(session.PACKAGES)
+    assert [p.name for p in session.package_folders()] == list(session.PACKAGES)
 
 
 DEMANDS = Demands((Group("training worker", 2, Need(), "workers.train"),))
@@ -119,6 +120,23 @@ def test_room_is_awaited_where_nodes_may_come_and_nowhere_else(monkeypatch: pyte
     assert len(looks) == len(said) == 2
 
 
+def test_what_others_hold_is_waited_for_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, said = iter((1.0, 2.0)), []
+
+    def looked() -> ClusterView:
+        return replace(small(4, local=False), free={"CPU": next(free)})
+
+    monkeypatch.setattr(session, "cluster_view", looked)
+    monkeypatch.setattr(session.time, "sleep", lambda s: None)
+    assert await_room(lambda view: DEMANDS, looked(), said.append).placement == ((2,),)
+    (once,) = said
+    assert once.startswith("waiting for room, 3600 s more: other jobs hold it: 2 CPU needed, 1 of 4 free (`ray status`")
+    monkeypatch.setattr(session, "WAIT_FOR_OTHERS_S", 0.0)
+    with pytest.raises(NoRoom, match="other jobs hold it"):
+        await_room(lambda view: DEMANDS, replace(small(4, local=False), free={}), said.append)
+    assert len(said) == 1
+
+
 def test_a_cluster_grows_where_somebody_starts_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
     from ray._private.state import state
@@ -128,9 +146,11 @@ def test_a_cluster_grows_where_somebody_starts_its_nodes(monkeypatch: pytest.Mon
     monkeypatch.setattr(ray, "nodes", lambda: [node, node | {"NodeID": "called back"}])
     monkeypatch.setattr(state, "get_draining_nodes", lambda: {"called back": 0})
     assert [n.id for n in session.cluster_view().nodes] == ["one"]
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.5, "node:10.0.0.1": 1.0})
     assert not session.cluster_view().grows
     node["Labels"] = {ray._raylet.RAY_NODE_GROUP_KEY: "workers"}  # what Ray makes of an autoscaler's RAY_NODE_TYPE_NAME
     assert session.cluster_view().grows
+    assert session.cluster_view().free == {"CPU": 0.5, "node:10.0.0.1": 1.0} and session.cluster_view(True).free is None
 
 
 def test_a_dead_head_and_a_dead_raylet_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
