@@ -35,6 +35,7 @@ METHODS = {
     "backbones": ("encode", "x0", "generate", "decode"),
 }
 """What one from outside is asked for by name, before anything is loaded."""
+OWN = ("didr_core", "pipelines", "tune_spaces")
 PLAIN = {"losses", "images", "problem"}  # public modules beside the components, which are none
 
 
@@ -59,7 +60,8 @@ def find(kind: str, name: str) -> type[Any]:
         return stand_in(name) or _outside(kind, key, name)
     known = names(kind)
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
+        near = difflib.get_close_matches(name, known, 3)
+        near.sort(key=lambda other: sorted(other) != sorted(name))  # letters that changed places come first
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DIDRError(f"{key}: unknown name {name!r}; known: {', '.join(known)}.{hint}")
     module = importlib.import_module(f"didr_core.{kind}.{name}")
@@ -74,9 +76,11 @@ def _outside(kind: str, key: str, name: str) -> type[Any]:
     try:
         found = getattr(_module(module_name), attribute)
     except Exception as error:  # whatever its own code raises
+        top = name.partition(".")[0]
+        hidden = f" {top!r} is DIDR's own package, it hides a folder of yours of that name." * (top in OWN)
         raise DIDRError(
             f"{key}: cannot import {name!r} ({type(error).__name__}: {error}). Expected 'package.module:Class' on PYTHONPATH, or "
-            "'path/to/file.py:Class'."
+            f"'path/to/file.py:Class'.{hidden}"
         ) from error
     see = f"See the README of didr_core/{kind}."
     own = getattr(found, "Config", None)

@@ -15,7 +15,8 @@ from rich.table import Table
 from didr_core import config as configs
 from didr_core.config import Config, registry
 from didr_core.plan import advice, fit, memory
-from didr_core.plan.memory import GIB, Line, Plan
+from didr_core.plan.memory import Line, Plan
+from didr_core.plan.preflight import opened
 from didr_core.types import DIDRError
 from pipelines.cli.show import say_unread
 from pipelines.cluster.resources import check, demands_of
@@ -50,13 +51,15 @@ def doctor(
         elif config is not None:
             size = gigabytes or min((size for _, size in cards), default=80.0)
             fits = _report(out, config, size, measured=bool(cards) and not gigabytes)
+            for wrong in opened(config, fetch=False)[1]:
+                out.print(f"not ready: {wrong}", soft_wrap=True)
         return _cluster(out, address, config) and fits
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in ("GiB", "TFLOP/sample") else "left", overflow="fold")
+        table.add_column(column, justify="right" if column in ("GB", "TFLOP/sample") else "left", overflow="fold")
     return table
 
 
@@ -104,7 +107,7 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
         return True
     for table in _processes(made):
         out.print(table)
-    out.print(_flops(made))
+    out.print(_flops(made, config.train.steps))
     if told:
         out.print(f"auto: {told}")
     for note in made.notes:
@@ -121,7 +124,7 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
     changes = advice.advice(config, gigabytes)
     fix = " ".join(f"--set {c}" for c in changes)
     out.print(
-        f"change this: {fix}" if fix else "no single setting is enough: a smaller backbone.resolution, or a larger GPU"
+        f"change this: {fix}" if fix else "no settings are enough: a smaller backbone.resolution, or a larger GPU"
     )
     return False
 
@@ -129,9 +132,9 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
 def _processes(made: Plan) -> list[Table]:
     tables = []
     for process in made.processes:
-        title = f"{process.name} x {process.count}: {process.total / GIB:.1f} GiB at its worst moment"
+        title = f"{process.name} x {process.count}: {process.total / 1e9:.1f} GB at its worst moment"
         title += f", {process.gpus:g} GPU" if process.gpus else ", on the CPU"
-        table = _table(title, "whose", "what", "how", "GiB")
+        table = _table(title, "whose", "what", "how", "GB")
         for line in process.held:
             table.add_row(*_cells(line))
         worst = max(process.phases, key=lambda p: p.bytes, default=None)
@@ -142,16 +145,18 @@ def _processes(made: Plan) -> list[Table]:
 
 
 def _cells(line: Line) -> tuple[str, str, str, str]:
-    return line.owner, line.what, line.how, f"{line.bytes / GIB:.2f}"
+    return line.owner, line.what, line.how, f"{line.bytes / 1e9:.2f}"
 
 
-def _flops(made: Plan) -> Table:
+def _flops(made: Plan, steps: int) -> Table:
     table = _table(f"one iteration of {made.samples} samples", "phase", "TFLOP/sample")
     for phase, value in made.flops:
         table.add_row(phase, f"{value / 1e12:.1f}")
     table.add_row(
         f"together: {made.total_flops * made.samples / 1e15:.2f} PFLOP an iteration", f"{made.total_flops / 1e12:.1f}"
     )
+    hours = made.total_flops * made.samples * steps / 1e14 / 3600
+    table.add_row(f"all {steps:,} iterations: {hours:.2g} h at 100 TFLOP/s (measured rates: docs/results.md#speed)", "")
     return table
 
 
@@ -170,7 +175,9 @@ def _cluster(out: Console, address: str | None, config: Config | None) -> bool:
                 return True
             table = _table(f"cluster at {address}", "node", "has")
             for node in cluster.nodes:
-                table.add_row(node.name, ", ".join(f"{v:g} {k}" for k, v in sorted(node.capacity().items())))
+                has = sorted(node.capacity().items())
+                told = (f"{v / 1e9:.1f} GB {k}" if k == "memory" else f"{v:g} {k}" for k, v in has)
+                table.add_row(node.name, ", ".join(told))
             out.print(table)
     except DIDRError as error:
         out.print(f"cluster at {address}: {error}")

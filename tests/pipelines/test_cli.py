@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,6 +20,8 @@ import yaml
 from didr_core import config as configs
 from pipelines.cli import main as cli
 from pipelines.cli.explain import keys
+from pipelines.cluster import session
+from pipelines.cluster.resources import ClusterView, Node
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,3 +198,13 @@ def test_runs_are_listed_the_newest_first(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit) as stop:
         cli.main(["runs", str(tmp_path / "other")])
     assert stop.value.code == 1 and "no runs there" in capsys.readouterr().err
+
+
+def test_doctor_says_what_nodes_have_in_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = ClusterView((Node("one", {"CPU": 4.0, "memory": 17137500000.0, "node:one": 1.0}),))
+    monkeypatch.setattr(session, "ray_session", lambda address: contextlib.nullcontext(nodes))
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--address", "auto"])
+    assert re.search(r"one +4 CPU, 17\.1 GB memory", capsys.readouterr().out)
