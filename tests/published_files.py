@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import stock
@@ -18,6 +19,10 @@ def sdxl_hub(root: Path) -> dict[str, Path]:
     """Folder by repository. Files that the page's lines must leave out hold :data:`NEVER`."""
     base = random_models.sdxl(root / "base")
     stock.saved(*PARTS, dtype=torch.float16, variant="fp16")(base)
+    for part in ("tokenizer", "tokenizer_2"):  # as published: without the file of fast tokenizers
+        (base / part / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(base / "tokenizer" / name, base / "tokenizer_2" / name)
     for name in ("sd_xl_base_1.0.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet/model.onnx"):
         (base / name).write_bytes(NEVER)
     return {

@@ -107,7 +107,9 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
         return True
     for table in _processes(made):
         out.print(table)
-    out.print(_flops(made, config.train.steps))
+    out.print(_flops(made))
+    hours = made.total_flops * made.samples * config.train.steps / 1e14 / 3600
+    out.print(f"time: all {config.train.steps:,} iterations, {hours:.2g} h at 100 TFLOP/s (measured: docs/results.md)")
     if told:
         out.print(f"auto: {told}")
     for note in made.notes:
@@ -148,15 +150,13 @@ def _cells(line: Line) -> tuple[str, str, str, str]:
     return line.owner, line.what, line.how, f"{line.bytes / 1e9:.2f}"
 
 
-def _flops(made: Plan, steps: int) -> Table:
+def _flops(made: Plan) -> Table:
     table = _table(f"one iteration of {made.samples} samples", "phase", "TFLOP/sample")
     for phase, value in made.flops:
         table.add_row(phase, f"{value / 1e12:.1f}")
     table.add_row(
         f"together: {made.total_flops * made.samples / 1e15:.2f} PFLOP an iteration", f"{made.total_flops / 1e12:.1f}"
     )
-    hours = made.total_flops * made.samples * steps / 1e14 / 3600
-    table.add_row(f"all {steps:,} iterations: {hours:.2g} h at 100 TFLOP/s (measured rates: docs/results.md#speed)", "")
     return table
 
 
