@@ -160,6 +160,11 @@ def test_help_ends_with_an_example_that_the_parser_takes(words: list[str], capsy
     command.make_context("didr", rest)
 
 
+def test_a_recipe_is_told_in_whole_sentences() -> None:
+    """`didr config list` shows the first line of each."""
+    assert not [p.name for p in configs.RECIPES.glob("*.yaml") if not p.read_text().partition("\n")[0].endswith(".")]
+
+
 def test_completion() -> None:
     env = {**os.environ, "_DIDR_COMPLETE": "complete_bash", "COMP_WORDS": "didr compa", "COMP_CWORD": "1"}
     run = "from pipelines.cli.main import main; main([])"
