@@ -118,7 +118,7 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
     names, used = made.gpu_bytes()
     if names:
         verdict = "fits" if used <= gigabytes * 1e9 else "does not fit"
-        out.print(f"[bold]{verdict}[/bold]: {names} need {used / 1e9:.1f} GB together on {where} of {gigabytes:.0f} GB")
+        out.print(f"[bold]{verdict}[/bold]: {used / 1e9:.1f} GB on {where} of {gigabytes:.0f} GB ({names})")
     else:
         out.print("no process asks for a GPU (workers.train_gpus=0): nothing to fit")
     if made.fits(gigabytes):

@@ -30,7 +30,7 @@ for settings in json.loads(sys.argv[1]):
     try:
         preflight(config)
     except DIDRError as error:
-        print(f"error: {error}")
+        print(f"error: {error}".splitlines()[0])  # then what else is missing
         continue
     build("backbones", config.backbone).load_network("generator")
     print(json.dumps([config.backbone.pipeline, str(locate(config.backbone.pipeline))]))
