@@ -14,7 +14,7 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
 
-.PHONY: help demo sweep-demo install test test-exports tests-with-ray tests-without-ray lint types check-python clean
+.PHONY: help demo sweep-demo install fetch-sdxl test test-exports tests-with-ray tests-without-ray lint types check-python clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
+
+fetch-sdxl: install ## what recipe sdxl_1gpu needs, into models/ (about 25 GB): the downloads of docs/sdxl.md; goes on where it stopped
+	@grep '^hf download ' docs/sdxl.md | PATH="$(abspath $(BIN)):$$PATH" bash -e
 
 check-python:
 	@test -n "$(PYTHON)" || { echo "error: no python found. Install Python 3.11 or newer, or say make PYTHON=/path/to/python" >&2; exit 1; }

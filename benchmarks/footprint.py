@@ -37,7 +37,7 @@ def tree_bytes(root: psutil.Process, known: dict[int, psutil.Process]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     command = [a for a in (sys.argv[1:] if arguments is None else arguments) if a != "--"]
-    if not command:
+    if not command or command[0].startswith("-"):
         print(__doc__, file=sys.stderr)
         return 2
     began, peak, peak_at = time.monotonic(), 0, 0.0

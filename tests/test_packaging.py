@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -54,6 +55,14 @@ def test_core_is_the_product_without_ray_and_mlflow(project: dict[str, Any]) -> 
     whole = set(project["project"]["dependencies"])
     assert core < whole
     assert {Requirement(text).name for text in whole - core} == {"ray", "mlflow"}
+
+
+def test_the_pythons_that_are_named_are_those_that_are_tested(project: dict[str, Any]) -> None:
+    prefix = "Programming Language :: Python :: 3."
+    named = [c.removeprefix(prefix) for c in project["project"]["classifiers"] if c.startswith(prefix)]
+    assert named == ["11", "12", "13"] and project["project"]["requires-python"] == ">=3.11"
+    tested = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert tested["jobs"]["test"]["strategy"]["matrix"]["python"] == [f"3.{minor}" for minor in named]
 
 
 def test_package_data_is_there(project: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import overhead, overhead_case
+from benchmarks import footprint, overhead, overhead_case
 from benchmarks.machine import name_of
 from didr_core import config as configs
 
@@ -90,3 +90,8 @@ def test_the_bare_loop_makes_its_steps(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "case.json").read_text())
     assert len(told["profile"]["steps"]) == 1 and told["first_at"] > 0
     assert told["profile"]["rows"]["proxy"] > 0 and told["profile"]["rows"]["data wait"] == 0
+
+
+def test_footprint_without_a_command_says_how(capsys: pytest.CaptureFixture[str]) -> None:
+    assert footprint.main(["--help"]) == 2
+    assert "python -m benchmarks.footprint -- make demo" in capsys.readouterr().err

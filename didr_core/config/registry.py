@@ -35,6 +35,7 @@ METHODS = {
     "backbones": ("encode", "x0", "generate", "decode"),
 }
 """What one from outside is asked for by name, before anything is loaded."""
+OWN = ("didr_core", "pipelines", "tune_spaces")
 PLAIN = {"losses", "images", "problem"}  # public modules beside the components, which are none
 
 
@@ -48,7 +49,8 @@ def names(kind: str) -> list[str]:
 
 def near(name: str, known: Iterable[str], alike: float = 0.6) -> str:
     """A blank and "Did you mean ...?" with the one of ``known`` that is most like ``name``; empty where none is."""
-    found = difflib.get_close_matches(name, known, 1, alike)
+    found = difflib.get_close_matches(name, known, 3, alike)
+    found.sort(key=lambda other: sorted(other) != sorted(name))  # letters that changed places come first
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
@@ -78,9 +80,11 @@ def _outside(kind: str, key: str, name: str) -> type[Any]:
     try:
         found = getattr(_module(module_name), attribute)
     except Exception as error:  # whatever its own code raises
+        top = name.partition(".")[0]
+        hidden = f" {top!r} is DIDR's own package, it hides a folder of yours of that name." * (top in OWN)
         raise DIDRError(
             f"{key}: cannot import {name!r} ({type(error).__name__}: {error}). Expected 'package.module:Class' on PYTHONPATH, or "
-            "'path/to/file.py:Class'."
+            f"'path/to/file.py:Class'.{hidden}"
         ) from error
     see = f"See the README of didr_core/{kind}."
     own = getattr(found, "Config", None)

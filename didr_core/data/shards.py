@@ -38,7 +38,11 @@ def find_shards(path: str, column: str, key: str) -> tuple[str, ...]:
     """
     filesystem, root = open_filesystem(path)
     prefix = "" if isinstance(filesystem, pafs.LocalFileSystem) else path.partition("://")[0] + "://"
-    info = filesystem.get_file_info(root)
+    try:
+        info = filesystem.get_file_info(root)
+    except Exception as error:  # whatever the library behind an address raises
+        told = f"{type(error).__name__}: {error}"
+        raise DIDRError(f"{key}={path!r}: cannot be reached ({told}). Download it, and give the folder.") from error
     if info.type == pafs.FileType.File:
         return (prefix + root,)
     if info.type == pafs.FileType.Directory:

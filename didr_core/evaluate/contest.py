@@ -186,7 +186,7 @@ class Hand:
             columns["index"] += places
             columns["prompt"] += prompts
             columns["seed"] += [seed] * len(prompts)
-            columns["picture"] += [_png(image) for image in images]
+            columns["picture"] += [png(image) for image in images]
             for name, value in of_latents(latents).items() if latents is not None else ():
                 columns.setdefault(name, []).extend(value.tolist())
         told = {"seconds": time.perf_counter() - began, "calls": model.calls - calls}
@@ -250,8 +250,8 @@ def _read_scores(path: Path, seeds: int) -> tuple[dict[str, NDArray[Any]], dict[
     return found, told
 
 
-def _png(image: Tensor) -> bytes:
-    """``[3, H, W]`` in [0, 1], rounded to 8 bits as diffusers does."""
+def png(image: Tensor) -> bytes:
+    """``[3, H, W]`` in [0, 1] as a PNG, rounded to 8 bits as diffusers does."""
     file = io.BytesIO()
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
     Image.fromarray(pixels).save(file, "png", compress_level=1)

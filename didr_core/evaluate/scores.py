@@ -60,6 +60,8 @@ for _facet in ("count", "colour", "shape", "relation", "background"):
     MEASURES[f"right_{_facet}"] = Measure(f"{_facet} right", unit="%", shown=False)
 for _kind in ("single", "count", "pair", "relation"):
     MEASURES[f"strict_{_kind}"] = Measure(f"strict, {_kind}", unit="%", shown=False)
+JUDGES = ("utility", "judge", "reward")
+"""Measures that give a verdict, the last word first."""
 
 
 def describe(name: str) -> Measure:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from didr_core import config as configs
 from didr_core.config import Config, build
+from didr_core.diffusion import sampling
 from didr_core.networks import roles
 from didr_core.train import checkpoint
 from didr_core.train.run_folder import RunFolder
@@ -19,15 +20,26 @@ from didr_core.types import Backbone, DIDRError
 MODEL_INDEX = "model_index.json"
 
 
-class OneStep:
-    """An exported generator, ready to sample."""
+BESIDE = ("start", "teacher")
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+
+class OneStep:
+    """An exported generator, ready to sample, and what it may be seen beside: the models of ``samplers``, by name."""
+
+    def __init__(
+        self, folder: Path, device: torch.device | str = "cpu", beside: Sequence[str] = (), run: Path | None = None
+    ) -> None:
         """Load ``folder``, as `didr align` or `didr export` wrote it.
 
+        Args:
+            beside: of :data:`BESIDE`: what training began from, in one step; its reference, in `evaluation.teacher_steps` (or 50).
+            run: the folder of the run, which says where those lie; an export hides this machine's paths.
+
         Raises:
-            DIDRError: not an export of ours, or no such device here.
+            DIDRError: not an export of ours, no such device here, or weights of a model ``beside`` are not here.
         """
+        if unknown := set(beside) - set(BESIDE):
+            raise DIDRError(f"--beside {', '.join(unknown)}: expected {' or '.join(BESIDE)}")
         for file in (MODEL_INDEX, "config.yaml"):
             if not (folder / file).is_file():
                 raise DIDRError(
@@ -38,25 +50,36 @@ class OneStep:
         config = configs.recorded(folder / "config.yaml", values=drawing)
         self.device = config.torch_device
         self.backbone: Backbone = build("backbones", config.backbone.exported(folder))
-        self.network: nn.Module = self.backbone.load_network("generator").to(self.device)
+        network = self.backbone.load_network("generator").to(self.device)
+        self.samplers = {"aligned": sampling.one_step(self.backbone, network)}
+        if beside:
+            began = configs.recorded((run or folder) / "config.yaml", values=drawing)
+            base: Backbone = build("backbones", began.backbone)
+            base.to(self.device)
+            if "start" in beside:
+                start = sampling.one_step(base, base.load_network("generator").to(self.device))
+                self.samplers = {"start": start, **self.samplers}
+            if "teacher" in beside:
+                teacher, steps = base.load_network("reference").to(self.device), began.evaluation.teacher_steps or 50
+                self.samplers["teacher"] = sampling.reference(base, teacher, steps, began.guidance.reference)
         self.backbone.load_text()
         self.backbone.load_decoder()
         self.backbone.to(self.device)
 
     @torch.no_grad()
-    def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def pictures(self, prompts: Sequence[str], seeds: Sequence[int], model: str = "aligned") -> Tensor:
         """``[N, 3, H, W]`` in [0, 1], CPU; picture i from ``torch.Generator().manual_seed(seeds[i])``, on the CPU as diffusers draws it."""
         shape = tuple(self.backbone.latent_shape)
         z = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
         condition = self.backbone.encode(list(prompts)).to(self.device)
-        return self.backbone.decode(self.backbone.generate(self.network, z, condition)).float().cpu()
+        return self.backbone.decode(self.samplers[model](condition, z)).float().cpu()
 
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> Iterator[Image.Image]:
-        """The same as 8-bit images."""
+    def rows(self, prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> Iterator[dict[str, Tensor]]:
+        """For each prompt and seed the pictures ``[3, H, W]`` of all models, by name."""
         for first in range(0, len(prompts), batch):
-            rows = slice(first, first + batch)
-            for picture in self.pictures(prompts[rows], seeds[rows]):
-                yield to_image(picture)
+            part = slice(first, first + batch)
+            made = {model: self.pictures(prompts[part], seeds[part], model) for model in self.samplers}
+            yield from (dict(zip(made, row, strict=True)) for row in zip(*made.values(), strict=True))
 
 
 SAME = 0.1

@@ -153,9 +153,10 @@ def find_file(key: str, path: Path, names: Sequence[str]) -> Path:
 
 
 def hub_hint(path: Path) -> str:
-    """How to fetch what a name like ``owner/model`` means on the Hugging Face hub; empty for other paths, and for those that are here."""
-    told = "" if path.exists() else hub.command(str(path))
-    return f" If it is a model of the hub: {told} puts it into the cache, where it is looked for." if told else ""
+    """How to make or fetch what is not here: models of recipe `tiny_sdxl`, and what a name like ``owner/model`` means on the hub."""
+    made = " `python -m didr_core.world.random_models` makes it." * (path.parts[:2] == ("runs", "random"))
+    told = "" if path.exists() or path.parent.is_dir() else hub.command(str(path))
+    return f" If it is a model of the hub: {told} puts it into the cache, where it is looked for." if told else made
 
 
 def read_state(key: str, path: Path) -> State:

@@ -13,7 +13,6 @@ import torch
 
 from didr_core.config import Config, Recompute
 from didr_core.plan import advice, memory
-from didr_core.plan.memory import GIB
 from didr_core.types import DIDRError
 
 ENOUGH = 4
@@ -70,7 +69,7 @@ def decided(config: Config, free: float | None) -> tuple[Config, str]:
     size = max(larger, default=0) or next(smaller, sizes[0])
     chosen = _with(config, size, way)
     recomputed = "the generator's" if way == "generator" else "all" if way else "no"
-    used = f"micro-batch {size}: {_used(chosen) / GIB:.0f} of {free / GIB:.0f} GiB"
+    used = f"micro-batch {size}: {_used(chosen) / 1e9:.0f} of {free / 1e9:.0f} GB"
     return chosen, f"{used}, activations recomputed in {recomputed} updates"
 
 

@@ -295,5 +295,5 @@ def _ending(learner: Learner, config: Config, text: list[Line], batch: int) -> L
         "judge": _times(hollow.Reward(config.judge).parameters())[1],
         f"{batch} pictures": _scored(learner, batch),
     }
-    how = " + ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
+    how = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items() if size)
     return Line("end of the run", "grid and scores", how, sum(sizes.values()))

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +40,25 @@ def preflight(
         The training corpus, with the digest of its first texts and what they share with the held-out ones.
 
     Raises:
-        DIDRError: the first thing that is wrong.
+        DIDRError: what is wrong; of prompts and weights all that is.
     """
     if here:
         _ = config.torch_device
-    index, held_out = open_prompts(config), set[str]()
-    for told in index.notes:
-        note(told)
-    if config.data.heldout:
-        others = PromptIndex.open(config.data.heldout, config.data.column, config.data.id_column, "data.heldout")
-        held_out = {normal(text) for texts in others.texts(SCAN_ROWS) for text in texts}
-    index, texts = _read(index, held_out, config.data.allow_overlap)
     optim.check(config)
     build("algorithms", config.algorithm)
-    readers = {"encoder": _whole("backbone", config.backbone)}
-    if config.needs_reward and config.reward is not None:
-        readers["reward"] = _whole("reward", config.reward)
-    if config.judge is not None:
-        try:
-            _whole("reward", config.judge)
-        except DIDRError as error:  # rewards know themselves as `reward`
-            raise DIDRError(re.sub(r"\breward\.(?=[a-z]+[=:\[])", "judge.", str(error))) from error
-    if path := config.evaluation.control:
-        control.read(path) if control.kept(path) else find_export(path)
+    found, wrong = opened(config)
+    if wrong:
+        raise DIDRError("\n".join(wrong))
+    for told in found["prompts"].notes:
+        note(told)
+    if not config.sizes.generator_updates:
+        steps, warmup = config.train.steps, config.train.assistant_warmup
+        note(f"train.steps={steps} is not over train.assistant_warmup={warmup}: the generator stays as it is.")
+    held_out = (
+        {normal(text) for texts in found["heldout"].texts(SCAN_ROWS) for text in texts} if "heldout" in found else set()
+    )
+    index, texts = _read(found["prompts"], held_out, config.data.allow_overlap)
+    readers = {name: found[name] for name in ("encoder", "reward") if name in found}
     if torch.cuda.is_available() and not fit.undecided(config):  # else :func:`fit.here` looks, too
         cards = range(torch.cuda.device_count())
         advice.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
@@ -81,21 +78,47 @@ def preflight(
     return index
 
 
+def opened(config: Config, fetch: bool = True) -> tuple[dict[str, Any], list[str]]:
+    """Prompts, held-out ones, backbone ("encoder"), reward, judge and control by name, looked at; and what is wrong with others, in words.
+
+    Args:
+        fetch: models of a hub are downloaded, unless something before them is wrong.
+    """
+    data, path = config.data, config.evaluation.control
+    looks: dict[str, Callable[[], Any]] = {"prompts": lambda: open_prompts(config)}
+    if data.heldout:
+        looks["heldout"] = lambda: PromptIndex.open(data.heldout or "", data.column, data.id_column, "data.heldout")
+    looks["encoder"] = lambda: _whole("backbone", config.backbone, fetch and not wrong)
+    for name, reward in (("reward", config.reward if config.needs_reward else None), ("judge", config.judge)):
+        if reward is not None:
+            looks[name] = partial(lambda reward: _whole("reward", reward, fetch and not wrong), reward)
+    if path:
+        looks["control"] = lambda: control.read(path) if control.kept(path) else find_export(path)
+    found, wrong = dict[str, Any](), list[str]()
+    for name, look in looks.items():
+        try:
+            found[name] = look()
+        except DIDRError as error:  # rewards know themselves as `reward`
+            told = str(error)
+            wrong.append(re.sub(r"\breward\.(?=[a-z]+[=:\[])", "judge.", told) if name == "judge" else told)
+    return found, wrong
+
+
 def readers_of(config: Config) -> dict[str, Any]:
     """Backbone and reward, built and not loaded: who reads prompts."""
     found = {"encoder": build("backbones", config.backbone)}
     return found | ({"reward": build("rewards", config.reward)} if config.needs_reward and config.reward else {})
 
 
-def _whole(key: str, config: Component) -> Any:
-    """The component after a look at its files, which are downloaded where they are those of a hub's model and not all here."""
+def _whole(key: str, config: Component, fetch: bool) -> Any:
+    """The component after a look at its files. With ``fetch`` they are downloaded, where they are a hub's and not all here."""
     for again in (False, True):
         try:
             made = build(f"{key}s", config)
             made.check()
             return made
         except DIDRError:
-            if again or not hub.fetch(key, config.model_dump()):
+            if again or not fetch or not hub.fetch(key, config.model_dump()):
                 raise
     raise AssertionError
 

@@ -15,7 +15,8 @@ from rich.table import Table
 from didr_core import config as configs
 from didr_core.config import Config, registry
 from didr_core.plan import advice, fit, memory
-from didr_core.plan.memory import GIB, Line, Plan
+from didr_core.plan.memory import Line, Plan
+from didr_core.plan.preflight import opened
 from didr_core.types import DIDRError
 from pipelines.cli.show import say_unread
 from pipelines.cluster.resources import check, demands_of, taken
@@ -50,13 +51,15 @@ def doctor(
         elif config is not None:
             size = gigabytes or min((size for _, size in cards), default=80.0)
             fits = _report(out, config, size, measured=bool(cards) and not gigabytes)
+            for wrong in opened(config, fetch=False)[1]:
+                out.print(f"not ready: {wrong}", soft_wrap=True)
         return _cluster(out, address, config) and fits
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in ("GiB", "TFLOP/sample") else "left", overflow="fold")
+        table.add_column(column, justify="right" if column in ("GB", "TFLOP/sample") else "left", overflow="fold")
     return table
 
 
@@ -105,6 +108,8 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
     for table in _processes(made):
         out.print(table)
     out.print(_flops(made))
+    hours = made.total_flops * made.samples * config.train.steps / 1e14 / 3600
+    out.print(f"time: all {config.train.steps:,} iterations, {hours:.2g} h at 100 TFLOP/s (measured: docs/results.md)")
     if told:
         out.print(f"auto: {told}")
     for note in made.notes:
@@ -113,7 +118,7 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
     names, used = made.gpu_bytes()
     if names:
         verdict = "fits" if used <= gigabytes * 1e9 else "does not fit"
-        out.print(f"[bold]{verdict}[/bold]: {names} need {used / 1e9:.1f} GB together on {where} of {gigabytes:.0f} GB")
+        out.print(f"[bold]{verdict}[/bold]: {used / 1e9:.1f} GB on {where} of {gigabytes:.0f} GB ({names})")
     else:
         out.print("no process asks for a GPU (workers.train_gpus=0): nothing to fit")
     if made.fits(gigabytes):
@@ -121,7 +126,7 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
     changes = advice.advice(config, gigabytes)
     fix = " ".join(f"--set {c}" for c in changes)
     out.print(
-        f"change this: {fix}" if fix else "no single setting is enough: a smaller backbone.resolution, or a larger GPU"
+        f"change this: {fix}" if fix else "no settings are enough: a smaller backbone.resolution, or a larger GPU"
     )
     return False
 
@@ -129,9 +134,9 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
 def _processes(made: Plan) -> list[Table]:
     tables = []
     for process in made.processes:
-        title = f"{process.name} x {process.count}: {process.total / GIB:.1f} GiB at its worst moment"
+        title = f"{process.name} x {process.count}: {process.total / 1e9:.1f} GB at its worst moment"
         title += f", {process.gpus:g} GPU" if process.gpus else ", on the CPU"
-        table = _table(title, "whose", "what", "how", "GiB")
+        table = _table(title, "whose", "what", "how", "GB")
         for line in process.held:
             table.add_row(*_cells(line))
         worst = max(process.phases, key=lambda p: p.bytes, default=None)
@@ -142,7 +147,7 @@ def _processes(made: Plan) -> list[Table]:
 
 
 def _cells(line: Line) -> tuple[str, str, str, str]:
-    return line.owner, line.what, line.how, f"{line.bytes / GIB:.2f}"
+    return line.owner, line.what, line.how, f"{line.bytes / 1e9:.2f}"
 
 
 def _flops(made: Plan) -> Table:

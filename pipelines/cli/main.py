@@ -1,10 +1,8 @@
-"""`didr`: its commands are listed by `didr --help`. A command imports the heavy libraries that it needs."""
+"""`didr`: jobs, prompts, doctor, explain, config; more commands in `finished.py`. Each imports the heavy libraries that it needs itself."""
 
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,16 +11,25 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.cli import finished
+from pipelines.cli.finished import typed
 from pipelines.cli.submit import submit
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    epilog="Example: didr align --recipe tiny --local",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(no_args_is_help=True)(submit)
-config_app = typer.Typer(help="Look at recipes and resolved configurations.", no_args_is_help=True)
+app.command(
+    no_args_is_help=True,
+    epilog="Example: didr submit --address http://HEAD:8265 -- align --recipe tiny --output /mnt/runs/one",
+)(submit)
+config_app = typer.Typer(
+    help="Look at recipes and resolved configurations.",
+    no_args_is_help=True,
+    epilog="Example: didr config show --recipe tiny",
+)
 app.add_typer(config_app, name="config")
 
 STOPPED = (130, 143)  # exit codes: Ctrl-C, SIGTERM
@@ -34,12 +41,6 @@ Overrides = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="override a setting, e.g. drp.beta=0.5; repeatable"),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Ray's own log, and tracebacks")]
-RunName = Annotated[str | None, typer.Option("--run", help="a run's folder or name")]
-
-
-def _path(text: str) -> Path:
-    """Shells leave the ``~`` of ``--output=~/x`` to us."""
-    return Path(os.path.expanduser(text))
 
 
 def _version(asked: bool) -> None:
@@ -57,7 +58,7 @@ def options(
     """Align one-step text-to-image generators with human preference (DIDR)."""
 
 
-@app.command()
+@app.command(epilog="Example: didr align --recipe tiny --set drp.beta=0.5 --local")
 def align(
     recipe: Recipe = "tiny",
     overrides: Overrides = None,
@@ -87,11 +88,11 @@ def align(
         address=address,
         verbose=verbose,
         profile=profile,
-        command=_command(),
+        command=typed(),
     )
 
 
-@app.command()
+@app.command(epilog="Example: didr sweep --recipe tiny --space tilt_by_drp --trials 6")
 def sweep(
     recipe: Recipe = "tiny",
     space: Annotated[str, typer.Option(help="a file of tune_spaces/ by name, or a path ending in .py")] = "tilt_by_drp",
@@ -129,12 +130,12 @@ def sweep(
         name=name or "",
         seed=seed,
         patience=patience,
-        command=_command(),
+        command=typed(),
     )
     job.sweep(options, output=output, resume=resume, address=address, verbose=verbose)
 
 
-@app.command()
+@app.command(epilog="Example: didr evaluate -m start -m ours=runs/NAME --out runs/contest")
 def evaluate(
     model: Annotated[
         list[str],
@@ -203,77 +204,15 @@ def evaluate(
         features=features,
         lpips=lpips,
         layouts=layout or (),
-        command=_command(),
+        command=typed(),
     )
     job.evaluate(options, out, local=local, address=address, verbose=verbose)
 
 
-@app.command()
-def sample(
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="what to draw; repeatable")],
-    run: RunName = None,
-    export: Annotated[
-        Path | None, typer.Option("--export", parser=_path, metavar="PATH", help="an export folder")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="noise of the first picture; the next ones take seed + 1, + 2, ...")
-    ] = 0,
-    count: Annotated[int, typer.Option(min=1, help="pictures a prompt")] = 1,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", parser=_path, metavar="PATH", help="folder for the PNGs")
-    ] = Path("samples"),
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "cpu",
-) -> None:
-    """Draw pictures in one step, from a finished run or an export folder."""
-    folder = _export_folder(run, export)
-    from PIL.PngImagePlugin import PngInfo
-
-    from didr_core.export.sample import OneStep
-    from didr_core.train.run_folder import disk
-
-    model = OneStep(folder, device)
-    prompts = [p for p in prompt for _ in range(count)]
-    seeds = [seed + i for i in range(len(prompts))]
-    with disk("--output", output):
-        output.mkdir(parents=True, exist_ok=True)
-        for text, number, image in zip(prompts, seeds, model.images(prompts, seeds), strict=True):
-            path = output / f"{_slug(text)}-seed{number}.png"
-            said = PngInfo()
-            said.add_itxt("prompt", text)
-            said.add_text("seed", str(number))
-            image.save(path, pnginfo=said)
-            typer.echo(path)
+app.add_typer(finished.app)  # its commands, in this place of the list
 
 
-@app.command("export")
-def export_command(
-    run: Annotated[str, typer.Option("--run", help="a run's folder or name")],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", parser=_path, metavar="PATH", help="folder to write (default: export/ in the run)"
-        ),
-    ] = None,
-    weights: Annotated[str, typer.Option(help="ema (running average) or generator (raw)")] = "ema",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export")] = False,
-) -> None:
-    """Write a run's newest checkpoint as a diffusers folder with single-file weights and a model card."""
-    from didr_core.types import DIDRError
-
-    if weights not in ("ema", "generator"):
-        raise DIDRError(f"--weights {weights!r}: expected ema or generator")
-    from didr_core.evaluate.finish import export as export_of
-    from didr_core.export.sample import trained_generator
-    from didr_core.train.run_folder import RunFolder
-
-    found = RunFolder.find(run)
-    config = found.config()
-    backbone, network, step = trained_generator(config, found, weights)
-    folder = export_of(config, found, backbone, network, output, scored=weights == "ema", overwrite=overwrite)
-    typer.echo(f"{folder} (weights of step {step})")
-
-
-@app.command()
+@app.command(epilog="Example: didr prompts prompts.csv --out prompts/train --drop")
 def prompts(
     files: Annotated[
         list[str], typer.Argument(help="txt, csv, tsv, json, jsonl, arrow, Parquet: files, folders, globs")
@@ -294,7 +233,7 @@ def prompts(
     turn(files, out, column, id_column, against or (), drop, recipe, overrides or ())
 
 
-@app.command()
+@app.command(epilog="Example: didr doctor --recipe sdxl_1gpu --gpu-gb 40")
 def doctor(
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="plan memory and FLOPs of this recipe; needs no weights")
@@ -315,7 +254,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: didr explain drp.beta")
 def explain(
     key: Annotated[str | None, typer.Argument(help="e.g. drp.beta, or a section: drp (default: every key)")] = None,
     recipe: Recipe = "tiny",
@@ -327,7 +266,7 @@ def explain(
     tell(key, recipe, overrides or ())
 
 
-@config_app.command("show")
+@config_app.command("show", epilog="Example: didr config show --recipe zimage_1gpu")
 def config_show(recipe: Recipe = "tiny", overrides: Overrides = None) -> None:
     """The resolved configuration, the sizes that follow from it, and where each part comes from."""
     from pipelines.cli.show import show
@@ -335,47 +274,12 @@ def config_show(recipe: Recipe = "tiny", overrides: Overrides = None) -> None:
     show(recipe, overrides or ())
 
 
-@config_app.command("list")
+@config_app.command("list", epilog="Example: didr config list")
 def config_list() -> None:
     """Recipes and components."""
     from pipelines.cli.show import show_known
 
     show_known()
-
-
-def _export_folder(run: str | None, export: Path | None) -> Path:
-    from didr_core.types import DIDRError
-
-    if (run is None) == (export is None):
-        raise DIDRError("sample: give either --run RUN or --export DIR")
-    if export is not None:
-        return export
-    from didr_core.train.run_folder import RunFolder
-
-    assert run is not None
-    found = RunFolder.find(run)
-    folder = found.path / "export"
-    if not folder.is_dir():
-        raise DIDRError(
-            f"run {found.path}: not exported yet (status {found.info().get('status')!r}). Say `didr export --run {run}` first."
-        )
-    return folder
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60] or "picture"
-
-
-def _command() -> str:
-    """What was typed, for run.json and the model card: without the machine's own folders."""
-    program = Path(sys.argv[0]).name
-    name = "didr" if program in ("didr", "cli.py") else f"python -m pipelines.{Path(program).stem}"
-    return f"{name} {shlex.join(_relative(a) for a in sys.argv[1:])}"
-
-
-def _relative(argument: str) -> str:
-    path = Path(argument)
-    return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else argument
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "didr") -> None:

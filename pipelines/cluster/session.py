@@ -84,8 +84,9 @@ def where_to_run(address: str | None) -> Place:
     """Decide between a Ray of our own and the one at `address` (or RAY_ADDRESS); `"local"` insists on our own.
 
     Raises:
-        DIDRError: an address Ray Train cannot work with (a Ray Client or dashboard URL); see :func:`_here`.
+        DIDRError: an address Ray Train cannot work with (a Ray Client or dashboard URL); see :func:`_here`, :func:`_refuse_shadows`.
     """
+    _refuse_shadows(Path.cwd())
     if inside_ray_job():
         return Place("job", os.environ.get("RAY_ADDRESS", "auto"))
     if address == "local":
@@ -121,6 +122,22 @@ def _here() -> Place:
 def slots(config: Config) -> int:
     """CPUs that a Ray of our own is told it has."""
     return max(config.workers.local_cpus, os.cpu_count() or 1)
+
+
+def _refuse_shadows(folder: Path) -> None:
+    """Ray's workers look for modules in the driver's folder first: a package of the user's there would stand in for ours.
+
+    Raises:
+        DIDRError: there is one.
+    """
+    ours = Path(__file__).parents[2]
+    for name in PACKAGES:
+        for file in (folder / name / "__init__.py", folder / f"{name}.py"):
+            if file.is_file() and file.resolve() != (ours / name / "__init__.py").resolve():
+                raise DIDRError(
+                    f"{file}: has the name of DIDR's own package {name!r}, and Ray's workers would import yours in its place. Start "
+                    "`didr` in another folder (recipes and options take paths), rename yours, or add --local."
+                )
 
 
 def view_of_this_machine(config: Config, address: str | None, cpus: int | None = None) -> ClusterView | None:

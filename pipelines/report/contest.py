@@ -5,7 +5,6 @@ What is shown is gathered here from the contest's files, how it looks is `contes
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,9 +18,9 @@ from didr_core.config.files import replace_text
 from didr_core.evaluate.contest import Contest
 from didr_core.evaluate.scores import Scores, describe, laws_table, win_matrix
 from pipelines.report.page import hardware_of, render, score_tables
+from pipelines.report.pictures import card_size, inlined
 
 FIRST, EXTREME = 12, 4  # prompts side by side; at each end of a ranking
-SMALL, SIDE = 128, 256  # pixels: pictures up to the first are shown by whole pixels, larger than the second are shrunk
 
 
 def write_contest_report(contest: Contest, scores: Scores, focus: str) -> Path:
@@ -41,7 +40,7 @@ def write_contest_report(contest: Contest, scores: Scores, focus: str) -> Path:
         pictures = []
         for model in drawn:
             value = f"{_values(scores, model, name)[place]:.3f}" if name else ""
-            pictures.append({"model": model, "value": value, "data": _inlined(drawn[model][place])})
+            pictures.append({"model": model, "value": value, "data": inlined(drawn[model][place])})
         return {"prompt": contest.prompts[place], "told": told, "pictures": pictures}
 
     def cards(rows: Ranked) -> list[dict[str, Any]]:
@@ -66,8 +65,7 @@ def write_contest_report(contest: Contest, scores: Scores, focus: str) -> Path:
             {"title": title, "lead": lead, "parts": [{"title": part, "cards": cards(rows)} for part, rows in parts]}
             for title, lead, parts in groups
         ],
-        small=max(some.size) <= SMALL,
-        width=max(240, 110 * len(drawn)),
+        **card_size(some.size, len(drawn)),
         models_table=(["model", *columns], rows),
         commands=facts.get("commands", []),
         origin={
@@ -135,14 +133,3 @@ def _told(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "" if value is None else f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
-def _inlined(png: bytes) -> str:
-    """A picture for the page, shrunk where it is large."""
-    with Image.open(io.BytesIO(png)) as image:
-        if max(image.size) <= SIDE:
-            return "image/png;base64," + base64.b64encode(png).decode()
-        file = io.BytesIO()
-        image.thumbnail((SIDE, SIDE))
-        image.convert("RGB").save(file, "jpeg", quality=88)
-    return "image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -20,15 +20,13 @@ from PIL import Image
 
 from didr_core.config.files import mapping, read_yaml, replace_text
 from didr_core.config.limits import Limits
-from didr_core.evaluate.scores import comparison_table, describe, read_scores, table
+from didr_core.evaluate.scores import JUDGES, comparison_table, describe, read_scores, table
 from didr_core.export.card import usage
 from didr_core.train.alarms import explain
 from didr_core.train.run_folder import RunFolder, read_lines
 from pipelines.report.console import clock
 from pipelines.report.figures import MODEL_COLOURS, running_mean, save_curves
 
-JUDGES = ("utility", "judge", "reward")
-"""Measures that give a verdict, the last word first."""
 OTHERS = {
     "start": "the generator it started from",
     "control": "the same training without the reward",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,9 @@ import torch
 from PIL import Image
 from toy import toy_recipe
 
+from didr_core.config import build
+from didr_core.diffusion import sampling
+from didr_core.export.sample import to_image
 from didr_core.train import checkpoint
 from didr_core.train.run_folder import RunFolder
 from pipelines.cli import main as cli
@@ -127,3 +133,74 @@ def test_exported_weights_are_readable_as_the_folder_is(run: RunFolder) -> None:
     weights = list(folder.rglob("*.safetensors"))
     assert len(weights) >= 4
     assert {p.stat().st_mode & 0o777 for p in weights} == {folder.stat().st_mode & 0o666}
+
+
+def test_start_and_teacher_beside_it_on_the_same_noise(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("id,Prompt\n1,a picture of 0-3\n2,a picture of 1-7\n")
+    asked = ["--run", run.path, "--prompts", tmp_path / "prompts.csv", "--beside", "teacher", "--beside", "start"]
+    didr("sample", *asked, "--seed", 11, "--output", tmp_path / "one", "--grid", tmp_path / "grid.html")
+    drawn = {p.name: np.asarray(Image.open(p)) for p in (tmp_path / "one").iterdir()}
+    assert len(drawn) == 6
+
+    config = run.config()
+    backbone = build("backbones", config.backbone)
+    backbone.load_text()
+    backbone.load_decoder()
+    for place, prompt in enumerate(PROMPTS):
+        z = torch.randn(1, *backbone.latent_shape, generator=torch.Generator().manual_seed(11 + place))
+        condition, network = backbone.encode([prompt]), backbone.load_network("reference")
+        expected = {
+            "-start": sampling.sample_one_step(backbone, backbone.load_network("generator"), condition, z),
+            "-teacher": sampling.sample_reference(backbone, network, condition, z, 50, config.guidance.reference),
+        }
+        name = f"{prompt.replace(' ', '-')}-seed{11 + place}"
+        for model, latent in expected.items():
+            picture = np.asarray(to_image(backbone.decode(latent)[0]), np.int16)
+            assert np.abs(picture - drawn[f"{name}{model}.png"]).max() <= 1
+        assert (drawn[f"{name}-start.png"] != drawn[f"{name}.png"]).any()
+
+    page = (tmp_path / "grid.html").read_text()
+    assert page.count("data:image/png") == 6 and "http" not in page
+    assert page.index("start</figcaption>") < page.index("aligned</figcaption>") < page.index("teacher</figcaption>")
+    one = ["--export", run.path / "export", "--prompt", "x", "--output", tmp_path, "--grid", tmp_path / "g.png"]
+    didr("sample", *one, "--count", 2)
+    assert Image.open(tmp_path / "g.png").size[0] > 300
+
+
+def test_two_runs_on_one_page(run: RunFolder, tmp_path: Path) -> None:
+    other = shutil.copytree(run.path, tmp_path / "other")
+    didr("compare", run.path, other, "--count", 4, "--beside", "start", "--out", tmp_path / "page")
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert "http" not in page and all(f"{name}</figcaption>" in page for name in ("run", "other", "start"))
+    tree = json.loads((tmp_path / "page" / "scores.json").read_text())
+    assert [(p["a"], p["b"]) for p in tree["pairs"]] == [("run", "other"), ("run", "start"), ("start", "other")]
+    twins, start = ([p["measures"]["reward"]["difference"][k] for k in ("low", "high")] for p in tree["pairs"][:2])
+    assert twins == [0, 0] and start[0] < start[1]
+
+
+def test_the_page_to_play_with_draws_before_and_after(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["play", str(run.path)])
+    assert stop.value.code == 1 and "pip install gradio" in capsys.readouterr().err
+
+    seen: dict[str, Any] = {}
+
+    class Interface:
+        def __init__(self, **given: Any) -> None:
+            seen.update(given)
+
+        def launch(self, **given: Any) -> None:
+            seen.update(given)
+
+    part = lambda **given: given["label"]  # noqa: E731
+    library = SimpleNamespace(Interface=Interface, Textbox=part, Number=part, Image=part)
+    monkeypatch.setitem(sys.modules, "gradio", library)
+    didr("play", run.path, "--port", 7999)
+    assert (seen["inputs"], seen["outputs"]) == (["prompt", "seed"], ["before", "after"])
+    assert (seen["server_name"], seen["server_port"]) == ("127.0.0.1", 7999)
+    _, after = seen["fn"](PROMPTS[0], 11)
+    didr("sample", "--run", run.path, "--prompt", PROMPTS[0], "--seed", 11, "--output", tmp_path)
+    assert (np.asarray(after) == np.asarray(Image.open(next(tmp_path.glob("*.png"))))).all()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from didr_core import config as configs
 from pipelines.cli import main as cli
 from pipelines.cli.explain import keys
+from pipelines.cluster import session
+from pipelines.cluster.resources import ClusterView, Node
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +37,8 @@ HEAVY = "torch", "ray", "mlflow", "diffusers", "transformers", "numpy", "didr_co
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["align", "--help"], ["evaluate", "--help"], ["doctor", "--help"], ["--version"]]
+    "arguments",
+    [["--help"], ["align", "--help"], ["play", "--help"], ["compare", "--help"], ["doctor", "--help"], ["--version"]],
 )
 def test_help_needs_no_heavy_library(arguments: list[str]) -> None:
     look = f"import sys, atexit; atexit.register(lambda: print('LOADED', *[m for m in {HEAVY} if m in sys.modules]))"
@@ -129,3 +137,79 @@ def test_explain_names_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit) as stop:
         cli.main(["explain", "drp.bet"])
     assert stop.value.code == 1 and "Did you mean 'drp.beta'?" in capsys.readouterr().err
+
+
+GROUP: Any = typer.main.get_command(cli.app)
+EVERY = [[], ["config"], *([n] for n in GROUP.commands if n != "config"), ["config", "show"], ["config", "list"]]
+
+
+@pytest.mark.parametrize("words", EVERY, ids=lambda words: " ".join(words) or "didr")
+def test_help_ends_with_an_example_that_the_parser_takes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words, "--help"])
+    said = re.sub(r"\s+", " ", capsys.readouterr().out).strip()
+    assert stop.value.code == 0
+    _, _, example = said.rpartition(" Example: ")
+    given = shlex.split(example)
+    assert given[:1] == ["didr"] and given[1 : 1 + len(words)] == words
+    command: Any = GROUP
+    for word in (rest := given[1:])[:]:
+        if not isinstance(command, typer.core.TyperGroup):
+            break
+        command, rest = command.commands[word], rest[1:]
+    command.make_context("didr", rest)
+
+
+def test_a_recipe_is_told_in_whole_sentences() -> None:
+    """`didr config list` shows the first line of each."""
+    assert not [p.name for p in configs.RECIPES.glob("*.yaml") if not p.read_text().partition("\n")[0].endswith(".")]
+
+
+def test_completion() -> None:
+    env = {**os.environ, "_DIDR_COMPLETE": "complete_bash", "COMP_WORDS": "didr compa", "COMP_CWORD": "1"}
+    run = "from pipelines.cli.main import main; main([])"
+    done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["compare"]
+    assert "--install-completion" in [option for p in GROUP.params for option in p.opts]
+
+
+def test_runs_are_listed_the_newest_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wins = {"judge": {"wins": {"mean": 0.75, "low": 0.6, "high": 0.9}}}
+    scores = {"version": 1, "models": {}, "pairs": [{"a": "aligned", "b": "start", "measures": wins}]}
+    files = {
+        "old/run.json": '{"status": "finished"}',
+        "old/config.yaml": "train: {steps: 9}",
+        "old/metrics.jsonl": '{"step": 8}\n{"step": 9}\n',
+        "old/alarms.jsonl": '{"step": 8, "alarm": "clipping"}\n{"step": 9, "alarm": "clipping"}\n',
+        "old/scores.json": json.dumps(scores),
+        "new/run.json": '{"status": "running"}',
+        "new/config.yaml": "train: {steps: 7}",
+        "hurt/run.json": "{",
+        "other/notes.txt": "",
+    }
+    for age, (name, text) in enumerate(reversed(files.items())):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        os.utime(path, (1e9 + age, 1e9 + age))
+    os.utime(tmp_path / "new" / "run.json")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["runs", str(tmp_path)])
+    _, new, old, hurt = capsys.readouterr().out.splitlines()[:4]
+    assert stop.value.code == 0
+    assert new.split()[:3] == ["new", "running", "0/7"] and "0:0" in new
+    assert re.search(r"^old +finished +9/9 .* ago +held-out judge: wins 75 % \(60 to 90\) +clipping \(2\)$", old)
+    assert hurt.startswith("hurt") and "?" in hurt
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["runs", str(tmp_path / "other")])
+    assert stop.value.code == 1 and "no runs there" in capsys.readouterr().err
+
+
+def test_doctor_says_what_nodes_have_in_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = ClusterView((Node("one", {"CPU": 4.0, "memory": 17137500000.0, "node:one": 1.0}),))
+    monkeypatch.setattr(session, "ray_session", lambda address: contextlib.nullcontext(nodes))
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--address", "auto"])
+    assert re.search(r"one +4 CPU, 17\.1 GB memory", capsys.readouterr().out)

@@ -67,6 +67,37 @@ def test_missing_prompts(didr: Didr, toy: Path, tmp_path: Path) -> None:
     assert "data.heldout=" in fails(didr, toy, tmp_path, f"data.heldout={tmp_path}/nowhere")
 
 
+def test_all_that_is_missing_is_said_at_once(
+    didr: Didr, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = f"{tmp_path}/nowhere"
+    sets = [f"data.prompts={nowhere}", f"reward.path={nowhere}", f"judge={{name: pickscore, path: '{nowhere}'}}"]
+    said = fails(didr, toy, tmp_path, *sets, f"backbone.pipeline={nowhere}")
+    assert [line.partition("=")[0] for line in said.splitlines()] == [
+        "data.prompts",
+        "backbone.pipeline",
+        "reward.path",
+        "judge.path",
+    ]
+    with pytest.raises(SystemExit) as stop:  # a plan needs none of it
+        cli.main(["doctor", "--recipe", str(toy), *[a for s in sets for a in ("--set", s)]])
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not ready: ")]
+    assert stop.value.code == 0 and [line.split()[2].partition("=")[0] for line in told] == [
+        "data.prompts",
+        "reward.path",
+        "judge.path",
+    ]
+    monkeypatch.chdir(tmp_path)
+    said = didr("align", "--recipe", "tiny_sdxl", "--local")
+    assert "`python -m didr_core.world.random_models` makes it" in said
+
+
+def test_prompts_at_an_address_that_does_not_answer(didr: Didr, toy: Path, tmp_path: Path) -> None:
+    """No hub is asked in tests; whatever the library behind the address raises is one line."""
+    said = fails(didr, toy, tmp_path, "data.prompts=hf://datasets/acme/prompts")
+    assert "data.prompts='hf://datasets/acme/prompts': cannot be reached" in said and "Download it" in said
+
+
 def test_corrupt_shard(didr: Didr, toy: Path, tmp_path: Path) -> None:
     shards = tmp_path / "p"
     shutil.copytree(toy.parent / "prompts", shards)
@@ -107,6 +138,7 @@ def test_a_broken_judge_is_called_judge(didr: Didr, toy: Path, tmp_path: Path) -
 def test_unknown_names(didr: Didr, toy: Path, tmp_path: Path) -> None:
     said = didr("align", "--recipe", "tniy")
     assert "'tniy'" in said and "Did you mean 'tiny'?" in said
+    assert "Did you mean 'didr'?" in fails(didr, toy, tmp_path, "algorithm=ddir")
     said = fails(didr, toy, tmp_path, "drp.estimator=twedie")
     assert "drp.estimator" in said and "'tweedie'" in said and "twedie" in said
     said = fails(didr, toy, tmp_path, "reward=pikscore")

@@ -60,7 +60,7 @@ def test_enough_samples_come_first_then_no_recomputation_then_more_samples(
     config, told = fit.decided(auto(toy), free * 1e9 + 1)
     assert (config.train.micro_batch, config.roles.gradient_checkpointing) == (size, way)
     used = 10 + {False: 4, "generator": 3, True: 1}[way] * size
-    assert told.startswith(f"micro-batch {size}: {used * 1e9 / 2**30:.0f} of {free * 1e9 / 2**30:.0f} GiB, ")
+    assert told.startswith(f"micro-batch {size}: {used:.0f} of {free:.0f} GB, ")
     assert not fit.undecided(config) and fit.decided(config, 1.0) == (config, "")
 
 

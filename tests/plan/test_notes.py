@@ -23,6 +23,12 @@ def prompts(folder: Path, texts: list[str], name: str = "a.parquet") -> Path:
     return folder
 
 
+def test_a_run_that_ends_in_its_warm_up_is_told_so() -> None:
+    said: list[str] = []
+    preflight(configs.load("tiny", ["train.steps=20"]), note=said.append)
+    assert said == ["train.steps=20 is not over train.assistant_warmup=20: the generator stays as it is."]
+
+
 def test_prompts_that_are_cut_are_counted_by_who_reads_them(tmp_path: Path) -> None:
     """The bundled tokenizer has a token a word, and reads 18 words."""
     texts = ["a red ring", "a red ring " * 7, "a red ring " * 6, "ring"]

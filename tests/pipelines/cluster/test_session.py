@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,19 @@ def no_ray_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_an_address_ray_is_our_own() -> None:
     assert where_to_run(None) == Place("here")
     assert not inside_ray_job()
+
+
+def test_a_package_here_that_would_stand_in_for_ours_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipelines").mkdir()
+    assert where_to_run(None) == Place("here"), "a folder is no package"
+    for file in ("pipelines/__init__.py", "tune_spaces.py"):
+        (tmp_path / file).touch()
+        with pytest.raises(DIDRError, match=rf"{file}: has the name of DIDR's own package"):
+            where_to_run("auto")
+        (tmp_path / file).unlink()
 
 
 @pytest.mark.parametrize("key", ["RAY_TMPDIR", "TMPDIR"])
