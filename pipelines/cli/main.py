@@ -59,7 +59,9 @@ def align(
     overrides: Overrides = None,
     output: Annotated[
         str | None,
-        typer.Option(help="this run's folder (default: <output>/<name>-<time>); with --resume: where runs lie"),
+        typer.Option(
+            help="this run's folder, a path or s3://... (default: <output>/<name>-<time>); with --resume: where runs lie"
+        ),
     ] = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="go on with a run: its folder or name")] = None,
     local: Annotated[bool, typer.Option("--local", help="one process, without Ray")] = False,
@@ -318,10 +320,10 @@ def _export_folder(run: str | None, export: Path | None) -> Path:
 
     assert run is not None
     found = RunFolder.find(run)
-    folder = found.path / "export"
-    if not folder.is_dir():
+    folder = found.fetch("export")
+    if not folder.is_dir() or not any(folder.iterdir()):
         raise DIDRError(
-            f"run {found.path}: not exported yet (status {found.info().get('status')!r}). Say `didr export --run {run}` first."
+            f"run {found.place}: not exported yet (status {found.info().get('status')!r}). Say `didr export --run {run}` first."
         )
     return folder
 
