@@ -21,18 +21,19 @@ from pathlib import Path
 
 from didr_core import config as configs
 from didr_core.config import Config
-from didr_core.config.files import expanded
 from didr_core.data import scales
 from didr_core.data.prompts import PromptIndex
+from didr_core.data.storage import Store
 from didr_core.evaluate.finish import train_and_finish
 from didr_core.evaluate.scores import numbers
 from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.loop import outcome
+from didr_core.train.mirror import Mirror
 from didr_core.train.observer import Observer
 from didr_core.train.patience import Patience
-from didr_core.train.run_folder import AUTO, RunFolder, local_folder, may_change, settings
+from didr_core.train.run_folder import AUTO, RunFolder, may_change, settings
 from didr_core.types import DIDRError, StepReport
 from pipelines.cluster.disks import check_disks
 from pipelines.cluster.leftovers import looked_after
@@ -75,9 +76,11 @@ def align(
     began = time.monotonic()
     old, config = _begun(recipe, overrides, output, resume)
     asked, output = settings(config), None if resume else output
-    folder = old.path if old else local_folder("--output", output) if output else None
-    index = preflight(config, here=local, output=folder, note=warn)
-    runs = (folder or local_folder("output", config.output) / "run").parent
+    place = old or RunFolder.at("--output" if output else "output", output or config.output)
+    if place.address:
+        Store(place.address).probe()
+    index = preflight(config, here=local, output=place.path if old or output else None, note=warn)
+    runs = place.path.parent if old or output else place.path
     check_disks(config.tracking, runs, ray=not local and where_to_run(address).kind == "here")
     view = None if local else view_of_this_machine(config, address)
     if view:
@@ -85,10 +88,7 @@ def align(
     told = ""
     if local or view:  # a cluster's GPUs are asked when it is there
         config, told = fit.here(config)
-    look(
-        config.tracking,
-        old.path.parent if old else expanded(output).absolute().parent if output else expanded(config.output),
-    )
+    look(config.tracking, runs)
     run = old or RunFolder.create(config, output, command)
     if not old:
         run.update(settings=asked)
@@ -99,8 +99,9 @@ def align(
     with (
         stoppable(),  # of every moment in which run.json says "running"
         ExitStack() as session,
+        run.mirrored(config.train.keep_checkpoints, warn) as mirror,
         outcome(run),
-        _observer(config, run) as observer,
+        _observer(config, run, mirror) as observer,
         stoppable(observer.ask_to_stop),
     ):
         record = looked_after(run.path)
@@ -118,10 +119,13 @@ def align(
         else:
             observer.stage("starting Ray")
             view = session.enter_context(ray_session(address, slots(config), verbose))
-            _on_ray(config, run, index, observer, view, verbose, profile, record)
+            _on_ray(config, run, index, observer, view, verbose, profile, record, mirror.flush)
             session.close()
         observer.stage("writing the report")
         write_report(run.path)
+        if run.address:
+            observer.stage(f"bringing all of it to {run.place}")
+            mirror.flush()
         observer.keep("grid.png", "curves.png", "report.html", "scores.json", "config.yaml", "grids")
         file = run.path / "scores.json"
         scores = json.loads(file.read_text()) if file.is_file() else None
@@ -221,14 +225,15 @@ class RunObserver(Observer):
 
 
 @contextmanager
-def _observer(config: Config, run: RunFolder) -> Iterator[RunObserver]:
+def _observer(config: Config, run: RunFolder, mirror: Mirror) -> Iterator[RunObserver]:
     step = run.last_step()
     with (
         ThreadPoolExecutor(1) as pool,
         Progress(config.train.steps, title=config.name, start=step, limits=config.alarms) as progress,
     ):
-        progress.note(f"run {run.path}" + (f", going on from step {step}" if step else ""))
+        progress.note(f"run {run.place}" + (f", going on from step {step}" if step else ""))
         observer = RunObserver(config, run, progress, pool)
+        mirror.say = observer.note
         try:
             yield observer
         except BaseException as error:
@@ -236,8 +241,10 @@ def _observer(config: Config, run: RunFolder) -> Iterator[RunObserver]:
             with suppress(Exception):  # where MLflow could not be opened, that is the error
                 observer.tracker.close("KILLED" if killed else "FAILED")
             if killed:
-                progress.note(f"`didr align --resume {run.path}` goes on from step {run.last_step()}")
+                progress.note(f"`didr align --resume {run.place}` goes on from step {run.last_step()}")
             raise
+        finally:
+            mirror.say = warn
         observer.tracker.close("FINISHED")
 
 
@@ -259,8 +266,9 @@ def _on_ray(
     verbose: bool,
     profile: bool,
     record: Callable[[], None],
+    settle: Callable[[], None],
 ) -> None:
-    """Wait for room, train there, follow; ``record`` what was started."""
+    """Wait for room, train there, follow; ``record`` what was started; after ``settle`` the folder has what the workers wrote."""
     record()
     room = await_room(lambda v: demands_of(config, v), view, observer.stage)
     if verbose:
@@ -283,7 +291,7 @@ def _on_ray(
         run.write_config(config)
     follower, check_alive = Follower(run, patience, run.last_step()), pulse()
     members = Members(config, run, room.cluster, observer.stage)
-    training = in_thread(fit_until_done, members, run, index, patience, profile)
+    training = in_thread(fit_until_done, members, run, index, patience, profile, settle)
     try:
         while wait([training], POLL_S).not_done:
             follower.look()

@@ -39,6 +39,12 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def cache_folder() -> Path:
+    """Where this machine keeps what can be had again: ``DIDR_CACHE``, else ``didr`` in ``XDG_CACHE_HOME`` or in ``~/.cache``."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return expanded(os.environ.get("DIDR_CACHE") or f"{home}/didr")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write ``text`` as the whole of ``path``, in UTF-8, passwords of addresses left out: such files are shown and shared."""
     with replaced(path) as partial:

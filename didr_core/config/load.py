@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,8 @@ def validate(tree: Mapping[str, Any], where: str = "config") -> Config:
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """The resolved tree, as plain YAML/JSON values; `validate(dump(c)) == c`, but for a password in `tracking.uri`: it is hidden."""
-    tree = config.model_dump(mode="json")
-    tree["tracking"]["uri"] = redacted(config.tracking.uri)
-    return tree
+    """The resolved tree, as plain YAML/JSON values; `validate(dump(c)) == c`, but for passwords in addresses: they are hidden."""
+    return json.loads(redacted(json.dumps(config.model_dump(mode="json"), ensure_ascii=False)))  # type: ignore[no-any-return]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, model_validator
 
 from didr_core.config import registry
-from didr_core.config.files import expanded
+from didr_core.config.files import cache_folder, expanded
 from didr_core.config.limits import Limits
 from didr_core.config.registry import Component, Strict, component
 from didr_core.config.sections import (
@@ -38,7 +38,10 @@ class Config(Strict):
 
     name: str = Field(description="the beginning of the run folder's name, and MLflow's")
     seed: int = Field(0, ge=0, description="of all random numbers: each is tied to (seed, sample)")
-    output: str = Field("runs", description="folder that run folders are made in (a shared or cloud path on clusters)")
+    output: str = Field(
+        "runs",
+        description="folder that run folders are made in; on clusters one that all nodes share, or an address such as s3://bucket/runs",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where a process sees one")
     backbone: Annotated[SerializeAsAny[Component], component("backbones")] = Field(
         description="model family and its files: didr_core/backbones"
@@ -128,7 +131,8 @@ class Config(Strict):
     @property
     def cache(self) -> Path | None:
         """The folder that they are kept in (not told: in `output`); None: they are not."""
-        folder = self.data.cache or (f"{self.output}/cache" if self.precomputed else None)
+        beside = cache_folder() if "://" in self.output else expanded(self.output)
+        folder = self.data.cache or (beside / "cache" if self.precomputed else None)
         return expanded(folder).resolve() if folder else None
 
     @property

@@ -93,13 +93,13 @@ def tables(path: str, column: str, id_column: str) -> Iterator[pa.Table]:
     Raises:
         DIDRError: a file cannot be read, or has no text column of that name.
     """
-    for shard in find_shards(path, column, KEY):
-        groups, has_id = read_footer(shard, column, id_column, KEY)
-        schema = read_schema(shard, column, KEY)[0]
+    for shard in find_shards(path, KEY):
+        groups, has_id = read_footer(shard, column, id_column, KEY, path)
+        schema = read_schema(shard, column, KEY, path)[0]
         names = [column, *(f.name for f in schema if f.name != column and _told(f.type))]
         written = kind(shard) in READERS or schema.names == SCHEMA.names  # with a column of metadata already
         for group, count in enumerate(groups):
-            table = read_group(shard, group, names, KEY, count)
+            table = read_group(shard, group, names, KEY, count, path)
             rows = [] if written else table.to_pylist()
             told = pa.array([json.dumps(row, ensure_ascii=False, default=str) for row in rows], pa.string())
             ids = table.column(id_column).cast(pa.string()) if has_id else pa.nulls(len(table), pa.string())

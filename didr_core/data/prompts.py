@@ -97,9 +97,9 @@ class PromptIndex:
         Raises:
             DIDRError: nothing there, no shards, a shard that is not Parquet, a column that is missing or not text, no rows at all.
         """
-        shards = find_shards(path, column, key)
+        shards = find_shards(path, key)
         with ThreadPoolExecutor(min(8, len(shards))) as pool:
-            footers = list(pool.map(lambda s: read_footer(s, column, id_column, key), shards))
+            footers = list(pool.map(lambda s: read_footer(s, column, id_column, key, path), shards))
         has_id = footers[0][1]
         for shard, (_, other) in zip(shards, footers, strict=True):
             if other != has_id:
@@ -178,7 +178,7 @@ class PromptIndex:
     def _rows(self, group: RowGroup, start: int = 0, stop: int | None = None) -> pa.Table:
         """Rows of a row group, read from disk: ``prompt``, ``id``, and where they stand, ``shard`` and ``row``."""
         columns = [self.column, *([self.id_column] if self.id_column else [])]
-        table = read_group(self.shards[group.shard], group.number, columns, self.key, group.rows)
+        table = read_group(self.shards[group.shard], group.number, columns, self.key, group.rows, self.path)
         table = table.slice(start, None if stop is None else stop - start)
         rows = range(group.first + start, group.first + start + len(table))
         self._refuse_other_encodings(group, start, table)

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from didr_core.config import bundled, locate
 from didr_core.data import readers
+from didr_core.data.storage import open_filesystem, patiently, reached
 from didr_core.types import DIDRError
 
 GROUP = 8192
@@ -27,7 +27,7 @@ GROUP = 8192
 SPLIT = re.compile(r"(train|validation|valid|val|test|dev|heldout)(?![a-z])", re.IGNORECASE)
 
 
-def find_shards(path: str, column: str, key: str) -> tuple[str, ...]:
+def find_shards(path: str, key: str) -> tuple[str, ...]:
     """The files that ``path`` means, sorted: itself, those of a folder and the folders in it, or those a glob matches.
 
     Of a folder they are the Parquet files, else the Arrow files, else the text files, if all are of one kind. Names that begin with
@@ -36,7 +36,12 @@ def find_shards(path: str, column: str, key: str) -> tuple[str, ...]:
     Raises:
         DIDRError: nothing there, or text files of several kinds in one folder.
     """
-    filesystem, root = open_filesystem(path)
+    with reached(key, path):
+        return _find_shards(path, key)
+
+
+def _find_shards(path: str, key: str) -> tuple[str, ...]:
+    filesystem, root = open_filesystem(path, key)
     prefix = "" if isinstance(filesystem, pafs.LocalFileSystem) else path.partition("://")[0] + "://"
     try:
         info = filesystem.get_file_info(root)
@@ -95,20 +100,9 @@ def _match(filesystem: Any, folder: str, pattern: str) -> list[str]:
     return [f.path for f in files if f.type == pafs.FileType.File and fnmatch.fnmatch(f.base_name, pattern)]
 
 
-def open_filesystem(path: str) -> tuple[Any, str]:
-    """The file system that ``path`` lies in, and its path there."""
-    if bundled(path) or "://" not in path:
-        return pafs.LocalFileSystem(), str(locate(path))
-    try:
-        return pafs.FileSystem.from_uri(path)  # type: ignore[no-any-return]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise DIDRError(f"prompts {path!r}: pyarrow cannot open this kind of address ({error})") from error
-
-
-def _open(shard: str, key: str) -> pq.ParquetFile:
-    filesystem, path = open_filesystem(shard)
-    with _in_words(f"{key}: shard {shard} is not a readable Parquet file"):
-        return pq.ParquetFile(filesystem.open_input_file(path))
+def _lies(shard: str, origin: str) -> tuple[Any, str]:
+    """Its file system, opened as ``origin`` says (the names of shards have no keys and options), and its path there."""
+    return open_filesystem(origin)[0], shard.partition("://")[2] or shard
 
 
 @contextmanager
@@ -121,27 +115,33 @@ def _in_words(what: str) -> Iterator[None]:
         raise DIDRError(f"{what} ({reason}). Was it cut short? Replace or remove it.") from error
 
 
-def read_schema(shard: str, column: str, key: str) -> tuple[pa.Schema, list[int]]:
-    """Columns of a shard, and the rows of each row group.
+def read_schema(shard: str, column: str, key: str, origin: str) -> tuple[pa.Schema, list[int]]:
+    """Columns of a shard of ``origin`` (what :func:`find_shards` was given), and the rows of each row group.
 
     Raises:
         DIDRError: it cannot be read.
     """
     if readers.kind(shard) in readers.KINDS:
-        table = read_table(shard, column, key)
+        table = read_table(shard, column, key, origin)
         return table.schema, [min(GROUP, len(table) - first) for first in range(0, len(table), GROUP)]
-    with _open(shard, key) as file, _in_words(f"{key}: shard {shard} is not a readable Parquet file"):
-        schema = file.schema_arrow
-        schema.names  # noqa: B018  (they are decoded here)
-        groups = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+    filesystem, path = _lies(shard, origin)
+
+    def read() -> tuple[pa.Schema, list[int]]:
+        with pq.ParquetFile(filesystem.open_input_file(path)) as file:
+            schema = file.schema_arrow
+            schema.names  # noqa: B018  (they are decoded here)
+            return schema, [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+
+    with _in_words(f"{key}: shard {shard} is not a readable Parquet file"):
+        schema, groups = patiently(filesystem, path, read)
         if min(groups, default=0) < 0:
             raise ValueError(f"a row group of {min(groups)} rows")
         return schema, groups
 
 
-def read_footer(shard: str, column: str, id_column: str, key: str) -> tuple[list[int], bool]:
+def read_footer(shard: str, column: str, id_column: str, key: str, origin: str) -> tuple[list[int], bool]:
     """Rows of each row group, and whether the id column is there."""
-    schema, groups = read_schema(shard, column, key)
+    schema, groups = read_schema(shard, column, key, origin)
     if column not in schema.names:
         near = difflib.get_close_matches(column, schema.names, 1) or difflib.get_close_matches(
             column.lower(), schema.names, 1
@@ -161,32 +161,42 @@ def read_footer(shard: str, column: str, id_column: str, key: str) -> tuple[list
     return groups, id_column in schema.names
 
 
-def read_group(shard: str, group: int, columns: Sequence[str], key: str, rows: int) -> pa.Table:
+def read_group(shard: str, group: int, columns: Sequence[str], key: str, rows: int, origin: str) -> pa.Table:
     """``columns`` of a row group, read from disk; the first is the text column. ``rows`` are expected in it."""
     if readers.kind(shard) in readers.KINDS:
-        return read_table(shard, columns[0], key).select(list(columns)).slice(group * GROUP, GROUP)
-    with _open(shard, key) as file, _in_words(f"{key}: row group {group} of shard {shard} cannot be read"):
-        table = file.read_row_group(group, columns=list(columns))
+        return read_table(shard, columns[0], key, origin).select(list(columns)).slice(group * GROUP, GROUP)
+    filesystem, path = _lies(shard, origin)
+
+    def read() -> pa.Table:
+        with pq.ParquetFile(filesystem.open_input_file(path)) as file:
+            return file.read_row_group(group, columns=list(columns))
+
+    with _in_words(f"{key}: row group {group} of shard {shard} cannot be read"):
+        table = patiently(filesystem, path, read)
         if len(table) != rows:
             raise ValueError(f"{len(table)} rows, where its footer told of {rows}")
         return table
 
 
-def read_table(shard: str, column: str, key: str) -> pa.Table:
+def read_table(shard: str, column: str, key: str, origin: str) -> pa.Table:
     """All of a file that is not Parquet; kept as long as the file stays as it is.
 
     Raises:
         DIDRError: it cannot be read.
     """
-    filesystem, path = open_filesystem(shard)
-    with _in_words(f"{key}: {shard} is not readable as .{readers.kind(shard)}"):
+    filesystem, path = _lies(shard, origin)
+
+    def read() -> pa.Table:
         info = filesystem.get_file_info(path)
-        return _read_table(shard, column, info.mtime_ns, info.size)
+        return _read_table(shard, column, origin, info.mtime_ns, info.size)
+
+    with _in_words(f"{key}: {shard} is not readable as .{readers.kind(shard)}"):
+        return patiently(filesystem, path, read)
 
 
 @lru_cache(maxsize=16)
-def _read_table(shard: str, column: str, changed: int, size: int) -> pa.Table:
-    filesystem, path = open_filesystem(shard)
+def _read_table(shard: str, column: str, origin: str, changed: int, size: int) -> pa.Table:
+    filesystem, path = _lies(shard, origin)
     if readers.kind(path) == readers.ARROW:
         local = isinstance(filesystem, pafs.LocalFileSystem)
         return readers.arrow(pa.memory_map(path) if local else filesystem.open_input_file(path), column)

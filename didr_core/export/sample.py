@@ -130,7 +130,8 @@ def trained_generator(config: Config, run: RunFolder, which: str = "ema") -> tup
     """
     step = run.last_step()
     if not step:
-        raise DIDRError(f"run {run.path}: no checkpoint yet, so there is nothing to export.")
+        raise DIDRError(f"run {run.place}: no checkpoint yet, so there is nothing to export.")
+    run.fetch(f"checkpoints/{run.checkpoint(step).name}")
     backbone: Backbone = build("backbones", config.backbone)
     network = roles.bare_generator(backbone, config.backbone, config.roles)
     with checkpoint.fits(run.checkpoint(step)):

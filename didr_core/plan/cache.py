@@ -48,10 +48,8 @@ def kept(config: Config, make: Callable[[], Tree]) -> Tree:
 
 def folder() -> Path | None:
     """Where plans are kept; None: nowhere."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    chosen = os.environ.get("DIDR_CACHE", f"{home}/didr")
     try:
-        return files.expanded(chosen) / "plans" if chosen else None
+        return files.cache_folder() / "plans" if os.environ.get("DIDR_CACHE", "given") else None
     except RuntimeError:  # nobody's home
         return None
 

@@ -19,7 +19,7 @@ from didr_core.export.folder import find_export
 from didr_core.networks import optim
 from didr_core.networks.tokenizers import longer_than
 from didr_core.plan import advice, fit
-from didr_core.train.run_folder import LEAST_FREE, local_folder, room
+from didr_core.train.run_folder import LEAST_FREE, RunFolder, local_folder, room
 from didr_core.types import DIDRError
 
 SCAN_ROWS = 200_000
@@ -64,9 +64,8 @@ def preflight(
         advice.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
     if config.data.cache:
         room("data.cache", local_folder("data.cache", config.data.cache))
-    recorded = local_folder("output", config.output)
     if output is None:
-        room("output", recorded)
+        room("output", RunFolder.at("output", config.output).path)
     else:  # the next checkpoint is as large as the last, beside it until it is whole
         last = max(output.glob("checkpoints/step-*"), default=None)
         size = sum(file.stat().st_size for file in last.glob("*")) if last else 0

@@ -11,7 +11,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from didr_core import config as configs
 from didr_core.evaluate.finish import train_and_finish
@@ -20,7 +19,7 @@ from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
 from didr_core.train.loop import outcome
 from didr_core.train.observer import Observer
-from didr_core.train.run_folder import RunFolder, local_folder
+from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError, NoAnswerError, StepReport
 
 
@@ -52,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             index = preflight(config, output=run.path, note=print)
         else:
             config = configs.load(given.recipe, given.overrides)
-            folder = local_folder("--output", given.output) if given.output else None
-            index = preflight(config, output=folder, note=print)
+            folder = RunFolder.at("--output", given.output) if given.output else None
+            index = preflight(config, output=folder.path if folder else None, note=print)
             config, told = fit.here(config)
             print(told, end="\n" if told else "")
             run = RunFolder.create(config, given.output, " ".join(["python -m didr_core.train", *sys.argv[1:]]))
-        with stoppable(), outcome(run):
+        with stoppable(), run.mirrored(config.train.keep_checkpoints), outcome(run):
             if changed := run.same_start(index.digest):
                 print(changed)
             run.write_config(config)
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, NoAnswerError):
             os._exit(1)
         return 1
-    print(f"done: {Path(run.path)}")
+    print(f"done: {run.place}")
     return 0
 
 

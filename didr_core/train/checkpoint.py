@@ -48,8 +48,9 @@ class Saver:
     Where networks are split, every rank has one and calls it equally often. A context manager: at the end of the block all is written.
     """
 
-    def __init__(self, learner: Learner) -> None:
-        self.learner = learner
+    def __init__(self, learner: Learner, apart: bool = False) -> None:
+        """``apart``: ranks may have disks of their own (:class:`RunFolder`)."""
+        self.learner, self._apart = learner, apart
         self._header = {"layout": LAYOUT, "didr": versions().get("didr", "unknown")}
         # a group of its own, and on CPUs: its calls come from a thread, between those of training
         self._group = torch.distributed.new_group(backend="gloo") if learner.fsdp else None
@@ -134,6 +135,10 @@ class Saver:
             if self._first:
                 with disk("checkpoint", folder, size):
                     _publish(partial, folder, sums, state)
+                then()
+            elif self._apart and not any((p / name).exists() for p in (partial, folder) for name in everyone[0][0]):
+                with suppress(OSError):  # on a disk that the first worker does not see; a neighbour may be quicker
+                    os.replace(partial, folder)
                 then()
         finally:
             if self._first:  # on a full disk every byte counts

@@ -44,7 +44,7 @@ class Journal:
     def __init__(self, run: RunFolder, config: Config, learner: Learner, corpus: str) -> None:
         self.run, self.config, self.learner, self.corpus = run, config, learner, corpus
         self.alarms = Alarms(config.alarms)
-        self.saver = checkpoint.Saver(learner)
+        self.saver = checkpoint.Saver(learner, run.apart)
         self.newest = 0  # step of the last checkpoint that was begun, by whomever
 
     def restore(self, step: int | None = None) -> None:
@@ -56,6 +56,7 @@ class Journal:
         step = self.run.last_step() if step is None else step
         if not step:
             return
+        self.run.fetch(f"checkpoints/{self.run.checkpoint(step).name}")
         extra = checkpoint.load(self.run.checkpoint(step), self.learner)
         if extra["corpus"] != self.corpus:
             raise DIDRError(
@@ -76,7 +77,7 @@ class Journal:
     def settle(self) -> None:
         """Until the newest checkpoint is whole, on ranks that do not write it too: the first one that ends, ends the group."""
         self.saver.wait()
-        late = time.monotonic() + SETTLE_S
+        late = time.monotonic() + SETTLE_S * (not self.run.apart)
         while self.newest and not self.run.checkpoint(self.newest).is_dir() and time.monotonic() < late:
             time.sleep(0.05)
 
@@ -170,7 +171,7 @@ def loop(
                 raise DIDRError(
                     f"stopped after step {report.step}, with a checkpoint, by alarms.on_alarm=stop. "
                     + " ".join(f"{name}: {explain(name, journal.config.alarms)}" for name in rang)
-                    + f" To go on all the same: `didr align --resume {journal.run.path} --set alarms.on_alarm=warn`."
+                    + f" To go on all the same: `didr align --resume {journal.run.place} --set alarms.on_alarm=warn`."
                 )
     if writes and measured.steps:
         journal.run.write_profile(measured.summary())

@@ -8,7 +8,8 @@
       checkpoints/step-000100/    see checkpoint.py
       grids/*.png, curves.png, scores.json, report.html, export/    made at the end
 
-Files that are replaced are written beside and renamed. On a cluster the folder must be on storage that every node sees.
+Files that are replaced are written beside and renamed. On a cluster the folder must be on storage that every node sees, or at an address
+(``s3://...``): then it is a copy of what lies there, kept alike by :mod:`didr_core.train.mirror`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +31,12 @@ import yaml
 from safetensors import SafetensorError
 
 from didr_core import config as configs
-from didr_core.config import Config
+from didr_core.config import Config, redacted
 from didr_core.config.files import expanded, mapping, replace_text
 from didr_core.config.fingerprint import digest
 from didr_core.config.provenance import provenance, versions
+from didr_core.data.storage import Store, below, is_address, reached
+from didr_core.train import mirror
 from didr_core.types import DIDRError, StepReport
 
 LEAST_FREE = 64 * 2**20
@@ -64,6 +67,18 @@ class RunFolder:
     """An existing run folder; make one with :meth:`create`, find one with :meth:`find`."""
 
     path: Path
+    address: str = ""  # that ``path`` is this machine's copy of; none: the run lies in ``path`` alone
+    apart: bool = False  # this process's copy is not the driver's
+
+    @classmethod
+    def at(cls, key: str, place: str) -> RunFolder:
+        """The run folder at ``place``, a path or an address, whether it exists or not; ``key`` is what gave it."""
+        return cls(mirror.local_copy(place, key), place) if is_address(place) else cls(local_folder(key, place))
+
+    @property
+    def place(self) -> str:
+        """What users call it: its path, or its address without keys and options."""
+        return redacted(self.address).partition("?")[0] or str(self.path)
 
     @classmethod
     def create(cls, config: Config, folder: str | None = None, command: str = "") -> RunFolder:
@@ -72,20 +87,23 @@ class RunFolder:
         Raises:
             DIDRError: ``folder`` holds another run or anything else, cannot be made, or is no path.
         """
-        path = local_folder("--output" if folder else "output", folder or config.output)
+        run = cls.at("--output" if folder else "output", folder or config.output)
         if not folder:
-            stamp = path / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-            path = next(p for n in range(100) if not (p := Path(f"{stamp}-{n}" if n else stamp)).exists())
+            stamp = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            named = (run.inside(f"{stamp}-{n}" if n else stamp) for n in range(100))
+            run = next(new for new in named if not new.path.exists())
+        path = run.path
+        run._refresh()
         if (path / "run.json").is_file():
             raise DIDRError(
-                f"--output {path}: belongs to run {cls(path).info().get('name')!r} (status {cls(path).info().get('status')!r}). "
-                f"Give another folder, or continue that run with `didr align --resume {path}`."
+                f"--output {run.place}: belongs to run {run.info().get('name')!r} (status {run.info().get('status')!r}). "
+                f"Give another folder, or continue that run with `didr align --resume {run.place}`."
             )
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise DIDRError(f"--output {path}: exists and is not empty. Give a new or empty folder.")
+        own = {mirror.OWN, ".lock", "checkpoints"} if run.address else set()
+        if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - own):
+            raise DIDRError(f"--output {run.place}: exists and is not empty. Give a new or empty folder.")
         with disk("output", path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        run = cls(path)
         run.write_config(config)
         run.update(
             name=path.name, recipe=config.name, command=command, status="running", started=time.time(), **provenance()
@@ -99,21 +117,31 @@ class RunFolder:
         Raises:
             DIDRError: there is none (names the runs that there are).
         """
-        for path in (expanded(run), local_folder("output", output) / run):
-            if (path / "run.json").is_file():
-                return cls(path.resolve())
+        runs = cls.at("output", output)
+        for found in (cls.at("--resume", run), *([] if is_address(run) else [runs.inside(run)])):
+            found._refresh()
+            if (found.path / "run.json").is_file():
+                return replace(found, path=found.path.resolve())
         if run == LATEST and (newest := cls.in_order(output)):
             return newest[0]
-        there = sorted(p.parent.name for p in local_folder("output", output).glob("*/run.json"))
+        there = sorted(p.parent.name for p in runs.path.glob("*/run.json"))
         raise DIDRError(
-            f"run {run!r}: no run folder of that name or path (one with run.json in it). "
-            f"Runs in {output}: {', '.join(there[-8:]) or 'none'}."
+            f"run {redacted(run)!r}: no run folder of that name or path (one with run.json in it). "
+            f"Runs in {runs.place}: {', '.join(there[-8:]) or 'none'}."
         )
 
     @classmethod
     def in_order(cls, output: str) -> list[RunFolder]:
         """The runs in ``output``, the newest first."""
-        found = [cls(path.parent) for path in local_folder("output", output).glob("*/run.json")]
+        runs = cls.at("output", output)
+        names = {path.parent.name for path in runs.path.glob("*/run.json")}
+        if runs.address:
+            with reached("output", runs.address):
+                parts = (name.split("/") for name in Store(runs.address).files())
+                names = {name for name, *rest in parts if rest == ["run.json"]}
+        found = [runs.inside(name) for name in names]
+        for run in found:
+            run._refresh()
         return sorted(found, key=lambda run: float(run.info().get("started", 0.0)), reverse=True)
 
     @classmethod
@@ -124,6 +152,53 @@ class RunFolder:
                 with suppress(DIDRError), run.lock():
                     return run
         return None
+
+    def inside(self, name: str) -> RunFolder:
+        """The folder ``name`` in this one."""
+        return replace(self, path=self.path / name, address=self.address and below(self.address, name))
+
+    def _refresh(self) -> None:
+        """Bring what is new at the address; a process that works in the copy keeps it alike itself."""
+        if not self.address:
+            return
+        with ExitStack() as stack:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(self.lock())
+            except DIDRError:
+                return
+            mirror.refresh(self.address, self.path)
+
+    def mirrored(self, keep: int = 0, say: Callable[[str], object] | None = None) -> mirror.Mirror:
+        """Keeps the address alike while the block runs, where there is one; see :class:`didr_core.train.mirror.Mirror`.
+
+        Raises:
+            DIDRError: another process of this machine works in the copy.
+        """
+        if self.address:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self.lock():  # whoever has it may be the owner that is asked for a sign of life
+                pass
+        return mirror.Mirror(self.path, self.address, keep, say)
+
+    @property
+    def owner(self) -> str:
+        """The driver that last worked in this copy of an address; empty where there is none."""
+        path = self.path / mirror.OWN
+        return path.read_text() if path.is_file() else ""
+
+    def here(self, owner: str) -> RunFolder:
+        """The copy that this process's machine has of the address, beside the one that the driver ``owner`` works in."""
+        if not self.address:
+            return self
+        copy = replace(self, path=mirror.local_copy(self.address))
+        return replace(copy, apart=copy.owner != owner)
+
+    def fetch(self, name: str) -> Path:
+        """The folder ``name`` in this one, with all that the address has in it."""
+        if self.address:
+            mirror.fetch(self.address, self.path, name)
+        return self.path / name
 
     @contextmanager
     def lock(self, doing: str = "training") -> Iterator[None]:
@@ -139,7 +214,7 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise DIDRError(
-                    f"run {self.path}: another process is {doing} in it. Wait for it, or stop it first."
+                    f"run {self.place}: another process is {doing} in it. Wait for it, or stop it first."
                 ) from error
             yield
 
@@ -312,11 +387,12 @@ def local_folder(key: str, path: str) -> Path:
     """``path`` as an absolute folder.
 
     Raises:
-        DIDRError: an address like ``s3://``; run folders are read and renamed in place, which needs a (shared) file system.
+        DIDRError: an address like ``s3://``; what lies there is read and renamed in place, which needs a (shared) file system.
     """
     if "://" in path:
         raise DIDRError(
-            f"{key}={path!r}: expected a folder on a file system that all nodes share; mount the bucket and give that path."
+            f"{key}={path!r}: expected a folder on a file system that all nodes share; mount the bucket and give that path. "
+            "Addresses are for data.prompts, data.heldout, and for output and --output of `didr align`."
         )
     return expanded(path).resolve()
 

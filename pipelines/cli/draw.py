@@ -39,9 +39,10 @@ def exported(run: str) -> Path:
         DIDRError: no such run, or it is not exported.
     """
     found = RunFolder.find(run)
-    if not (folder := found.path / "export").is_dir():
+    folder = found.fetch("export")
+    if not any(folder.glob("*")):
         raise DIDRError(
-            f"run {found.path}: not exported yet (status {found.info().get('status')!r}). Say `didr export --run {run}` first."
+            f"run {found.place}: not exported yet (status {found.info().get('status')!r}). Say `didr export --run {run}` first."
         )
     return folder
 

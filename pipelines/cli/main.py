@@ -64,7 +64,9 @@ def align(
     overrides: Overrides = None,
     output: Annotated[
         str | None,
-        typer.Option(help="this run's folder (default: <output>/<name>-<time>); with --resume: where runs lie"),
+        typer.Option(
+            help="this run's folder, a path or s3://... (default: <output>/<name>-<time>); with --resume: where runs lie"
+        ),
     ] = None,
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="go on with a run: its folder or name, latest, " + AUTO)

@@ -20,6 +20,7 @@ from didr_core.config import Config
 from didr_core.data import feed, scales
 from didr_core.data.precompute import SAYS, absent, require_room
 from didr_core.data.prompts import PromptIndex
+from didr_core.data.storage import Store
 from didr_core.plan import fit
 from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder, read_lines
@@ -44,12 +45,18 @@ def measured_scales(config: Config, view: ClusterView, meanwhile: Callable[[], N
 
 
 def fit_until_done(
-    members: Members, run: RunFolder, index: PromptIndex, observer: Observer, profile: bool = False
+    members: Members,
+    run: RunFolder,
+    index: PromptIndex,
+    observer: Observer,
+    profile: bool = False,
+    settle: Callable[[], None] = lambda: None,
 ) -> None:
     """Fit; after a worker's death again, from the last checkpoint, ``workers.max_failures`` times; whenever a node left or came, too.
 
     Args:
         members: which nodes, and how many workers; asked before every start. profile: see :func:`didr_core.train.loop.loop`.
+        settle: makes the folder what the workers, on whatever machine, left of it, and shows them what is new here.
 
     Raises:
         DIDRError: what a worker raised, in words, or workers that died too often.
@@ -64,11 +71,14 @@ def fit_until_done(
         scorers = start_scorers(config, reward_need(config.workers, view), run.calls_path) if config.black_box else []
         step = run.last_step()
         run.forget_after(step)
+        settle()
         observer.stage(f"starting workers again from step {step}" if again else "starting workers")
         try:
             _trainer(config, run, index, view, step, scorers, profile).fit()
+            settle()
             return
         except TrainingFailedError as error:
+            settle()
             if (why := members.why()) and run.info().get("status") != "interrupted":
                 observer.note(f"{why}; going on from step {run.last_step()}", style="yellow")
                 continue
@@ -83,7 +93,7 @@ def fit_until_done(
                 reached = max((row["step"] for row in read_lines(run.metrics_path)), default=0)
                 raise DIDRError(
                     f"training failed {failures} times (workers.max_failures={most}), last at step {reached}; "
-                    f"`didr align --resume {run.path}` goes on from step {run.last_step()}. Last: {last}"
+                    f"`didr align --resume {run.place}` goes on from step {run.last_step()}. Last: {last}"
                 ) from error
             observer.note(f"a worker failed; going on from step {run.last_step()} ({last})", style="yellow")
         finally:
@@ -136,6 +146,7 @@ def _trainer(
         train_loop_config={
             "config": config,
             "run": run,
+            "owner": run.owner,
             "step": step,
             "corpus": index.fingerprint,
             "scorers": scorers,
@@ -148,8 +159,16 @@ def _trainer(
         ),
         # A new name each time: what we go on from is our own checkpoint, the same with and without Ray.
         run_config=RunConfig(
-            name=f"from-step-{step}", storage_path=str(run.path / "ray"), failure_config=FailureConfig(max_failures=0)
+            name=f"from-step-{step}", failure_config=FailureConfig(max_failures=0), **_storage(run, view)
         ),
         datasets=datasets,
         dataset_config=DataConfig(execution_options=execution_options()),
     )
+
+
+def _storage(run: RunFolder, view: ClusterView) -> dict[str, Any]:
+    """Where Ray Train keeps its own notes: all machines must see it."""
+    if len(view.nodes) == 1 or not run.address:
+        return {"storage_path": str(run.path / "ray")}
+    store = Store(run.address)
+    return {"storage_path": f"{store.root}/.ray", "storage_filesystem": store.filesystem}

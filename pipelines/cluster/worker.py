@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import ray.train
@@ -33,10 +34,18 @@ class Reporter(Observer):
 
 
 def train_worker(settings: Mapping[str, Any]) -> None:
-    """`train_loop_per_worker`. ``settings``: config, run folder, the step to go on from, corpus's fingerprint, scoring actors, profile."""
+    """`train_loop_per_worker`. ``settings``: those of :func:`_train`, and ``owner``, the driver's name in the run folder."""
     ranks = distributed.current()
     try:
-        _train(ranks, **settings)
+        rest = dict(settings)
+        run = rest.pop("run").here(rest.pop("owner"))
+        with ExitStack() as stack:
+            if (
+                run.apart and not ray.train.get_context().get_local_rank()
+            ):  # the first of a machine that is not the driver's
+                stack.enter_context(run.mirrored())
+                stack.enter_context(run.lock())
+            _train(ranks, run=run, **rest)
     except Exception as error:
         if mistake := users_mistake(error):  # Ray hands it to the driver, which could not read what it cannot import
             raise mistake from error
