@@ -2,7 +2,7 @@
 
 from didr_core.config.load import RECIPES, dump, flatten, load, recorded, validate
 from didr_core.config.passwords import redacted
-from didr_core.config.registry import WORLD, Component, Strict, build, bundled, component, locate
+from didr_core.config.registry import WORLD, Actors, Component, Placed, Strict, build, bundled, component, locate
 from didr_core.config.schema import Config, Sizes, differentiable
 from didr_core.config.sections import (
     DRP,
@@ -24,6 +24,7 @@ from didr_core.config.sections import (
 )
 
 __all__ = [
+    "Actors",
     "Anchor",
     "Baseline",
     "Component",
@@ -36,6 +37,7 @@ __all__ = [
     "Guidance",
     "Kind",
     "Optim",
+    "Placed",
     "RECIPES",
     "Recompute",
     "Roles",

@@ -43,6 +43,11 @@ def preflight(
     """
     if here:
         _ = config.torch_device
+    if here and config.in_actors:
+        raise DIDRError(
+            f"reward.placement='actors' ({', '.join(config.in_actors)}): there are no actors in one process, without Ray. Leave out "
+            "--local, or say placement=local: the numbers are the same."
+        )
     index, held_out = open_prompts(config), set[str]()
     for told in index.notes:
         note(told)
