@@ -73,7 +73,7 @@ class Weighted:
     """A reward of which every replica's rows have their own multiple, from their own margin."""
 
     differentiable = True
-    details = features = None
+    details = features = begin = None
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward

@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # every one of Ray's helper processes imports this module, an
     from torch import Tensor, nn
 
 Tensors: TypeAlias = "Mapping[str, Tensor]"
+Scored: TypeAlias = "tuple[Tensor, Tensors]"
+"""``(score [B], {name: [B]})``, the latter values for the logs."""
+Begin: TypeAlias = "Callable[[Tensor, Tensors, Tensor | None], Callable[[], Scored]]"
 
 
 class DIDRError(Exception):
@@ -166,8 +169,11 @@ class Reward(Protocol):
     """A score of pictures given prompts; higher is better. One file each in `rewards/`."""
 
     differentiable: bool
-    details: Callable[[Tensor, Tensors], tuple[Tensor, Tensors]] | None
-    """Of a reward made of others: ``(score [B], {name: [B]})``, values for the logs."""
+    details: Callable[[Tensor, Tensors], Scored] | None
+    """Of a reward made of others: values for the logs beside the score."""
+    begin: Begin | None
+    """Of a reward that is scored elsewhere (`rewards/remote.py`): ``(images, inputs, weight)`` go out, and who calls what it gives waits
+    for the answer; None: the reward is here. ``weight`` ``[B]`` is the gradient of the loss in each score, where it is known."""
     features: Callable[[Tensor], Tensor] | None
     """Picture features ``[B, F]``, for distances between models."""
 
@@ -231,7 +237,7 @@ OPTIONAL: Mapping[str, Mapping[str, Any]] = {
         **{"lora_targets": None, "usage": "", "fingerprint": None},
         **dict.fromkeys(("to", "check", "free_text", "tokenizers"), _nothing),
     },
-    "rewards": {"details": None, "features": None, "check": _nothing, "tokenizers": _nothing},
+    "rewards": {"details": None, "begin": None, "features": None, "check": _nothing, "tokenizers": _nothing},
     "drs": {},
 }
 """What a component may leave out, by kind, and what it then has: :func:`didr_core.config.registry.find` fills it in."""

@@ -32,7 +32,7 @@ from pipelines.cluster.session import await_room, prepare_environment, ray_sessi
 from pipelines.report.console import clock, console, rich_table, warn
 from pipelines.sweeps import bench, results, space
 from pipelines.sweeps.budget import estimate, plan_table, slots, sweep_demands, trial_need, trials_at_once
-from pipelines.sweeps.folder import SweepFolder, SweepOptions, trial_name
+from pipelines.sweeps.folder import SweepFolder, SweepOptions, drives_group, trial_name
 from pipelines.sweeps.space import DEFAULT_TRIALS
 from pipelines.tracking import tracker as tracking
 
@@ -225,7 +225,7 @@ def _tune(folder: SweepFolder, monitor: SweepMonitor, resources: dict[str, float
             scheduler=Asha(folder) if options.scheduler == "asha" else None,
             num_samples=len(missing),
             max_concurrent_trials=options.concurrent,
-            reuse_actors=options.workers == 1,
+            reuse_actors=not drives_group(folder.config(), options.workers),
             trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(

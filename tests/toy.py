@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,3 +71,27 @@ class Opaque(Treacherous):
     """A reward without a gradient: `toy:Opaque`."""
 
     differentiable = False
+
+
+class Wayward(Treacherous):
+    """A reward that does once what the file `order` in `orders` says: `toy:Wayward`. FACTOR of its environment is in its inputs."""
+
+    class Config(Component):
+        orders: str
+
+    def __init__(self, config: Config) -> None:
+        self.order = Path(config.orders) / "order"
+
+    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"factor": torch.full((len(prompts),), float(os.environ.get("FACTOR", "1")))}
+
+    def score(self, images: Tensor, inputs: Tensors) -> Tensor:
+        with contextlib.suppress(FileNotFoundError):  # another actor was sooner
+            order = self.order.read_text()
+            self.order.unlink()
+            if order == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if order == "hang":
+                time.sleep(1000)
+            raise ValueError(f"told to {order}")
+        return (images.square().mean((1, 2, 3)) * inputs["factor"]).sin()

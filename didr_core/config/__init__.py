@@ -8,13 +8,16 @@ from didr_core.config.load import recorded as recorded
 from didr_core.config.load import validate as validate
 from didr_core.config.passwords import redacted as redacted
 from didr_core.config.registry import WORLD as WORLD
+from didr_core.config.registry import Actors as Actors
 from didr_core.config.registry import Component as Component
+from didr_core.config.registry import Placed as Placed
 from didr_core.config.registry import Strict as Strict
 from didr_core.config.registry import build as build
 from didr_core.config.registry import bundled as bundled
 from didr_core.config.registry import component as component
 from didr_core.config.registry import locate as locate
 from didr_core.config.schema import Config as Config
+from didr_core.config.schema import differentiable as differentiable
 from didr_core.config.sections import DRP as DRP
 from didr_core.config.sections import Anchor as Anchor
 from didr_core.config.sections import Dtype as Dtype

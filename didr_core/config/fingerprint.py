@@ -11,6 +11,9 @@ from typing import Any
 
 from didr_core.config.registry import Component, find, locate
 
+WHERE = ("placement", "actors")
+"""Options that say where a reward is, and change no number."""
+
 
 def digest(*parts: Any) -> str:
     """16 hex digits of plain values, and of what the files at each ``Path`` hold (of a folder: all of them, with their names)."""
@@ -23,7 +26,7 @@ def component(kind: str, config: Component) -> str:
 
     def told(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {name: told(below, name) for name, below in value.items()}
+            return {name: told(below, name) for name, below in value.items() if name not in WHERE}
         if isinstance(value, list):
             return [told(below) for below in value]
         if key == "name" and ":" in value:

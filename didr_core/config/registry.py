@@ -19,9 +19,9 @@ from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_serializer
 
 from didr_core.config import hub
 from didr_core.config.files import expanded
@@ -36,7 +36,7 @@ METHODS = {
 }
 """What one from outside is asked for by name, before anything is loaded."""
 OWN = ("didr_core", "pipelines", "tune_spaces")
-PLAIN = {"losses", "images", "problem"}  # public modules beside the components, which are none
+PLAIN = {"losses", "images", "problem", "remote"}  # public modules beside the components, which are none
 
 
 def names(kind: str) -> list[str]:
@@ -99,6 +99,10 @@ def _complete(kind: str, component: type[Any]) -> type[Any]:
     for name, default in OPTIONAL[kind].items():
         if not hasattr(component, name):
             setattr(component, name, default)
+    if kind == "rewards" and not issubclass(component.Config, Placed):
+        own = component.Config
+        named = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+        component.Config = type("Config", (own, Placed), named)
     return component
 
 
@@ -172,6 +176,41 @@ class Component(Strict):
     def exported(self, folder: Path) -> Self:
         """A backbone's config, with what its `export` wrote into ``folder`` as the generator: by default a whole pipeline."""
         return self.model_copy(update={"pipeline": str(folder), "generator": None})
+
+
+class Actors(Strict):
+    """The pool of a reward that is scored in actors (Ray)."""
+
+    count: PositiveInt | None = Field(None, description="actors; none = workers.rewards")
+    cpus: float | None = Field(None, ge=0, description="CPUs of each; none = workers.reward_cpus")
+    gpus: float | None = Field(None, ge=0, description="GPUs of each, or a part of one; none = workers.reward_gpus")
+    runtime_env: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Ray's runtime_env of their own (pip, env_vars, ...): dependencies that conflict",
+    )
+    timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="seconds from the sending of a call after which its actor is started again and another one asked; none = no limit but "
+        "workers.patience_s, which stops the run",
+    )
+    tries: int = Field(3, ge=1, description="actors that one call may lose before the run stops")
+
+
+class Placed(Component):
+    """What every reward's own Config has beside its options, see :func:`_complete`. Written down only where it says something."""
+
+    placement: Literal["local", "actors"] = Field(
+        "local",
+        description="where the model is in training: beside each trainer, or in a pool of actors (Ray) that all ask",
+    )
+    actors: Actors = Actors()
+
+    @model_serializer(mode="wrap")
+    def _short(self, write: Any) -> dict[str, Any]:
+        tree: dict[str, Any] = write(self)
+        usual = {"placement": "local", "actors": Actors().model_dump()}
+        return {key: value for key, value in tree.items() if key not in usual or value != usual[key]}
 
 
 class StandIn:

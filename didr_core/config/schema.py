@@ -13,7 +13,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from didr_core.config import registry
 from didr_core.config.files import cache_folder, expanded
 from didr_core.config.limits import Limits
-from didr_core.config.registry import Component, Strict, component
+from didr_core.config.registry import Actors, Component, Strict, component
 from didr_core.config.sections import (
     DRP,
     Baseline,
@@ -78,6 +78,8 @@ class Config(Strict):
         method = registry.find("algorithms", self.algorithm.name)
         if method.needs_reward and self.reward is None:
             raise ValueError(f"reward: algorithm {self.algorithm.name!r} needs one, got none; name one, e.g. pickscore")
+        if self.judge and "actors" in [placement(part) for part in leaves("judge", self.judge).values()]:
+            raise ValueError("judge.placement='actors': only `reward`, which is trained on, has actors; leave it out")
         if self.reward and not differentiable(self.reward):
             if method.needs_reward_gradient:
                 raise ValueError(
@@ -146,6 +148,27 @@ class Config(Strict):
         return self.needs_reward and self.reward is not None and not differentiable(self.reward)
 
     @property
+    def pools(self) -> dict[str, Component]:
+        """The rewards that pools of actors score while training lasts, by key: those :attr:`in_actors`, a black box whole."""
+        if self.reward is None or not self.black_box:
+            return self.in_actors
+        return self.in_actors or {"reward": self.reward}
+
+    def pool(self, key: str) -> Actors:
+        """What is asked of the actors of :attr:`pools`' ``key``, with `workers` for what it leaves open."""
+        own, usual = getattr(self.pools[key], "actors", Actors()), self.workers
+        usual_of = {"count": usual.rewards, "cpus": usual.reward_cpus, "gpus": usual.reward_gpus}
+        return own.model_copy(update={k: v for k, v in usual_of.items() if getattr(own, k) is None})
+
+    @property
+    def in_actors(self) -> dict[str, Component]:
+        """The rewards, or parts of a composite, that say so (`placement`): only on Ray, where a black box may be anywhere."""
+        if self.reward is None or not self.needs_reward:
+            return {}
+        whole = placement(self.reward)
+        return {k: v for k, v in leaves("reward", self.reward).items() if "actors" in (whole, placement(v))}
+
+    @property
     def sizes(self) -> Sizes:
         """Sizes that follow from the rest."""
         share = self.train.batch // self.workers.train
@@ -164,11 +187,20 @@ class Config(Strict):
         )
 
 
+def leaves(key: str, reward: Component) -> dict[str, Component]:
+    """``reward`` by its key; of a composite, its parts by theirs."""
+    parts = getattr(reward, "parts", None)
+    return {f"{key}.parts[{n}].reward": part.reward for n, part in enumerate(parts)} if parts else {key: reward}
+
+
+def placement(reward: Component) -> str:
+    """Where its model is: "local" or "actors"."""
+    return getattr(reward, "placement", "local")
+
+
 def differentiable(reward: Component) -> bool:
     """Whether the configured reward has a gradient; of a composite, whether all its parts have."""
-    if parts := getattr(reward, "parts", None):
-        return all(differentiable(part.reward) for part in parts)
-    return bool(registry.find("rewards", reward.name).differentiable)
+    return all(registry.find("rewards", leaf.name).differentiable for leaf in leaves("", reward).values())
 
 
 class Sizes(Strict):

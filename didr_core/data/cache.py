@@ -29,10 +29,10 @@ _DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError)
 class Kept:
     """A stage, whose columns are read from ``config.cache`` where they are there; its models are loaded when the first are not."""
 
-    def __init__(self, stage: type[Any], config: Config) -> None:
-        """``stage``: built as ``stage(config)``; has ``key(config)`` and ``reads``, the columns its work follows from."""
+    def __init__(self, stage: type[Any], config: Config, **given: Any) -> None:
+        """``stage``: built as ``stage(config, **given)``; has ``key(config)`` and ``reads``, the columns its work follows from."""
         assert config.cache is not None
-        self.stage, self.config = stage, config
+        self.stage, self.config, self.given = stage, config, given
         self.folder = config.cache / stage.key(config)
         self._made: Any = None
 
@@ -41,7 +41,7 @@ class Kept:
         path = self.path(batch)
         added = self._read(path)
         if added is None:
-            self._made = self._made or self.stage(self.config)
+            self._made = self._made or self.stage(self.config, **self.given)
             added = {name: value for name, value in self._made(batch).items() if name not in batch}
             write_columns(path, added)
         return {**batch, **added}

@@ -22,7 +22,7 @@ from didr_core.data.cache import Kept
 from didr_core.data.prompts import Columns, PromptIndex, columns, open_prompts
 from didr_core.diffusion.noise import Noise
 from didr_core.networks import roles
-from didr_core.types import Backbone, Batch, Condition, DIDRError
+from didr_core.types import Backbone, Batch, Condition, DIDRError, Reward
 
 CONDITION, REWARD = "condition/", "reward/"
 
@@ -71,7 +71,8 @@ class RewardPreparer:
             "reward", PromptEncoder.key(config), _fingerprint(config, "start"), start, drawn, reward
         )
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, reward: Reward | None = None) -> None:
+        """``reward``: in place of the config's own, whose models may be elsewhere."""
         if config.reward is None:
             raise DIDRError("reward: none is configured, so there is nothing to prepare")
         self.device = config.torch_device
@@ -82,7 +83,7 @@ class RewardPreparer:
         self.generator = roles.load_start(self.backbone, config.backbone, config.roles, self.device)
         self.backbone.load_decoder()
         self.backbone.to(self.device)
-        self.reward = build("rewards", config.reward)
+        self.reward = reward or build("rewards", config.reward)
         self.reward.load(self.device)
 
     @torch.no_grad()
@@ -163,9 +164,9 @@ def stages(config: Config) -> Sequence[Any]:
     return [stage(kind, config) for kind in kinds]
 
 
-def stage(kind: type[Any], config: Config) -> Any:
-    """One of them."""
-    return Kept(kind, config) if config.cache else kind(config)
+def stage(kind: type[Any], config: Config, **given: Any) -> Any:
+    """One of them; ``given`` to it beside the config."""
+    return Kept(kind, config, **given) if config.cache else kind(config, **given)
 
 
 def samples(config: Config, index: PromptIndex, first: int, count: int) -> Columns:

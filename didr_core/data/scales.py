@@ -7,6 +7,8 @@ travel with the config, so every process has the same, and a resumed run reads t
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -14,7 +16,7 @@ from didr_core.config import Config
 from didr_core.data.feed import PromptEncoder, RewardPreparer
 from didr_core.data.prompts import columns, open_prompts
 from didr_core.rewards.composite import Composite, with_scales
-from didr_core.types import DIDRError
+from didr_core.types import DIDRError, Reward
 
 
 def missing(config: Config) -> list[str]:
@@ -24,8 +26,8 @@ def missing(config: Config) -> list[str]:
     ]
 
 
-def resolve(config: Config) -> Config:
-    """``config`` with every scale; itself where none is missing. Loads networks where one is.
+def resolve(config: Config, reward: Reward | None = None) -> Config:
+    """``config`` with every scale; itself where none is missing. Loads networks where one is. ``reward``: in place of the config's own.
 
     Raises:
         DIDRError: a part's score is the same for all pictures of every prompt, or not finite.
@@ -33,22 +35,25 @@ def resolve(config: Config) -> Config:
     for key in missing(config):
         composite = _composite(config, key)
         assert composite is not None
-        config = config.model_copy(update={key: with_scales(composite, measure(config, key, composite))})
+        config = config.model_copy(
+            update={key: with_scales(composite, measure(config, key, composite, reward if key == "reward" else None))}
+        )
     return config
 
 
 @torch.no_grad()
-def measure(config: Config, key: str, composite: Composite.Config) -> list[float]:
+def measure(config: Config, key: str, composite: Composite.Config, reward: Reward | None = None) -> list[float]:
     """The pooled within-prompt standard deviation of every part, in its own units."""
     probe = config.model_copy(update={"reward": composite})
-    encoder, preparer = PromptEncoder(probe), RewardPreparer(probe)
+    encoder, preparer = PromptEncoder(probe), RewardPreparer(probe, reward)
+    parts: Any = preparer.reward
     index, size = open_prompts(config), config.sizes.micro_batch
-    total: dict[str, float] = dict.fromkeys(preparer.reward.names, 0.0)
+    total: dict[str, float] = dict.fromkeys(parts.names, 0.0)
     for first in range(0, composite.measure_prompts, size):
         rows = np.arange(first, min(first + size, composite.measure_prompts))
         batch = encoder(columns(index.read(rows, config.seed)))
-        inputs = preparer.reward.prepare([str(p) for p in batch["prompt"]])
-        scores = [preparer.reward.raw(images, inputs) for images in preparer.pictures(batch)]
+        inputs = parts.prepare([str(p) for p in batch["prompt"]])
+        scores = [parts.raw(images, inputs) for images in preparer.pictures(batch)]
         for name in total:
             total[name] += torch.stack([s[name].double() for s in scores]).var(0, unbiased=True).sum().item()
     scales = [(value / composite.measure_prompts) ** 0.5 for value in total.values()]

@@ -7,7 +7,7 @@ plan needs neither weights nor a GPU, and the code that is planned is the code t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from didr_core.backbones._pipeline import PipelineBackbone, read_json
 from didr_core.config import Component, locate, registry
+from didr_core.config.schema import leaves
 from didr_core.networks.loading import quiet
 from didr_core.plan import published
 from didr_core.rewards import images
-from didr_core.types import Condition, Tensors
+from didr_core.types import Condition, Scored, Tensors
 
 CLIP_H = ((1280, 32, 16, 5120), (1024, 24, 16, 4096), 1024)
 CLIP_L = ((1024, 24, 16, 4096), (768, 12, 12, 3072), 768)
@@ -100,18 +101,20 @@ def from_config(name: str, config: Any, where: str = "meta") -> Any:
 
 
 class Reward(nn.Module):
-    """CLIP models of the sizes of a reward's parts: pictures are resized and seen by each vision tower. ``unknown``: parts not counted."""
+    """CLIP models of the sizes of a reward's parts: pictures are resized and seen by each vision tower. ``unknown``: parts not counted;
+    ``away``: keys of parts, or of the whole, that are scored elsewhere."""
 
     differentiable = True
     details: None = None
     features: None = None
 
-    def __init__(self, config: Component | None, where: str = "meta") -> None:
+    def __init__(self, config: Component | None, where: str = "meta", away: Collection[str] = ()) -> None:
         super().__init__()
         self.models = nn.ModuleList()
         self.unknown: list[str] = []
-        parts = [config] if config is not None else []
-        for part in [p.reward for p in getattr(config, "parts", ())] or parts:
+        self.begin = self._begin if away else None
+        parts = leaves("reward", config) if config is not None and "reward" not in away else {}
+        for part in (part for key, part in parts.items() if key not in away):
             settings = _clip_settings(part)
             if settings is None:
                 self.unknown.append(part.name)
@@ -123,12 +126,15 @@ class Reward(nn.Module):
 
     def score(self, pictures: Tensor, inputs: Tensors) -> Tensor:
         """``[B]``, of the right cost."""
-        total = pictures.new_zeros(len(pictures))
+        total = pictures.flatten(1).mean(1) if self.begin else pictures.new_zeros(len(pictures))
         for model in self.models:
             tower: Any = model.vision_model
             pixels = images.clip_pixels(pictures, tower.config.image_size)
             total = total + tower(pixels).pooler_output.mean(1)
         return total
+
+    def _begin(self, pictures: Tensor, inputs: Tensors, weight: Tensor | None) -> Callable[[], Scored]:
+        return lambda: (self.score(pictures, inputs), {})
 
 
 def _clip_settings(part: Component) -> Any:

@@ -118,7 +118,8 @@ def _told(config: Config) -> dict[str, Any]:
 def _plan(config: Config, backbone: Any) -> Plan:
     workers, size, batch = config.workers, config.sizes.micro_batch, config.train.at_once or 64
     count = Counter()
-    rewards = hollow.Reward(config.reward if config.needs_reward else None)
+    rewards = hollow.Reward(config.reward if config.needs_reward else None, away=config.pools)
+    together = size * (2 if config.pools and config.sizes.accumulation > 1 else 1)  # two micro-batches are in flight
     with Counter():  # for its short cuts on meta: weights are not drawn
         learner = Learner(
             _usual_moments(config),
@@ -133,21 +134,22 @@ def _plan(config: Config, backbone: Any) -> Plan:
     held = [*_held(learner, config), *_gathered(learner, config), *judges, context]
     if workers.train > 1:
         held.append(Line("process", "all-reduce bucket", "2^25 x 4 B", 4 * 2**25))
-    _update(learner, count, _batch(backbone, size))
+    _update(learner, count, _batch(backbone, together))
     times = {name: config.sizes.assistant_updates if name.startswith("TA:") else 1 for name in count.phases}
     phases = [Line(*_named(name), f"{size} samples", phase.most) for name, phase in count.phases.items()]
-    flops = [(name or "the rest", times[name] * p.flops / size) for name, p in count.phases.items() if p.flops]
+    flops = [(name or "the rest", times[name] * p.flops / together) for name, p in count.phases.items() if p.flops]
 
     backbone.load_text()
     text = _weights("text", backbone._text)
     phases.append(_ending(learner, config, text, batch))
     processes = [Process("trainer", workers.train, workers.train_gpus, held, phases)]
-    if rewards.models:
+    pools = [_pool(config, key, learner, context) for key in config.pools]
+    if rewards.models or pools:
         start = _weights("generator", load_start(backbone, config.backbone, config.roles, torch.device("meta")))
         seen = Line("reward", "pictures of the start, scored", f"{size} samples", _scored(learner, size))
-        over = config.precomputed and not config.black_box  # which is scored by actors as long as training lasts
-        own = [*start, *judges, context]
+        own, over = [*start, *judges, context], config.precomputed
         processes.append(Process("reward actor", workers.rewards, workers.reward_gpus, own, [seen], over))
+    processes += pools
     if text:
         own, over = [*text, context], config.precomputed
         processes.append(Process("encoder actor", workers.encoders, workers.encoder_gpus, own, [], over))
@@ -157,6 +159,20 @@ def _plan(config: Config, backbone: Any) -> Plan:
     ]
     notes += [f"reward {name!r} is not known here and not counted" for name in rewards.unknown]
     return Plan(processes, flops, config.train.batch, notes)
+
+
+def _pool(config: Config, key: str, learner: Learner, context: Line) -> Process:
+    """The actors that score a reward while training lasts."""
+    model, size, own = hollow.Reward(config.pools[key]), config.sizes.micro_batch, config.pool(key)
+    latents = torch.empty(size, *learner.backbone.latent_shape, device="meta")
+    with torch.no_grad():
+        pictures = learner.backbone.decode(latents).requires_grad_()
+    with flash_attention(), (count := Counter()):
+        score = model.score(pictures, {})
+        if score.requires_grad:
+            score.sum().backward()
+    scored = Line("reward", "pictures scored, with gradient", f"{size} samples", count.phases[""].most)
+    return Process("scoring actor", own.count or 1, own.gpus or 0.0, [*_weights("reward", model), context], [scored])
 
 
 class _Shapes(Noise):

@@ -44,6 +44,11 @@ def preflight(
     """
     if here:
         _ = config.torch_device
+    if here and config.in_actors:
+        raise DIDRError(
+            f"reward.placement='actors' ({', '.join(config.in_actors)}): there are no actors in one process, without Ray. Leave out "
+            "--local, or say placement=local: the numbers are the same."
+        )
     optim.check(config)
     build("algorithms", config.algorithm)
     found, wrong = opened(config)

@@ -12,7 +12,8 @@ Why fixed, and why this one:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +21,8 @@ import torch
 from pydantic import Field, SerializeAsAny, field_validator
 from torch import Tensor
 
-from didr_core.config import Component, Strict, build, component
-from didr_core.types import DIDRError, Tensors
+from didr_core.config import Component, Placed, Strict, build, component
+from didr_core.types import Begin, DIDRError, Scored, Tensors
 
 
 class Part(Strict):
@@ -51,7 +52,7 @@ class Part(Strict):
 class Composite:
     """A weighted sum of standardised rewards; differentiable where all its parts are."""
 
-    class Config(Component):
+    class Config(Placed):
         """`parts`: at least one. `measure_prompts`: training prompts that missing scales are measured on."""
 
         name: str = "composite"
@@ -87,11 +88,18 @@ class Composite:
 
     def raw(self, images: Tensor, inputs: Tensors) -> dict[str, Tensor]:
         """The parts' own scores ``{name: [B]}``, on their published scales."""
-        scores = {}
-        for n, (name, reward) in enumerate(zip(self.names, self.rewards, strict=True)):
+        return {name: wait().float() for name, wait in self._asked(images, inputs).items()}
+
+    def _asked(self, images: Tensor, inputs: Tensors, weight: Tensor | None = None) -> dict[str, Callable[[], Tensor]]:
+        """Parts that are scored elsewhere are asked now, those here when they are waited for."""
+        waits: dict[str, Callable[[], Tensor]] = {}
+        for n, (part, name, reward) in enumerate(zip(self.parts, self.names, self.rewards, strict=True)):
             own = {k.removeprefix(f"{n}/"): v for k, v in inputs.items() if k.startswith(f"{n}/")}
-            scores[name] = reward.score(images, own).float()
-        return scores
+            waits[name] = partial(reward.score, images, own)
+            if reward.begin:
+                of_part = None if weight is None else weight * part.weight / (part.scale or 1.0)
+                waits[name] = partial(_first, reward.begin(images, own, of_part))
+        return waits
 
     def score(self, images: Tensor, inputs: Tensors) -> Tensor:
         """``sum_i weight_i raw_i / scale_i``, ``[B]``.
@@ -101,11 +109,23 @@ class Composite:
         """
         return self.details(images, inputs)[0]
 
-    def details(self, images: Tensor, inputs: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+    def details(self, images: Tensor, inputs: Tensors) -> Scored:
         """:meth:`score`; and for the logs, ``[B]`` each: ``<part>/raw``, ``<part>/scaled`` (raw / scale), ``<part>/weighted``."""
+        return self._begin(images, inputs)()
+
+    @property
+    def begin(self) -> Begin | None:
+        """See :class:`didr_core.types.Reward`; None where all parts are here."""
+        return self._begin if any(reward.begin for reward in self.rewards) else None
+
+    def _begin(self, images: Tensor, inputs: Tensors, weight: Tensor | None = None) -> Callable[[], Scored]:
+        return partial(self._sum, self._asked(images, inputs, weight))
+
+    def _sum(self, waits: dict[str, Callable[[], Tensor]]) -> Scored:
         log: dict[str, Tensor] = {}
         total: Tensor | float = 0.0
-        for part, (name, raw) in zip(self.parts, self.raw(images, inputs).items(), strict=True):
+        for part, (name, wait) in zip(self.parts, waits.items(), strict=True):
+            raw = wait().float()
             if part.scale is None:
                 raise DIDRError(
                     f"reward.parts: {name} has scale=None. `didr align` measures it at start; elsewhere set the scale that is in the "
@@ -117,6 +137,10 @@ class Composite:
             total = total + weighted
         assert isinstance(total, Tensor)
         return total, log
+
+
+def _first(wait: Callable[[], Scored]) -> Tensor:
+    return wait()[0]
 
 
 def part_names(config: Composite.Config) -> list[str]:

@@ -28,6 +28,7 @@ from didr_core.networks import fsdp, lora, optim, roles
 from didr_core.networks.compiled import Blocks
 from didr_core.train.distributed import Single
 from didr_core.train.reward_scale import RewardScale, refuse_non_finite
+from didr_core.train.rewarded import Rewarded, Seen, in_flight
 from didr_core.types import Backbone, Batch, NonFiniteError, Parallel, Reward, StepReport
 
 Which = Literal["generator", "ema", "start", "reference"]
@@ -147,13 +148,14 @@ class Learner:
         alpha, sigma = coeffs_like(self.backbone.schedule, t, x_t)
         return losses.denoising_score_matching(prediction, x0, alpha, sigma), {}
 
-    def generator_loss(self, part: Batch) -> Losses:
-        """Stage II: the algorithm's loss, and what is watched of the pictures that it was computed on."""
-        ctx = GeneratorPass(self, part)
+    def generator_loss(self, part: Batch, meanwhile: Callable[[], object] = lambda: None) -> Losses:
+        """Stage II: the algorithm's loss, and what is watched of the pictures that it was computed on. ``meanwhile``: done while a reward
+        that is scored elsewhere is waited for."""
+        ctx = GeneratorPass(self, part, meanwhile)
         value, metrics = self.algorithm.generator_loss(ctx)
         x0 = ctx.x0.detach()
         if self.reward is not None:
-            ctx.watch(x0)
+            ctx.watch()
         metrics |= ctx.metrics | {"latent/mean": x0.flatten(1).mean(1), "latent/std": x0.flatten(1).std(1)}
         return value, metrics
 
@@ -174,8 +176,10 @@ class Learner:
         self._update_average()
         return metrics
 
-    def backward(self, batch: Batch, name: str, loss: Callable[[Batch], Losses]) -> tuple[dict[str, Tensor], Tensor]:
+    def backward(self, batch: Batch, name: str, loss: Callable[..., Losses]) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients of the mean loss over ``batch``, added up by micro-batches to those of zero; the host waits for nothing.
+
+        The generator's ``loss`` is given what to do meanwhile: :func:`didr_core.train.rewarded.in_flight`.
 
         Returns:
             Means of loss and metrics, and which samples ``[B]`` are finite in all of them.
@@ -184,13 +188,13 @@ class Learner:
         return self.blocks.run(lambda: self._backward(batch, weights, name, loss), weights.zero_gradients)
 
     def _backward(
-        self, batch: Batch, weights: optim.Weights, name: str, loss: Callable[[Batch], Losses]
+        self, batch: Batch, weights: optim.Weights, name: str, loss: Callable[..., Losses]
     ) -> tuple[dict[str, Tensor], Tensor]:
         means: dict[str, Tensor] = {}
         finite: list[Tensor] = []
         size = self.config.sizes.micro_batch
-        for start in range(0, len(batch), size):
-            value, metrics = loss(batch[start : start + size])
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        for value, metrics in in_flight(parts, loss if name == "generator" else lambda part, _: loss(part)):
             seen = {f"loss/{name}": value.detach(), **{key: metric.detach() for key, metric in metrics.items()}}
             finite.append(functools.reduce(torch.logical_and, (v.isfinite() for v in seen.values())))
             with self.phase("TA: backward" if name == "assistant" else "generator: backward"):
@@ -277,7 +281,7 @@ class Learner:
 class GeneratorPass:
     """:class:`didr_core.types.GeneratorContext` for one micro-batch: what is asked for is computed once."""
 
-    def __init__(self, learner: Learner, batch: Batch) -> None:
+    def __init__(self, learner: Learner, batch: Batch, meanwhile: Callable[[], object] = lambda: None) -> None:
         self.learner, self.batch, self.noise = learner, batch, learner.noise
         backbone, config, noise = learner.backbone, learner.config, learner.noise
         shape = backbone.latent_shape
@@ -290,14 +294,23 @@ class GeneratorPass:
         self.alpha, self.sigma = coeffs_like(backbone.schedule, self.t, self.x_t)
         self.metrics: dict[str, Tensor] = {}
         self._reference: Tensor | None = None
+        self._assistant: Tensor | None = None
+        self._watched: Callable[[], Seen] | None = None
+        self.rewarded: Rewarded | None = None
+        if learner.reward is not None:
+            self.rewarded = Rewarded(backbone, learner.reward, learner.scale, learner.phase)
+            self.rewarded.meanwhile = [self._begin_watch, meanwhile] if learner.reward.begin else []
 
     def assistant(self, grad: bool = False) -> Tensor:
         """``D_psi(x_t)``; its weights take no gradient: they are frozen for the call."""
         learner, w = self.learner, self.learner.config.guidance.assistant
+        if self._assistant is not None and not grad:
+            return self._assistant
         with learner.phase("TA's answer"):
             if not grad:
                 with torch.no_grad():
-                    return self._evaluate(learner.assistant_net, self.x_t.detach(), self.t, w, self.batch)
+                    self._assistant = self._evaluate(learner.assistant_net, self.x_t.detach(), self.t, w, self.batch)
+                return self._assistant
             with lora.frozen(learner.assistant_net):
                 return self._evaluate(learner.assistant_net, self.x_t, self.t, w, self.batch)
 
@@ -331,13 +344,15 @@ class GeneratorPass:
                     return checkpoint(self._evaluate, *call, use_reentrant=False)  # type: ignore[no-any-return]
                 return self._evaluate(*call)
 
-            return denoise, lambda latent: self._reward(latent, batch)[0]
+            return denoise, lambda latent: self._rewarded.of(latent, batch)
 
         (denoise, reward), schedule = functions(slice(None)), self.learner.backbone.schedule
         x = self.x_t.detach()
         problem = drs.Problem(
             x, self.t, schedule, denoise, reward, self._particles, config.drp.beta, self.host_t, functions
         )
+        if self._rewarded.meanwhile:
+            self._rewarded.meanwhile.insert(0, self.assistant)  # who asks for s_r compares it with that
         with self.learner.phase("proxy"):
             estimate = drs.estimate(config.drp, problem)
         if inner == config.guidance.reference:
@@ -355,31 +370,26 @@ class GeneratorPass:
 
     def reward(self, latent: Tensor) -> Tensor:
         """Standardised reward of clean latents ``[M * B]``: 0 is the starting generator's mean, 1 its standard deviation."""
-        return self._reward(latent, self.batch)[0]
+        return self._rewarded.of(latent, self.batch)
 
     @torch.no_grad()
-    def watch(self, x0: Tensor) -> None:
+    def watch(self) -> None:
         """Log the reward of the generator's own pictures; of a composite, ``reward/<part>/raw|scaled|weighted`` too."""
-        self.metrics["reward/gain"], self.metrics["reward/raw"], images = self._reward(x0, self.batch, log=True)
-        self.metrics["image/clipped"] = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
+        self._begin_watch()
+        assert self._watched is not None
+        seen = self._watched()
+        self.metrics |= {"reward/gain": seen.gain, "reward/raw": seen.raw}
+        self.metrics |= {f"reward/{name}": value for name, value in seen.parts.items()}
+        self.metrics["image/clipped"] = ((seen.images <= 0) | (seen.images >= 1)).float().flatten(1).mean(1)
 
-    def _reward(self, latent: Tensor, batch: Batch, log: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Standardised and raw reward ``[M * B]`` of the latents of ``batch``, and the pictures."""
-        learner = self.learner
-        assert learner.reward is not None, "the algorithm declares needs_reward"
-        times = len(latent) // len(batch)
-        inputs = {k: v.repeat(times, *([1] * (v.dim() - 1))) for k, v in batch.reward_inputs.items()}
-        details = learner.reward.details if log else None
-        with learner.phase("decoder"):
-            images = learner.backbone.decode(latent)
-        with learner.phase("reward"):
-            if details:
-                raw, parts = details(images, inputs)
-                self.metrics |= {f"reward/{name}": value for name, value in parts.items()}
-            else:
-                raw = learner.reward.score(images, inputs)
-        baseline = torch.zeros_like(raw) if batch.baseline is None else batch.baseline.repeat(times)
-        return (raw - baseline) / learner.scale.value, raw, images
+    @torch.no_grad()
+    def _begin_watch(self) -> None:
+        self._watched = self._watched or self._rewarded.begin(self.x0.detach(), self.batch, parts=True)
+
+    @property
+    def _rewarded(self) -> Rewarded:
+        assert self.rewarded is not None, "the algorithm declares needs_reward"
+        return self.rewarded
 
     def _particles(self, tag: str, times: int) -> Tensor:
         shape = self.learner.backbone.latent_shape

@@ -43,6 +43,8 @@ LEAST_FREE = 64 * 2**20
 Status = Literal["running", "finished", "failed", "interrupted"]
 FREE_TO_CHANGE = (
     "workers",
+    "reward.placement",
+    "reward.actors",
     "data.cache",
     "data.allow_overlap",
     "tracking",

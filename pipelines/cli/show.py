@@ -16,7 +16,7 @@ from didr_core import config as configs
 from didr_core.config import RECIPES, WORLD, Config, locate, registry
 from didr_core.data.prompts import PromptIndex
 from didr_core.types import DIDRError
-from pipelines.cluster.resources import ClusterView, align_demands
+from pipelines.cluster.resources import ClusterView, demands_of
 
 
 def show(recipe: str, overrides: Sequence[str]) -> None:
@@ -155,7 +155,7 @@ def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _processes(config: Config) -> Table:
     table = _table("processes on Ray", "what", "how many", "each reserves", "setting")
-    for group in align_demands(config.workers, ClusterView(()), with_rewards=config.needs_reward).groups:
+    for group in demands_of(config, ClusterView(())).groups:
         needs = ", ".join(f"{amount:g} {name}" for name, amount in group.need.amounts().items())
         table.add_row(group.name, str(group.count), needs, group.count_setting)
     return table

@@ -1,4 +1,4 @@
-"""The driver of one training group: it starts the scoring actors and the worker group, and starts the group again when workers die.
+"""The driver of one training group: it starts the pools of rewards and the worker group, and starts the group again when workers die.
 
 Ray Train could restart the group itself, but it cannot tell a dead node from a NaN reward, and would train into the second one again.
 What would go wrong again (a NaN reward, a full disk, an exception in a reward's file) is not tried again.
@@ -26,10 +26,11 @@ from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder, read_lines
 from didr_core.types import DIDRError
 from pipelines.cluster.members import Members
+from pipelines.cluster.pool import Pool
 from pipelines.cluster.prompts import execution_options, prompt_stream
 from pipelines.cluster.remote import by_name, elsewhere, users_mistake
-from pipelines.cluster.resources import ClusterView, encoder_need, reward_need, train_need
-from pipelines.cluster.scoring import start_scorers
+from pipelines.cluster.resources import ClusterView, Node, encoder_need, reward_need, train_need
+from pipelines.cluster.scoring import placed, start_pools
 
 
 def fitted(config: Config, view: ClusterView, at_once: int = 1) -> tuple[Config, str]:
@@ -40,8 +41,13 @@ def fitted(config: Config, view: ClusterView, at_once: int = 1) -> tuple[Config,
 
 def measured_scales(config: Config, view: ClusterView, meanwhile: Callable[[], None] = lambda: None) -> Config:
     """:func:`didr_core.data.scales.resolve` where reward models run: this process may have no GPU."""
-    resolved: Config = elsewhere(reward_need(config.workers, view), scales.resolve, config, meanwhile=meanwhile)
+    pools = start_pools(config, view) if config.in_actors else []
+    resolved: Config = elsewhere(reward_need(config.workers, view), _resolved, config, pools, meanwhile=meanwhile)
     return resolved
+
+
+def _resolved(config: Config, pools: Sequence[Pool]) -> Config:
+    return scales.resolve(config, placed(config, pools) if pools else None)
 
 
 def fit_until_done(
@@ -62,19 +68,23 @@ def fit_until_done(
         DIDRError: what a worker raised, in words, or workers that died too often.
         KeyboardInterrupt: the run was asked to stop, and has.
     """
-    failures = 0
+    failures, pools = 0, list[Pool]()
+    nodes: tuple[Node, ...] = ()
     for again in itertools.chain([False], itertools.repeat(True)):
         config, view = members.start(again)
         most = config.workers.max_failures
+        if nodes != view.nodes:  # those of an actor that is lost with its node have no room where it was
+            for actor in (actor for pool in pools for actor in pool.actors):
+                ray.kill(actor)
+            pools, nodes = start_pools(config, view, run.calls_path), view.nodes
         if config.precomputed:
-            _precompute(config, run, index, observer, view)
-        scorers = start_scorers(config, reward_need(config.workers, view), run.calls_path) if config.black_box else []
+            _precompute(config, run, index, observer, view, pools)
         step = run.last_step()
         run.forget_after(step)
         settle()
         observer.stage(f"starting workers again from step {step}" if again else "starting workers")
         try:
-            _trainer(config, run, index, view, step, scorers, profile).fit()
+            _trainer(config, run, index, view, step, pools, profile).fit()
             settle()
             return
         except TrainingFailedError as error:
@@ -97,12 +107,12 @@ def fit_until_done(
                 ) from error
             observer.note(f"a worker failed; going on from step {run.last_step()} ({last})", style="yellow")
         finally:
-            for scorer in scorers:
-                ray.kill(scorer)
             shutil.rmtree(run.path / "ray", ignore_errors=True)
 
 
-def _precompute(config: Config, run: RunFolder, index: PromptIndex, observer: Observer, view: ClusterView) -> None:
+def _precompute(
+    config: Config, run: RunFolder, index: PromptIndex, observer: Observer, view: ClusterView, pools: Sequence[Pool]
+) -> None:
     """:func:`didr_core.data.precompute.precompute` by the actors of the prompt stream, which are gone when it returns."""
     share, stages = config.sizes.share, feed.stages(config)
     todo = list(absent(config, index, stages, share, run.last_step() * config.train.batch))
@@ -110,7 +120,7 @@ def _precompute(config: Config, run: RunFolder, index: PromptIndex, observer: Ob
         return
     last = config.sizes.total_prompts // share
     try:
-        stream = _stream(config, run, index, view, todo[0] * share).select_columns(["index"])
+        stream = _stream(config, run, index, view, todo[0] * share, pools).select_columns(["index"])
         stream.context.execution_options = execution_options()
         for number, _ in zip(range(todo[0], last), stream.iter_batches(batch_size=share), strict=True):
             if number == todo[0]:
@@ -122,9 +132,11 @@ def _precompute(config: Config, run: RunFolder, index: PromptIndex, observer: Ob
         raise
 
 
-def _stream(config: Config, run: RunFolder, index: PromptIndex, view: ClusterView, cursor: int) -> Dataset:
+def _stream(
+    config: Config, run: RunFolder, index: PromptIndex, view: ClusterView, cursor: int, pools: Sequence[Pool]
+) -> Dataset:
     encoder, reward = encoder_need(config.workers, view), reward_need(config.workers, view)
-    return prompt_stream(config, index, cursor, encoder, reward, calls=run.calls_path)
+    return prompt_stream(config, index, cursor, encoder, reward, calls=run.calls_path, pools=pools)
 
 
 def _trainer(
@@ -133,14 +145,14 @@ def _trainer(
     index: PromptIndex,
     view: ClusterView,
     step: int,
-    scorers: Sequence[Any],
+    pools: Sequence[Pool],
     profile: bool,
 ) -> TorchTrainer:
     workers = config.workers
     need = train_need(workers, view)
     datasets = {}
     if step < config.train.steps and not config.precomputed:  # else each worker reads its share itself
-        datasets["train"] = _stream(config, run, index, view, step * config.train.batch)
+        datasets["train"] = _stream(config, run, index, view, step * config.train.batch, pools)
     return TorchTrainer(
         by_name("pipelines.cluster.worker", "train_worker"),
         train_loop_config={
@@ -149,7 +161,7 @@ def _trainer(
             "owner": run.owner,
             "step": step,
             "corpus": index.fingerprint,
-            "scorers": scorers,
+            "pools": pools,
             "profile": profile,
         },
         scaling_config=ScalingConfig(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from didr_core.config import Config
 from didr_core.data.prompts import Columns, PromptIndex, columns
+from pipelines.cluster.pool import Pool
 from pipelines.cluster.resources import Need
 
 if (
@@ -102,16 +103,23 @@ class _Stage:
     other, and torch would take a second of each.
     """
 
-    def __init__(self, tree: Mapping[str, Any], calls: Path | None, who: str, of: str) -> None:
+    def __init__(
+        self, tree: Mapping[str, Any], calls: Path | None, who: str, of: str, pools: Sequence[Pool] = ()
+    ) -> None:
         import torch
 
         from didr_core.data import feed
         from didr_core.train.patience import Calls
 
         torch.set_num_threads(1)
-        self.calls = Calls(calls, who)
+        config, given = Config(**tree), {}
+        if pools:
+            from pipelines.cluster.scoring import placed
+
+            given = {"reward": placed(config, pools)}
+        self.calls = Calls(None if pools else calls, who)  # where it only waits for a pool, that says what it is at
         with self.calls.at("loading"):
-            self.stage = feed.stage(getattr(feed, of), Config(**tree))
+            self.stage = feed.stage(getattr(feed, of), config, **given)
 
 
 class EncoderActor(_Stage):
@@ -127,10 +135,10 @@ class EncoderActor(_Stage):
 
 
 class RewardActor(_Stage):
-    """:class:`didr_core.data.feed.RewardPreparer`, or what is kept of it."""
+    """:class:`didr_core.data.feed.RewardPreparer`, or what is kept of it; the reward is in ``pools`` where there are any."""
 
-    def __init__(self, tree: Mapping[str, Any], calls: Path | None = None) -> None:
-        super().__init__(tree, calls, f"the reward actor of {tree['reward']['name']!r}", "RewardPreparer")
+    def __init__(self, tree: Mapping[str, Any], calls: Path | None = None, pools: Sequence[Pool] = ()) -> None:
+        super().__init__(tree, calls, f"the reward actor of {tree['reward']['name']!r}", "RewardPreparer", pools)
 
     def __call__(self, batch: Columns) -> Columns:
         """See there."""
@@ -146,6 +154,7 @@ def prompt_stream(
     reward: Need,
     stages: tuple[type[Any], type[Any]] = (EncoderActor, RewardActor),
     calls: Path | None = None,
+    pools: Sequence[Pool] = (),
 ) -> Dataset:
     """The run's remaining samples as a dataset of training columns, one block a rank and step.
 
@@ -153,7 +162,7 @@ def prompt_stream(
         cursor: samples that all ranks together have consumed; a multiple of ``train.batch``.
         encoder: what an encoder actor reserves. reward: what a reward-model actor reserves.
         stages: the two actor classes, called with the configuration as a plain tree (tests put cheap ones here).
-        calls: folder in which they say what they are at; given to them, too.
+        calls: folder in which they say what they are at; given to them, too. pools: of the reward, given to the second where there are any.
     """
     # or a stage's error were lost in what Ray wraps it in
     ray.data.DataContext.get_current().raise_original_map_exception = True
@@ -164,16 +173,24 @@ def prompt_stream(
     stream = stream.repartition(target_num_rows_per_block=share)
     stream = _actors(stream, stages[0], config, share, config.workers.encoders, encoder, calls)
     if config.needs_reward:
-        stream = _actors(stream, stages[1], config, share, config.workers.rewards, reward, calls)
+        stream = _actors(stream, stages[1], config, share, config.workers.rewards, reward, calls, pools)
     return stream
 
 
 def _actors(
-    stream: Dataset, stage: type[Any], config: Config, share: int, size: int, need: Need, calls: Path | None
+    stream: Dataset,
+    stage: type[Any],
+    config: Config,
+    share: int,
+    size: int,
+    need: Need,
+    calls: Path | None,
+    pools: Sequence[Pool] = (),
 ) -> Dataset:
     return stream.map_batches(
         stage,
         fn_constructor_args=(config.model_dump(mode="json"), *([calls] if calls else [])),
+        fn_constructor_kwargs={"pools": pools} if pools else None,
         batch_size=share,
         batch_format="numpy",
         zero_copy_batch=False,

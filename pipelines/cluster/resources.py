@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.table import Table
@@ -180,32 +180,37 @@ def _actor_resources(workers: Workers, cluster: ClusterView) -> dict[str, float]
     return role_resources(cluster, REWARD_RESOURCE) | workers.actor_resources
 
 
-def align_demands(
-    workers: Workers, cluster: ClusterView, with_rewards: bool = True, with_scorers: bool = False
-) -> Demands:
-    """All that `didr align` runs at once.
+def align_demands(workers: Workers, cluster: ClusterView, with_rewards: bool = True) -> Demands:
+    """All that `didr align` runs at once, but for pools of rewards that are scored in actors.
 
     Args:
         with_rewards: False for an algorithm without a reward, which has no reward actors.
-        with_scorers: True for a reward without a gradient, which actors of its own score during training.
     """
 
     def group(name: str, need: Need, count: int, setting: str, of: str) -> Group:
         return Group(name, count, need, f"workers.{setting}", f"workers.{of}_cpus or .{of}_gpus")
 
-    reward = reward_need(workers, cluster)
     groups = [
         group("training worker", train_need(workers, cluster), workers.train, "train", "train"),
         group("encoder actor", encoder_need(workers, cluster), workers.encoders, "encoders", "encoder"),
     ]
-    for name, wanted in (("reward actor", with_rewards), ("scoring actor", with_scorers)):
-        groups += [group(name, reward, workers.rewards, "rewards", "reward")] if wanted else []
+    if with_rewards:
+        groups.append(group("reward actor", reward_need(workers, cluster), workers.rewards, "rewards", "reward"))
     return Demands((*groups, Group("listing of the shards", 1, Need(cpus=1))))
 
 
 def demands_of(config: Config, cluster: ClusterView) -> Demands:
     """:func:`align_demands` of what this config's algorithm and reward ask for."""
-    return align_demands(config.workers, cluster, with_rewards=config.needs_reward, with_scorers=config.black_box)
+    demands = align_demands(config.workers, cluster, with_rewards=config.needs_reward)
+    return Demands((*demands.groups, *(pool_group(config, key, cluster) for key in config.pools)))
+
+
+def pool_group(config: Config, key: str, cluster: ClusterView) -> Group:
+    """The pool of the reward ``key`` of :attr:`Config.pools`."""
+    reward, asked = config.pools[key], config.pool(key)
+    need = replace(reward_need(config.workers, cluster), cpus=asked.cpus or 0.0, gpus=asked.gpus or 0.0)
+    name = "scoring actor" if len(config.pools) == 1 else f"scoring actor of {reward.name!r}"
+    return Group(name, asked.count or 1, need, f"{key}.actors.count", f"{key}.actors.cpus or .gpus")
 
 
 def check(demands: Demands, cluster: ClusterView) -> Room:

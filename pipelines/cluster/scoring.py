@@ -1,7 +1,7 @@
-"""Rewards without a gradient, scored in actors while training runs: the trainer sends pictures and gets numbers back.
+"""What an actor of a reward's pool is, and the reward as everybody else sees it, whose model is there.
 
-A differentiable reward must sit on the trainer, in the generator's graph. A black box (a program, a service, a judge in another framework)
-need not: :class:`ActorReward` stands in for it in the learner, and `workers.rewards` actors hold it.
+A black box (a program, a service, a judge in another framework) is always scored in actors during training; a reward with a gradient where
+its `placement` says so. :mod:`pipelines.cluster.pool` deals out the calls.
 """
 
 from __future__ import annotations
@@ -14,81 +14,98 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from didr_core.config import Config, build
+from didr_core.config import Config, build, differentiable
+from didr_core.rewards.remote import Graded, RemoteReward
 from didr_core.train.patience import Calls
-from didr_core.types import Tensors
-from pipelines.cluster.resources import Need
-
-Arrays = dict[str, NDArray[Any]]
+from didr_core.types import Reward, Tensors
+from pipelines.cluster.pool import RESTARTS, Arrays, Pool
+from pipelines.cluster.resources import ClusterView, pool_group
 
 
 class Scorer:
-    """One actor: the reward model and nothing else."""
+    """One actor: a reward's model and nothing else. It keeps nothing from call to call."""
 
-    def __init__(self, config: Config, calls: Path | None = None) -> None:
+    def __init__(self, config: Config, key: str = "reward", calls: Path | None = None) -> None:
         torch.set_num_threads(1)
-        assert config.reward is not None
+        own = config.pools[key]
         self.device = config.torch_device
-        self.reward = build("rewards", config.reward)
-        self.calls = Calls(calls, f"the scoring actor of {config.reward.name!r}")
+        self.reward = build("rewards", own)
+        self.calls = Calls(calls, f"the scoring actor of {own.name!r}")
         with self.calls.at("loading"):
             self.reward.load(self.device)
 
+    def ready(self) -> None:
+        """Answers when the model is loaded."""
+
     def prepare(self, prompts: Sequence[str]) -> Arrays:
         """The reward's own inputs for the prompts, ``{name: [B, ...]}``."""
-        return {name: value.cpu().numpy() for name, value in self.reward.prepare(prompts).items()}
+        with self.calls.at(f"reading {len(prompts)} prompts"):
+            return {name: _array(value) for name, value in self.reward.prepare(prompts).items()}
 
-    @torch.no_grad()
-    def score(self, images: NDArray[np.float32], inputs: Arrays) -> NDArray[np.float32]:
-        """``[B, 3, H, W]`` and the prepared inputs ``{name: [B, ...]}`` to raw scores ``[B]``."""
-        tensors = {name: torch.from_numpy(np.array(value)).to(self.device) for name, value in inputs.items()}
-        with self.calls.at(f"scoring {len(images)} pictures"):
-            scores: Tensor = self.reward.score(torch.from_numpy(np.array(images)).to(self.device), tensors)
-        return scores.float().cpu().numpy()
-
-
-class ActorReward:
-    """The reward as the learner sees it. Rows are dealt out evenly; an actor that dies is started again and asked again."""
-
-    differentiable = False
-    details: Callable[[Tensor, Tensors], tuple[Tensor, Tensors]] | None = None
-    features: Callable[[Tensor], Tensor] | None = None
-
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self.actors = list(actors)
-
-    def check(self) -> None:
-        """Preflight has looked at it before the actors started."""
-
-    def tokenizers(self) -> None:
-        """The actors' affair."""
-
-    def load(self, device: torch.device | str = "cpu") -> None:
-        """The actors have loaded it."""
-
-    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """What the reward prepares, made by the first actor."""
-        return {n: torch.from_numpy(np.array(v)) for n, v in ray.get(self.actors[0].prepare.remote(prompts)).items()}
-
-    def score(self, images: Tensor, inputs: Tensors) -> Tensor:
-        """``[B, 3, H, W]`` to raw scores ``[B]``.
-
-        Raises:
-            DIDRError: the reward's own complaint (as the cause of Ray's error).
-        """
-        shares = [rows for rows in np.array_split(np.arange(len(images)), len(self.actors)) if len(rows)]
-        pictures = images.detach().float().cpu().numpy()
-        arrays = {name: value.cpu().numpy() for name, value in inputs.items()}
-        asked = [
-            actor.score.remote(pictures[rows], {name: value[rows] for name, value in arrays.items()})
-            for actor, rows in zip(self.actors, shares, strict=False)
-        ]
-        return torch.from_numpy(np.concatenate(ray.get(asked))).to(images.device)
+    def score(
+        self, images: NDArray[np.float32], inputs: Arrays, weight: NDArray[np.float32] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """``[B, 3, H, W]`` and the prepared inputs to raw scores ``[B]``, and their gradient times ``weight [B]`` where there is one."""
+        tensors = {name: _tensor(value).to(self.device) for name, value in inputs.items()}
+        pictures = _tensor(images).to(self.device).requires_grad_(weight is not None)
+        with self.calls.at(f"scoring {len(images)} pictures"), torch.set_grad_enabled(weight is not None):
+            scores: Tensor = self.reward.score(pictures, tensors).float()
+            if weight is None:
+                return _array(scores), None
+            (gradient,) = torch.autograd.grad(scores, pictures, _tensor(weight).to(self.device))
+            return _array(scores), _array(gradient)
 
 
-def start_scorers(config: Config, need: Need, calls: Path | None = None) -> list[Any]:
-    """`workers.rewards` actors, which live as long as this process or their handles; in ``calls`` they say what they are at."""
-    actor = ray.remote(**need.options(), max_restarts=-1, max_task_retries=-1)(Scorer)
-    return [actor.remote(config, calls) for _ in range(config.workers.rewards)]
+def start_pools(config: Config, view: ClusterView, calls: Path | None = None) -> list[Pool]:
+    """A pool for each of :attr:`Config.pools`; they live as long as this process or their handles. In ``calls`` they say what they do."""
+    outside = PlacementGroupSchedulingStrategy(placement_group=None)  # that of a Tune trial holds its driver only
+    pools = []
+    for key, reward in config.pools.items():
+        group, settings = pool_group(config, key, view), config.pool(key)
+        options = {**group.need.options(), "scheduling_strategy": outside, "max_restarts": RESTARTS}
+        actor = ray.remote(**options, runtime_env=settings.runtime_env or None)(Scorer)
+        actors = [actor.remote(config, key, calls) for _ in range(group.count)]
+        pools.append(Pool(key, reward.name, settings, actors))
+    return pools
+
+
+def placed(config: Config, pools: Sequence[Pool]) -> Reward:
+    """The run's reward with its models in ``pools``; :meth:`Reward.load` loads what stays here, parts of a composite."""
+    there: dict[str, Any] = {pool.key: _remote(config, pool) for pool in pools}
+    if "reward" in there:
+        return there["reward"]  # type: ignore[no-any-return]
+    assert config.reward is not None
+    made = build("rewards", config.reward)
+    made.rewards = [there.get(f"reward.parts[{n}].reward", reward) for n, reward in enumerate(made.rewards)]
+    return made  # type: ignore[no-any-return]
+
+
+def _remote(config: Config, pool: Pool) -> RemoteReward:
+    def prepare(prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {name: _tensor(value) for name, value in pool.prepare(list(prompts)).items()}
+
+    def submit(images: Tensor, inputs: Tensors, weight: Tensor | None) -> Callable[[], Graded]:
+        arrays = {name: _array(value) for name, value in inputs.items()}
+        wait = pool.score(_array(images), arrays, None if weight is None else _array(weight))
+
+        def answer() -> Graded:
+            scores, gradients = zip(*wait(), strict=True)
+            score = torch.from_numpy(np.concatenate(scores))
+            return score, None if weight is None else torch.from_numpy(np.concatenate(gradients))
+
+        return answer
+
+    return RemoteReward(submit, prepare, differentiable(config.pools[pool.key]))
+
+
+def _array(value: Tensor) -> NDArray[np.float32]:
+    """numpy knows no bfloat16; float32 holds it exactly."""
+    return np.asarray((value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy())
+
+
+def _tensor(value: NDArray[np.float32]) -> Tensor:
+    """A copy: arrays that come out of the object store are read-only."""
+    return torch.from_numpy(np.array(value))

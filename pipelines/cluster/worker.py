@@ -20,8 +20,9 @@ from didr_core.train.loop import Journal, loop
 from didr_core.train.observer import Observer
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import Batch, Parallel
+from pipelines.cluster.pool import Pool
 from pipelines.cluster.remote import users_mistake
-from pipelines.cluster.scoring import ActorReward
+from pipelines.cluster.scoring import placed
 from pipelines.report.figures import save_grid
 
 
@@ -53,7 +54,7 @@ def train_worker(settings: Mapping[str, Any]) -> None:
 
 
 def _train(
-    ranks: Parallel, config: Config, run: RunFolder, step: int, corpus: str, scorers: Sequence[Any], profile: bool
+    ranks: Parallel, config: Config, run: RunFolder, step: int, corpus: str, pools: Sequence[Pool], profile: bool
 ) -> None:
     torch.set_num_threads(config.train.threads)
     first = ranks.rank == 0
@@ -65,8 +66,13 @@ def _train(
     ):  # the actors start when the first batch is asked for: let them load their models while we load ours
         stream = ahead(batches(ray.train.get_dataset_shard("train"), config.sizes.share), run.stop_path.exists)
     stage("loading networks", 0, 0)
-    reward = ActorReward(scorers) if scorers else None
-    learner = Learner(config, device=ray.train.torch.get_device(), parallel=ranks, reward=reward)
+    device = ray.train.torch.get_device()
+    for pool in pools:
+        pool.share_with(ranks.rank, ranks.world_size, lambda text: run.stage(text, 0, 0))
+    reward = placed(config, pools) if pools else None
+    if reward:
+        reward.load(device)
+    learner = Learner(config, device=device, parallel=ranks, reward=reward)
     journal = Journal(run, config, learner, corpus)
     journal.restore(step)
     if todo and config.precomputed:  # after our own: two threads that import transformers at once see half of it

@@ -29,7 +29,7 @@ from pipelines.cluster.resources import (
 )
 from pipelines.report.console import clock
 from pipelines.sweeps.bench import WORDS
-from pipelines.sweeps.folder import SweepOptions
+from pipelines.sweeps.folder import SweepOptions, drives_group
 from pipelines.sweeps.space import Space, given
 
 DRIVER_CPUS = 0.1  # of a trial that has workers of its own: it waits and reads files
@@ -39,14 +39,14 @@ EARLIER_RUNS = 20
 
 def trial_need(config: Config, view: ClusterView, workers: int) -> Need:
     """What a trial's own process reserves: a training worker's share (a GPU, half a one); next to nothing where it only drives others."""
-    return train_need(config.workers, view) if workers == 1 else Need(DRIVER_CPUS)
+    return Need(DRIVER_CPUS) if drives_group(config, workers) else train_need(config.workers, view)
 
 
 def sweep_demands(config: Config, view: ClusterView, workers: int, at_once: int) -> Demands:
     """All that runs at the same time: trials x (their process, or driver + workers + actors)."""
     need = trial_need(config, view, workers)
     groups = [Group("trial", at_once, need, "--concurrent", "workers.train_cpus or .train_gpus")]
-    if workers > 1:
+    if drives_group(config, workers):
         settings = config.workers.model_copy(update={"train": workers})
         for g in demands_of(config.model_copy(update={"workers": settings}), view).groups:
             groups.append(Group(f"{g.name} of a trial", g.count * at_once, g.need, "--concurrent", g.need_setting))
@@ -107,7 +107,10 @@ def plan_table(config: Config, space: Space, options: SweepOptions, found: Room,
     """The plan for people."""
     said, evaluation = given(options.overrides), config.evaluation
     needs = ", ".join(f"{v:g} {k}" for k, v in trial_need(config, found.cluster, options.workers).amounts().items())
-    group = "" if options.workers == 1 else f", driving {options.workers} training workers and their actors"
+    drives = drives_group(config, options.workers)
+    group = (
+        f", driving {options.workers} training worker{'s' * (options.workers > 1)} and their actors" if drives else ""
+    )
     to_end = "all to their end" if options.scheduler == "none" else "poor ones stopped early by ASHA on the score"
     if config.judge is not None:
         judge = f"{config.judge.name}, which is never trained on"

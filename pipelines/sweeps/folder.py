@@ -171,7 +171,7 @@ class SweepFolder:
     def config_at(self, point: Point, workers: int = 1) -> Config:
         """The whole configuration of a trial with these settings."""
         own = {"workers.train": workers, "train.keep_checkpoints": 1, "evaluation.every": 0}
-        if workers > 1:
+        if drives_group(self.config(), workers):
             own["evaluation.prompts"] = 0  # the group's rank 0 does not judge: the sweep does
         config = configs.recorded(self.path / "config.yaml", values=point | own)
         made = self.path.parent / "cache" if config.precomputed else self.shared / "feed"
@@ -244,3 +244,8 @@ def _asked(options: SweepOptions, by: SweepOptions) -> dict[str, Any]:
 def _json(path: Path, fix: str) -> dict[str, Any] | None:
     """None where there is no such file."""
     return mapping(path.read_bytes(), str(path), fix) if path.is_file() else None
+
+
+def drives_group(config: Config, workers: int) -> bool:
+    """Whether a trial's process drives a worker group, or trains itself: of several workers, or of one with a reward in actors."""
+    return workers > 1 or bool(config.in_actors)

@@ -17,7 +17,7 @@ from ray import tune
 from didr_core.train.run_folder import read_lines
 from pipelines.cluster.remote import users_mistake
 from pipelines.sweeps import work
-from pipelines.sweeps.folder import SweepFolder
+from pipelines.sweeps.folder import SweepFolder, drives_group
 
 
 class Trial(tune.Trainable):
@@ -55,7 +55,7 @@ class Trial(tune.Trainable):
         return {"number": self.number, **{k: result[k] for k in keep if result.get(k) is not None}, "done": over}
 
     def _begin(self) -> Any:
-        if self.folder.options().workers == 1:
+        if not drives_group(self.folder.config(), self.folder.options().workers):
             return work.legs(self.folder, self.number)
         from pipelines.sweeps import group
 

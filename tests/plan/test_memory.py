@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from random_models import clip_folder, sdxl_folder
-from small_learner import batch, held, learner, lines, planned
+from small_learner import batch, held, learner, lines, planned, small_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from didr_core import config
@@ -195,3 +195,28 @@ def test_counting_keeps_nothing_and_counts_what_was_there_never() -> None:
     assert kept == 4 * 2 * (16 + 4)  # tanh's output (the first sum is freed) and the result
     del out
     assert count.now == 0
+
+
+def test_a_reward_in_actors_is_theirs_to_hold(folder: Path, tmp_path: Path) -> None:
+    """Its weights are in no trainer and in no actor of the stream; of two micro-batches in flight the trainer holds both."""
+    reward = {"name": "pickscore", "path": str(clip_folder(tmp_path / "clip"))}
+    pool = {"placement": "actors", "actors": {"count": 3, "gpus": 0.5}}
+    changes: dict[str, Any] = {
+        "algorithm": {"name": "didr"},
+        "drp": {"estimator": "tweedie"},
+        "train": {"micro_batch": 1},
+    }
+    local, away = (memory.plan(small_config(folder, reward=r, **changes)) for r in (reward, reward | pool))
+    assert local is not None and away is not None
+    by_name = [{p.name: p for p in plan.processes} for plan in (local, away)]
+    weights = [{n: sum(x.bytes for x in p.held if x.owner == "reward") for n, p in ps.items()} for ps in by_name]
+    size = weights[0]["trainer"]
+    assert weights[0] == {"trainer": size, "reward actor": size, "encoder actor": 0} and size > 0
+    assert weights[1] == {"trainer": 0, "reward actor": 0, "scoring actor": size, "encoder actor": 0}
+    actor = by_name[1]["scoring actor"]
+    assert (actor.count, actor.gpus, actor.before) == (3, 0.5, False) and actor.phases[0].bytes > 0
+    key = "generator update", "backward"
+    assert peaks(away)[key] > 1.3 * peaks(local)[key]
+    for phase in ("TA: backward", "generator: backward", "proxy"):
+        a, b = (dict(plan.flops)[phase] for plan in (local, away))
+        assert b == a if phase != "proxy" else 0 < b < a, phase

@@ -150,6 +150,19 @@ def test_align_plan_of_the_default_workers_fits_the_default_local_ray() -> None:
     assert "reward actor" not in {g.name for g in align_demands(workers, here, with_rewards=False).groups}
 
 
+def test_a_reward_in_actors_has_room_of_its_own() -> None:
+    view = cluster({"CPU": 16, "GPU": 2, REWARD_RESOURCE: 4})
+    plain = configs.load("tiny")
+    moved = configs.load("tiny", ["reward.placement=actors", "reward.actors.count=3", "reward.actors.gpus=0.5"])
+    pool = demands_of(moved, view).groups[-1]
+    assert demands_of(moved, view).groups[:-1] == demands_of(plain, view).groups
+    assert (pool.name, pool.count, pool.count_setting) == ("scoring actor", 3, "reward.actors.count")
+    assert pool.need.amounts() == {"CPU": plain.workers.reward_cpus, "GPU": 0.5, REWARD_RESOURCE: 1.0}
+    with pytest.raises(NoRoom, match=r"needs 1\.5 GPU.*3 x 0\.5 scoring actor.*Lower reward\.actors\.count"):
+        check(demands_of(moved, view), cluster({"CPU": 16, "GPU": 1, REWARD_RESOURCE: 9}))
+    assert demands_of(configs.load("tiny_blackbox"), view).groups[-1].name == "scoring actor"
+
+
 def test_align_plan_sends_processes_to_the_nodes_of_their_role() -> None:
     view = cluster({"CPU": 0}, {"CPU": 16, "GPU": 2, TRAINER_RESOURCE: 2}, {"CPU": 16, "GPU": 1, REWARD_RESOURCE: 16})
     workers = Workers(train=2, train_cpus=4, train_gpus=1, encoders=4, rewards=2, actor_resources={"big_memory": 1})

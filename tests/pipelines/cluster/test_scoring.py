@@ -1,54 +1,116 @@
-"""Rewards without a gradient, scored by actors during training: the same numbers as in one process, and actors that die are replaced."""
+"""Rewards scored by actors during training: the same numbers as in one process, and actors that are lost are replaced."""
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from random_models import clip_folder
 from toy import toy_recipe
 
 from didr_core import config as configs
 from didr_core.config import build
 from didr_core.data import scales
+from didr_core.train.observer import Observer
+from didr_core.train.patience import Patience
 from didr_core.train.run_folder import RunFolder
+from didr_core.types import DIDRError, NoAnswerError
 from pipelines.align import align
-from pipelines.cluster.resources import Need
 from pipelines.cluster.session import ray_session
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_actors_score_as_one_process_does_and_the_dead_are_replaced(tmp_path: Path) -> None:
-    """And, in the same Ray, a composite's missing scales are measured there as they are here."""
+def test_actors_score_as_one_process_does_and_the_lost_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And, in the same Ray: a composite's missing scales, a hung call, an environment of its own, and a whole run, bit for bit."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     import ray
 
     from pipelines.cluster.group import measured_scales
-    from pipelines.cluster.scoring import ActorReward, start_scorers
+    from pipelines.cluster.scoring import placed, start_pools
 
-    part = {"reward": {"name": "pickscore", "path": str(clip_folder(tmp_path / "part"))}}
-    parts = {"name": "composite", "parts": [part], "measure_prompts": 2}
-    open_scales = configs.load(str(toy_recipe(tmp_path, reward=parts)))
-    config = configs.load("tiny_blackbox", ["workers.rewards=2"])
-    assert config.reward is not None
-    here = build("rewards", config.reward)
-    captions = ["a red circle", "two blue squares", "a green triangle above a red circle"]
+    recipe = toy_recipe(tmp_path, workers={"train": 1, "local_cpus": 5}, evaluation={"grid": 2, "prompts": 4})
+    pickscore = configs.load(str(recipe)).reward
+    assert pickscore is not None
+    part = {"reward": pickscore.model_dump() | {"placement": "actors"}}
+    own = {"runtime_env": {"env_vars": {"FACTOR": "2"}}, "count": 2, "cpus": 0.5}
+    wayward = {"name": "toy:Wayward", "orders": str(tmp_path), "placement": "actors", "actors": own}
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    images[1, 0, 0, 0] = float("nan")
-    with ray_session("local", 4) as view:
+    captions, calls, said = (
+        ["a red circle", "two blue squares", "a green triangle above a red circle"],
+        tmp_path / "calls",
+        [],
+    )
+    with ray_session("local", 6) as view:
+        open_scales = configs.load(
+            str(recipe), values={"reward": {"name": "composite", "parts": [part], "measure_prompts": 2}}
+        )
         assert measured_scales(open_scales, view) == scales.resolve(open_scales)
-        actors = start_scorers(config, Need(cpus=0.5))
-        reward = ActorReward(actors)
-        inputs = reward.prepare(captions)
-        expected = here.score(images, here.prepare(captions))
+
+        black_box = configs.load("tiny_blackbox", ["workers.rewards=2"])
+        here = build("rewards", black_box.reward)  # type: ignore[arg-type]
+        reward = placed(black_box, pools := start_pools(black_box, view))
+        spoilt = images.clone()
+        spoilt[1, 0, 0, 0] = float("nan")
+        expected = here.score(spoilt, here.prepare(captions))
         assert expected.isnan().tolist() == [False, True, False]
-        assert torch.equal(reward.score(images, inputs).nan_to_num(), expected.nan_to_num())
-        ray.kill(actors[0], no_restart=False)
-        assert torch.equal(reward.score(images, inputs).nan_to_num(), expected.nan_to_num())
+        assert torch.equal(reward.score(spoilt, reward.prepare(captions)).nan_to_num(), expected.nan_to_num())
+        ray.kill(pools[0].actors[0], no_restart=False)
+        assert torch.equal(reward.score(spoilt, reward.prepare(captions)).nan_to_num(), expected.nan_to_num())
+        del reward, pools
+
+        config = configs.load(str(recipe), values={"reward": wayward})
+        (pool,) = start_pools(config, view, calls)
+        pool.share_with(0, 1, said.append)
+        remote, here = placed(config, [pool]), build("rewards", config.reward)  # type: ignore[arg-type]
+        inputs = remote.prepare(captions)
+        assert inputs["factor"].tolist() == [2.0] * 3 and os.environ.get("FACTOR") is None
+        pictures = images.requires_grad_()
+        (expected,) = torch.autograd.grad(here.score(pictures, inputs).sum(), pictures)
+
+        def graded(remote: Any = remote) -> torch.Tensor:
+            return torch.autograd.grad(remote.score(pictures, inputs).sum(), pictures)[0]
+
+        assert torch.equal(graded(), expected) and not said
+        (tmp_path / "order").write_text("die")
+        assert torch.equal(graded(), expected) and "was lost in a call; another one is asked (1 of 3)" in said.pop()
+        (tmp_path / "order").write_text("throw")
+        with pytest.raises(ray.exceptions.RayTaskError, match="told to throw"):
+            graded()
+        assert not said  # it would throw again
+        (tmp_path / "order").write_text("hang")
+        waits = remote.begin(pictures, inputs, None)  # type: ignore[misc]
+        while (tmp_path / "order").exists():
+            time.sleep(0.1)
+        patience = Patience(Observer(), 3.0, calls)
+        with pytest.raises(
+            NoAnswerError, match=r"the scoring actor of 'toy:Wayward' .* scoring \d pictures, has not answered for"
+        ):
+            while True:
+                time.sleep(0.1)
+                patience.look()
+        pool.settings = pool.settings.model_copy(update={"timeout_s": 5.0})
+        assert torch.equal(torch.autograd.grad(waits()[0].sum(), pictures)[0], expected)
+        assert "gave no answer for 5 s (reward.actors.timeout_s)" in said.pop()
+        del remote, graded, pool, waits
+
+        moved = ["reward.placement=actors", "reward.actors.cpus=0.5", "train.micro_batch=4"]
+        there, alone = (RunFolder(tmp_path / name) for name in ("there", "alone"))
+        align(str(recipe), moved, output=str(there.path), address="local")
+    align(str(recipe), ["train.micro_batch=4"], output=str(alone.path), local=True)
+    one, two = ((run.checkpoint(run.last_step()) / "SHA256SUMS").read_text() for run in (there, alone))
+    assert one == two and "generator" in one  # of all weights and moments
+    assert (there.path / "scores.npz").read_bytes() == (alone.path / "scores.npz").read_bytes()
+    with pytest.raises(DIDRError, match="placement='actors'.*no actors in one process.*--local"):
+        align(str(recipe), moved, output=str(tmp_path / "refused"), local=True)
 
 
 def test_a_run_with_a_black_box_is_the_same_on_ray_and_in_one_process(
