@@ -27,6 +27,7 @@ from didr_core.config.files import replace_text
 from didr_core.config.registry import configured
 from didr_core.data.convert import tables
 from didr_core.data.prompts import PromptIndex
+from didr_core.data.storage import disk, local_folder, room
 from didr_core.evaluate.contest import NEAREST, Contest, Item, run
 from didr_core.evaluate.judges import load_lpips
 from didr_core.evaluate.layouts import check_rows, write_pictures
@@ -36,7 +37,7 @@ from didr_core.export.card import public_path
 from didr_core.train.ending import stoppable
 from didr_core.train.observer import Observer
 from didr_core.train.patience import Patience
-from didr_core.train.run_folder import RunFolder, disk, local_folder, room
+from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError, Reward
 from didr_core.world.captions import parse_caption
 from pipelines.cluster.disks import check_disks

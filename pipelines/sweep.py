@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 
 from didr_core.config.files import clear_partials
 from didr_core.data import scales
+from didr_core.data.storage import local_folder
 from didr_core.plan import fit
 from didr_core.plan.preflight import preflight
 from didr_core.train.ending import stoppable
-from didr_core.train.run_folder import AUTO, compared, local_folder
+from didr_core.train.run_folder import AUTO, compared
 from didr_core.types import DIDRError
 from pipelines.cluster.disks import check_disks
 from pipelines.cluster.leftovers import looked_after

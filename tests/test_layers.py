@@ -41,8 +41,8 @@ FORBIDDEN = {  # beside the order
     "pipelines": {"tune_spaces", "benchmarks", "examples"},  # spaces are found by name
     "tune_spaces": {"didr_core", "pipelines"},  # spaces are plain data
 }
-# 18,918 lines before the rooms, 15,978 after them: the ceiling that features built into the rooms may use up.
-MAX_LINES, MAX_MODULES, MAX_PRODUCT, MAX_EXAMPLES = 400, 14, 21_500, 2_000
+# 15,978 lines when the rooms were made; evaluation, storage at addresses, submission and elastic groups are what came since.
+MAX_LINES, MAX_MODULES, MAX_PRODUCT, MAX_EXAMPLES = 400, 14, 24_000, 2_000
 
 
 def sources(package: str) -> list[Path]:

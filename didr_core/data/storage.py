@@ -6,8 +6,10 @@ no permission) is said to the user at the start, by :meth:`Store.probe`.
 
 from __future__ import annotations
 
+import errno
 import io
 import posixpath
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +20,10 @@ from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+from safetensors import SafetensorError
 
 from didr_core.config import bundled, locate, redacted
+from didr_core.config.files import expanded
 from didr_core.config.passwords import HIDDEN
 from didr_core.types import DIDRError
 
@@ -28,6 +32,7 @@ Version = tuple[int, int]
 """Size in bytes, and when it was last changed, in ns."""
 WAIT_S = 300.0
 """How long a server that does not answer is asked again, where nothing can go on without it."""
+LEAST_FREE = 64 * 2**20
 GCS_RETRY = "retry_limit_seconds"
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role; AWS_DEFAULT_REGION; for a server that is not "
@@ -168,3 +173,50 @@ class Store:
 
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
+
+
+def local_folder(key: str, path: str) -> Path:
+    """``path`` as an absolute folder.
+
+    Raises:
+        DIDRError: an address like ``s3://``; what lies there is read and renamed in place, which needs a (shared) file system.
+    """
+    if "://" in path:
+        raise DIDRError(
+            f"{key}={path!r}: expected a folder on a file system that all nodes share; mount the bucket and give that path. "
+            "Addresses are for data.prompts, data.heldout, and for output and --output of `didr align`."
+        )
+    return expanded(path).resolve()
+
+
+@contextmanager
+def disk(key: str, path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn errors of writing to ``path``, of ``needed`` bytes, into words."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        inner = re.search(r"os error (\d+)", str(error))  # of safetensors, whose error is no OSError
+        if (int(inner[1]) if inner else getattr(error, "errno", 0)) in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+            room = f"about {needed:,} bytes needed, {free:,}" if needed else f"{free:,} bytes"
+            raise DIDRError(
+                f"{key} {path}: the disk is full: {room} free. Free some space; `--resume` continues the run."
+            ) from error
+        raise DIDRError(
+            f"{key} {path}: cannot write ({getattr(error, 'strerror', '') or error}). Check the path and its permissions."
+        ) from error
+
+
+def room(key: str, path: Path, needed: int = LEAST_FREE) -> None:
+    """Whether the disk where ``path`` is, or will be made, has ``needed`` bytes.
+
+    Raises:
+        DIDRError: it has not, or a file is in the way; names ``key``, path, needed and free.
+    """
+    folder = next(p for p in (path, *path.parents) if p.exists())
+    if not folder.is_dir():
+        raise DIDRError(f"{key}={str(path)!r}: {folder} is a file. Expected a folder.")
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise DIDRError(
+            f"{key}={str(path)!r}: {free:,} bytes free on its disk; a run needs at least {needed:,}. Free some, or choose another folder."
+        )

@@ -14,12 +14,13 @@ import torch
 
 from didr_core.config import Component, Config, build, hub
 from didr_core.data.prompts import PromptIndex, normal, open_prompts
+from didr_core.data.storage import LEAST_FREE, local_folder, room
 from didr_core.evaluate import control
 from didr_core.export.folder import find_export
 from didr_core.networks import optim
 from didr_core.networks.tokenizers import longer_than
 from didr_core.plan import advice, fit
-from didr_core.train.run_folder import LEAST_FREE, RunFolder, local_folder, room
+from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 
 SCAN_ROWS = 200_000

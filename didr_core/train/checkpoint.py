@@ -31,9 +31,10 @@ from torch.utils._pytree import tree_leaves_with_path, tree_map_with_path
 
 from didr_core.config.files import mapping
 from didr_core.config.provenance import versions
+from didr_core.data.storage import disk
 from didr_core.networks import fsdp, optim
 from didr_core.train.learner import Learner
-from didr_core.train.run_folder import RunFolder, disk
+from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 
 Parts = Iterable[tuple[str, dict[str, Tensor]]]  # tensors by name, by part of the learner's state

@@ -14,11 +14,9 @@ Files that are replaced are written beside and renamed. On a cluster the folder 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,18 +26,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from safetensors import SafetensorError
 
 from didr_core import config as configs
 from didr_core.config import Config, redacted
-from didr_core.config.files import expanded, mapping, replace_text
+from didr_core.config.files import mapping, replace_text
 from didr_core.config.fingerprint import digest
 from didr_core.config.provenance import provenance, versions
-from didr_core.data.storage import Store, below, is_address, reached
+from didr_core.data.storage import Store, below, disk, is_address, local_folder, reached
 from didr_core.train import mirror
 from didr_core.types import DIDRError, StepReport
 
-LEAST_FREE = 64 * 2**20
 Status = Literal["running", "finished", "failed", "interrupted"]
 FREE_TO_CHANGE = (
     "workers",
@@ -383,50 +379,3 @@ def read_lines(path: Path, key: str = "step") -> list[dict[str, Any]]:
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     with disk("metrics", path), path.open("a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def local_folder(key: str, path: str) -> Path:
-    """``path`` as an absolute folder.
-
-    Raises:
-        DIDRError: an address like ``s3://``; what lies there is read and renamed in place, which needs a (shared) file system.
-    """
-    if "://" in path:
-        raise DIDRError(
-            f"{key}={path!r}: expected a folder on a file system that all nodes share; mount the bucket and give that path. "
-            "Addresses are for data.prompts, data.heldout, and for output and --output of `didr align`."
-        )
-    return expanded(path).resolve()
-
-
-@contextmanager
-def disk(key: str, path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn errors of writing to ``path``, of ``needed`` bytes, into words."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        inner = re.search(r"os error (\d+)", str(error))  # of safetensors, whose error is no OSError
-        if (int(inner[1]) if inner else getattr(error, "errno", 0)) in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-            room = f"about {needed:,} bytes needed, {free:,}" if needed else f"{free:,} bytes"
-            raise DIDRError(
-                f"{key} {path}: the disk is full: {room} free. Free some space; `--resume` continues the run."
-            ) from error
-        raise DIDRError(
-            f"{key} {path}: cannot write ({getattr(error, 'strerror', '') or error}). Check the path and its permissions."
-        ) from error
-
-
-def room(key: str, path: Path, needed: int = LEAST_FREE) -> None:
-    """Whether the disk where ``path`` is, or will be made, has ``needed`` bytes.
-
-    Raises:
-        DIDRError: it has not, or a file is in the way; names ``key``, path, needed and free.
-    """
-    folder = next(p for p in (path, *path.parents) if p.exists())
-    if not folder.is_dir():
-        raise DIDRError(f"{key}={str(path)!r}: {folder} is a file. Expected a folder.")
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise DIDRError(
-            f"{key}={str(path)!r}: {free:,} bytes free on its disk; a run needs at least {needed:,}. Free some, or choose another folder."
-        )

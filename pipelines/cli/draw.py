@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from PIL.PngImagePlugin import PngInfo
 
 from didr_core.data.prompts import PromptIndex
-from didr_core.train.run_folder import RunFolder, disk
+from didr_core.data.storage import disk
+from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from didr_core.config import Tracking
-from didr_core.train.run_folder import room
+from didr_core.data.storage import room
 from pipelines.tracking.tracker import resolve
 
 RAY_FREE = 256 * 2**20

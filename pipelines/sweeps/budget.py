@@ -13,7 +13,8 @@ from rich.table import Column, Table
 
 from didr_core.config import Config
 from didr_core.config.files import mapping, read_yaml
-from didr_core.train.run_folder import local_folder, read_lines
+from didr_core.data.storage import local_folder
+from didr_core.train.run_folder import read_lines
 from didr_core.types import DIDRError
 from pipelines.cluster.resources import (
     CPU,

@@ -26,7 +26,8 @@ from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.config.files import expanded, mapping, replace_text
 from didr_core.config.provenance import provenance
-from didr_core.train.run_folder import LATEST, RunFolder, disk, local_folder, read_lines
+from didr_core.data.storage import disk, local_folder
+from didr_core.train.run_folder import LATEST, RunFolder, read_lines
 from didr_core.types import DIDRError
 from pipelines.sweeps.space import Point, Space, read
 
