@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -108,6 +109,9 @@ def fit_until_done(
             observer.note(f"a worker failed; going on from step {run.last_step()} ({last})", style="yellow")
         finally:
             shutil.rmtree(run.path / "ray", ignore_errors=True)
+            if run.address and len(view.nodes) > 1:
+                with suppress(OSError):
+                    Store(run.address).delete(".ray")
 
 
 def _precompute(
