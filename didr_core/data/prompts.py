@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from didr_core.config import Config
 from didr_core.data.shards import find_shards, read_footer, read_group, splits
+from didr_core.data.storage import is_address
 from didr_core.types import DIDRError
 
 WINDOW = 65_536
@@ -251,6 +252,12 @@ def open_prompts(config: Config) -> PromptIndex:
     return PromptIndex.open(config.data.prompts, config.data.column, config.data.id_column)
 
 
+@lru_cache(maxsize=WINDOW)
+def _kept(index: PromptIndex, group: RowGroup, start: int, stop: int) -> pa.Table:
+    """What one window holds as a whole is asked of its server once, not every epoch: that may be gone by then."""
+    return index._rows(group, start, stop)
+
+
 @lru_cache(maxsize=2)
 def _window(index: PromptIndex, seed: int, epoch: int, window: int) -> pa.Table:
     """The rows ``window * WINDOW ...`` of an epoch, in the order that the stream has them."""
@@ -259,7 +266,9 @@ def _window(index: PromptIndex, seed: int, epoch: int, window: int) -> pa.Table:
     ends = np.cumsum(rows[order])
     first, last = window * WINDOW, min((window + 1) * WINDOW, int(ends[-1]))
     parts = []
+    rows_of = _kept if is_address(index.path) and len(index) <= WINDOW else PromptIndex._rows
     for slot in range(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last)) + 1):
         begin = int(ends[slot] - rows[order[slot]])
-        parts.append(index._rows(index.groups[order[slot]], max(first - begin, 0), min(last, int(ends[slot])) - begin))
+        begins, stops = max(first - begin, 0), min(last, int(ends[slot])) - begin
+        parts.append(rows_of(index, index.groups[order[slot]], begins, stops))
     return pa.concat_tables(parts).take(np.random.default_rng([seed, epoch, window + 1]).permutation(last - first))
