@@ -159,8 +159,8 @@ def test_a_cluster_grows_where_somebody_starts_its_nodes(monkeypatch: pytest.Mon
     node["NodeID"] = "one"
     monkeypatch.setattr(ray, "nodes", lambda: [node, node | {"NodeID": "called back"}])
     monkeypatch.setattr(state, "get_draining_nodes", lambda: {"called back": 0})
-    assert [n.id for n in session.cluster_view().nodes] == ["one"]
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.5, "node:10.0.0.1": 1.0})
+    assert [n.id for n in session.cluster_view().nodes] == ["one"]
     assert not session.cluster_view().grows
     node["Labels"] = {ray._raylet.RAY_NODE_GROUP_KEY: "workers"}  # what Ray makes of an autoscaler's RAY_NODE_TYPE_NAME
     assert session.cluster_view().grows
