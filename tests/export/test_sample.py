@@ -150,7 +150,7 @@ def test_start_and_teacher_beside_it_on_the_same_noise(run: RunFolder, tmp_path:
         z = torch.randn(1, *backbone.latent_shape, generator=torch.Generator().manual_seed(11 + place))
         condition, network = backbone.encode([prompt]), backbone.load_network("reference")
         expected = {
-            "-start": sampling.sample_one_step(backbone, backbone.load_network("generator"), condition, z),
+            "-start": sampling.one_step(backbone, backbone.load_network("generator"))(condition, z),
             "-teacher": sampling.sample_reference(backbone, network, condition, z, 50, config.guidance.reference),
         }
         name = f"{prompt.replace(' ', '-')}-seed{11 + place}"
