@@ -14,7 +14,7 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
 
-.PHONY: help demo sweep-demo install fetch-sdxl test test-exports tests-with-ray tests-without-ray lint types check-python clean
+.PHONY: help demo sweep-demo install fetch-sdxl test test-exports test-nodes tests-with-ray tests-without-ray lint types check-python clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,10 +51,13 @@ tests-with-ray:
 	@$(BIN)/python -m pytest -q -m ray
 
 tests-without-ray:  # Ray's workers are nice, too: they would starve beside us
-	@nice -n 10 $(BIN)/python -m pytest -q -m 'not ray and not packages'
+	@nice -n 10 $(BIN)/python -m pytest -q -m 'not ray and not packages and not nodes'
 
 test-exports: install ## exports under the oldest diffusers, transformers and peft that their cards name (installs them, temporarily)
 	@$(BIN)/python -m pytest -q -m packages
+
+test-nodes: install ## a run whose cluster loses and gets nodes, on four nodes simulated here (some four minutes)
+	@$(BIN)/python -m pytest -q -m nodes
 
 lint: install ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -18,8 +18,8 @@ from pipelines.cluster.resources import ClusterView, NoRoom, check, demands_of
 from pipelines.cluster.session import await_room, cluster_view, nodes_in_use
 
 LOOK_S = 2.0
-START_S = 20.0
-"""How long a group waits for all its workers before it starts with fewer, where that is allowed."""
+START_S, ALONE_S = 20.0, 5.0
+"""How long a group waits for all its workers before it starts with fewer, where that is allowed; and where nobody starts nodes."""
 STAYS_S = 10.0
 """How long there must have been room for a larger group before this one stops for it."""
 
@@ -99,9 +99,10 @@ class Members:
         self.run.stop_path.touch()
 
     def _largest(self) -> ClusterView:
-        """Waits for room: for all workers :data:`START_S`, then for as few as are allowed."""
+        """Waits for room: for all workers :data:`START_S` at most, then for as few as are allowed."""
         least = with_workers(self.config, counts(self.config)[-1])
-        late = time.monotonic() + START_S
+        alone = self.config.workers.train_min and not self.view.grows
+        late = time.monotonic() + (ALONE_S if alone else START_S)
         while (found := self._fits(view := _answering())) < self.config.workers.train and time.monotonic() < late:
             self.say(f"waiting for nodes: there is room for {found} of {self.config.workers.train} workers")
             time.sleep(1.0)

@@ -28,8 +28,9 @@ CPU = {"CPU": 2.0}
 ROOMY = Node("h", {"CPU": 3.0}, {}, "h")
 
 
-def view(*names: str) -> ClusterView:
-    return ClusterView((ROOMY, *(Node(f"node {n}", CPU | {"trainer": 1.0}, {}, n) for n in names)), local=False)
+def view(*names: str, grows: bool = True) -> ClusterView:
+    nodes = (ROOMY, *(Node(f"node {n}", CPU | {"trainer": 1.0}, {}, n) for n in names))
+    return ClusterView(nodes, local=False, grows=grows)
 
 
 def recipe(*more: str) -> Config:
@@ -78,6 +79,9 @@ def test_a_group_starts_with_fewer_after_twenty_seconds(tmp_path: Path, cluster:
     config, there = group.start(again=True)
     assert config.workers.train == 2 and {n.id for n in there.nodes} == {"h", "a", "b"} and not run.stop_path.exists()
     assert 20 <= cluster["now"] - began <= 22
+    cluster["view"], began = view("a", grows=False), cluster["now"]
+    group.view = cluster["view"]
+    assert group.start(again=True)[0].workers.train == 1 and 5 <= cluster["now"] - began <= 7, "nobody starts nodes"
     cluster["view"] = view("a", "b", "c", "d")
     began = cluster["now"]
     assert group.start(again=True)[0].workers.train == 4 and cluster["now"] == began, "no waiting where all are there"
@@ -130,7 +134,7 @@ def test_whoever_waits_for_prompts_hears_that_the_run_was_stopped(monkeypatch: p
         next(stream)
 
 
-@pytest.mark.ray
+@pytest.mark.nodes
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_nodes_leave_and_come_in_mid_run(tmp_path: Path) -> None:
@@ -167,7 +171,7 @@ def test_nodes_leave_and_come_in_mid_run(tmp_path: Path) -> None:
                         lambda n=starts: Path(log.name).read_text().count("starting workers again") > n, job, log.name
                     )
                     reached = RunFolder(run).last_step()
-                    _until(lambda s=reached: RunFolder(run).last_step() > s, job, log.name)
+                    _until(lambda s=reached: _step(run) > s, job, log.name)
                     assert event in ("reward", "trainer") or reached >= before, (
                         "a checkpoint of the step that it was at"
                     )
