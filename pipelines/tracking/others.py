@@ -11,6 +11,8 @@ from typing import Any
 
 from didr_core.config import Config, dump, flatten
 from didr_core.train.run_folder import RunFolder
+from didr_core.types import DIDRError
+from pipelines.tracking.address import reason
 from pipelines.tracking.base import Status, Tracker
 
 CODES: dict[Status, int] = {"FINISHED": 0, "FAILED": 1, "KILLED": 130}
@@ -21,12 +23,24 @@ def open_others(config: Config, folder: Path, *, group: str = "") -> list[Tracke
 
     Args:
         group: of runs that belong together (a sweep).
+
+    Raises:
+        DIDRError: one that cannot begin, a server that is away for instance; asked before training starts.
     """
     made: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoardTracker(config, folder),
         "wandb": lambda: WandbTracker(config, folder, group),
     }
-    return [made[name]() for name in config.tracking.also]
+    opened = []
+    for name in config.tracking.also:
+        try:
+            opened.append(made[name]())
+        except Exception as error:
+            raise DIDRError(
+                f"tracking.also={list(config.tracking.also)}: {name} cannot begin ({reason(error)}). Mend that, or leave it out;"
+                " WANDB_MODE=offline needs no server."
+            ) from error
+    return opened
 
 
 class TensorBoardTracker(Tracker):

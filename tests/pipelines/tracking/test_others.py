@@ -112,6 +112,9 @@ def test_what_is_missing_is_said_before_anything_starts(tmp_path: Path, monkeypa
             asked()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password abc\n")
     look_beside(both)
+    monkeypatch.setattr("wandb.init", lambda **_: 1 / 0)
+    with pytest.raises(DIDRError, match=r"tracking.also=\['wandb'\]: wandb cannot begin \(division by zero\)"):
+        open_tracker(settings("wandb"), tmp_path)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(DIDRError, match="'tensorboard' is not installed; pip install tensorboard"):
         look_beside(Tracking(also=("tensorboard",)))
