@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from didr_core.config.files import clear_partials
+from didr_core.config.files import claimed, clear_partials
 from didr_core.data import scales
 from didr_core.data.storage import local_folder
 from didr_core.plan import fit
@@ -130,7 +130,7 @@ def _new(
     )
     if resume and (old := SweepFolder.unfinished(options, config.output)):
         return old
-    name = options.name or f"sweep-{found.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = options.name or claimed(local_folder("output", config.output), f"sweep-{found.name}")
     return SweepFolder.create(replace(options, name=name), config, points)
 
 

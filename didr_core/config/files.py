@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,20 @@ def cache_folder() -> Path:
     """Where this machine keeps what can be had again: ``DIDR_CACHE``, else ``didr`` in ``XDG_CACHE_HOME`` or in ``~/.cache``."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return expanded(os.environ.get("DIDR_CACHE") or f"{home}/didr")
+
+
+def claimed(folder: Path, name: str) -> str:
+    """The name of a new, empty folder in ``folder``, nobody else's: ``<name>-<yyyymmdd-hhmmss>``, and a number where that is taken."""
+    own = stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = 0
+    while True:
+        try:
+            (folder / own).mkdir()
+            return own
+        except FileExistsError:
+            taken += 1
+            own = f"{stamp}-{taken}"
 
 
 def replace_text(path: Path, text: str) -> None:

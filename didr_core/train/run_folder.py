@@ -29,7 +29,7 @@ import yaml
 
 from didr_core import config as configs
 from didr_core.config import Config, redacted
-from didr_core.config.files import mapping, replace_text
+from didr_core.config.files import claimed, mapping, replace_text
 from didr_core.config.fingerprint import digest
 from didr_core.config.provenance import provenance, versions
 from didr_core.data.storage import Store, below, disk, is_address, local_folder, reached
@@ -87,9 +87,8 @@ class RunFolder:
         """
         run = cls.at("--output" if folder else "output", folder or config.output)
         if not folder:
-            stamp = f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-            named = (run.inside(f"{stamp}-{n}" if n else stamp) for n in range(100))
-            run = next(new for new in named if not new.path.exists())
+            with disk("output", run.path):
+                run = run.inside(claimed(run.path, config.name))
         path = run.path
         run._refresh()
         if (path / "run.json").is_file():
