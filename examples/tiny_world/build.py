@@ -17,6 +17,7 @@ from typing import Any
 from didr_core.config import WORLD
 from didr_core.config.files import replace_text
 from examples.tiny_world import (
+    anchor,
     card,
     distill,
     prompts,
@@ -37,6 +38,7 @@ MINIATURE: dict[str, dict[str, Any]] = {
     "pairs": {"count": 8, "steps": 2, "batch": 4, "processes": 1},
     "regression": {"steps": 4, "batch": 4, "processes": 1},
     "distill": {"train.steps": 2, "train.batch": 4, "train.anchor.batch": 4},
+    "anchor": {"count": 8, "steps": 2, "batch": 4},
     "taste": {"groups": 8, "batch": 2, "steps": 4, "warmup": 2, "measure": 8},
     "judge": {"groups": 8, "batch": 2, "steps": 4, "warmup": 2, "align": 1, "measure": 8},
 }
@@ -50,6 +52,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "pairs": train_generator.build_pairs,
     "regression": train_generator.build_regression,
     "distill": distill.build,
+    "anchor": anchor.build,
     "taste": partial(train_rewards.build, "taste"),
     "judge": partial(train_rewards.build, "judge"),
     "quality": quality.build,

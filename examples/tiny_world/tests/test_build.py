@@ -9,7 +9,7 @@ from examples.tiny_world.build import MINIATURE, PARTS, build_part
 from examples.tiny_world.card import render_card
 from examples.tiny_world.quality import read_quality
 
-TRAINED = ("prompts", "tokenizer", "vae", "reference", "pairs", "regression", "distill", "taste", "judge")
+TRAINED = ("prompts", "tokenizer", "vae", "reference", "pairs", "regression", "distill", "anchor", "taste", "judge")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def test_every_part_runs_and_is_timed(miniature):
         "generator/config.json",
         "rewards/taste/config.json",
         "rewards/judge/reward.json",
+        "anchor.safetensors",
     ):
         assert (miniature / "world" / path).exists(), path
     assert "CC0" in render_card(read_quality(miniature / "world"))
