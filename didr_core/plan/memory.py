@@ -135,7 +135,8 @@ def _plan(config: Config, backbone: Any) -> Plan:
     if workers.train > 1:
         held.append(Line("process", "all-reduce bucket", "2^25 x 4 B", 4 * 2**25))
     _update(learner, count, _batch(backbone, together))
-    times = {name: config.sizes.assistant_updates if name.startswith("TA:") else 1 for name in count.phases}
+    times: dict[str, float] = {n: config.sizes.assistant_updates if n.startswith("TA:") else 1 for n in count.phases}
+    times["generator: anchor"] = together / config.train.batch  # counted whole, not a sample's
     phases = [Line(*_named(name), f"{size} samples", phase.most) for name, phase in count.phases.items()]
     flops = [(name or "the rest", times[name] * p.flops / together) for name, p in count.phases.items() if p.flops]
 
@@ -204,6 +205,8 @@ def _update(learner: Learner, count: Counter, batch: Batch) -> None:
         if learner.config.sizes.assistant_updates:
             learner.backward(batch, "assistant", lambda part: learner.assistant_loss(part, "ta0"))
         learner.backward(batch, "generator", learner.generator_loss)
+        if learner.anchor:
+            learner.backward_anchor(learner.anchor)
 
 
 def _scored(learner: Learner, size: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from didr_core.config import Component, Config, build, hub
+from didr_core.data import teacher_pairs
 from didr_core.data.prompts import PromptIndex, normal, open_prompts
 from didr_core.data.storage import LEAST_FREE, local_folder, room
 from didr_core.evaluate import control
@@ -84,7 +85,7 @@ def preflight(
 
 
 def opened(config: Config, fetch: bool = True) -> tuple[dict[str, Any], list[str]]:
-    """Prompts, held-out ones, backbone ("encoder"), reward, judge and control by name, looked at; and what is wrong with others, in words.
+    """Prompts, held-out ones, backbone ("encoder"), reward, judge, anchor, control by name, looked at; and what is wrong with others.
 
     Args:
         fetch: models of a hub are downloaded, unless something before them is wrong.
@@ -97,6 +98,8 @@ def opened(config: Config, fetch: bool = True) -> tuple[dict[str, Any], list[str
     for name, reward in (("reward", config.reward if config.needs_reward else None), ("judge", config.judge)):
         if reward is not None:
             looks[name] = partial(lambda reward: _whole("reward", reward, fetch and not wrong), reward)
+    if anchor := config.train.anchor:
+        looks["anchor"] = lambda: "encoder" not in found or teacher_pairs.look(anchor, found["encoder"].latent_shape)
     if path:
         looks["control"] = lambda: control.read(path) if control.kept(path) else find_export(path)
     found, wrong = dict[str, Any](), list[str]()

@@ -85,7 +85,8 @@ class Learner:
                 self.reward.load(self.device)
             self.backbone.load_decoder()
             self.backbone.to(self.device)
-        self.anchor = TeacherPairs(config.train.anchor, self.device) if config.train.anchor else None
+        anchor = config.train.anchor
+        self.anchor = TeacherPairs(anchor, self.backbone.latent_shape, self.device) if anchor else None
         self.generator_opt = optim.optimizer(self.generator_weights, config.generator, config.seed)
         self.assistant_opt = optim.optimizer(self.assistant_weights, config.assistant, config.seed)
         self.scale = RewardScale(self.device)
@@ -168,7 +169,7 @@ class Learner:
         self.generator_weights.zero_gradients()
         means, finite = self.backward(batch, "generator", self.generator_loss)
         if self.anchor:
-            means["loss/anchor"] = self._backward_anchor(self.anchor)
+            means["loss/anchor"] = self.backward_anchor(self.anchor)
         metrics = self._update("generator", self.generator_opt, self.config.generator, updates, batch, means, finite)
         for part in ("drs", "reward"):  # a ratio of means: single samples may match perfectly
             if f"{part}/rms" in metrics:
@@ -204,14 +205,18 @@ class Learner:
                 means[key] = means.get(key, torch.zeros((), device=self.device)) + metric.sum() / len(batch)
         return means, torch.cat(finite)
 
-    def _backward_anchor(self, anchor: TeacherPairs) -> Tensor:
-        """Weighted regression to this rank's share of stored pairs; averaged over ranks, the mean over the global anchor batch."""
+    def backward_anchor(self, anchor: TeacherPairs) -> Tensor:
+        """Adds the gradients of the weighted regression to this rank's share of stored pairs; ranks average to the batch's mean."""
         z, x0, condition, share = anchor.draw(self.config.seed, self.step_count, self.parallel)
-        predicted = self.backbone.generate(self.generator_net, z, condition)
-        value = share * anchor.config.weight * anchor.loss(predicted, x0)
-        value.backward()
-        self.generator_weights.gather()
-        return value.detach()
+        total, size = torch.zeros((), device=self.device), self.config.sizes.micro_batch
+        with self.phase("generator: anchor"):
+            for part in (slice(first, first + size) for first in range(0, len(z), size)):
+                predicted = self.backbone.generate(self.generator_net, z[part], condition[part])
+                value = share * anchor.config.weight * anchor.loss(predicted, x0[part]) * len(predicted) / len(z)
+                value.backward()
+                self.generator_weights.gather()
+                total += value.detach()
+        return total
 
     def _update(
         self,
@@ -357,9 +362,7 @@ class GeneratorPass:
             estimate = drs.estimate(config.drp, problem)
         if inner == config.guidance.reference:
             self._reference = estimate.x0
-        score = estimate.score
-        if config.drp.snr_gate:
-            score = score * self.alpha.square()
+        score = estimate.score * self.alpha.square() if config.drp.snr_gate else estimate.score
         if config.drp.clip is not None:
             limit = config.drp.clip * losses.rms(
                 (self.alpha * self.reference() - self.x_t.detach()) / self.sigma.square()

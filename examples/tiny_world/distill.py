@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from didr_core import config as configs
 from didr_core.evaluate.finish import train_and_finish
 from didr_core.plan.preflight import preflight
 from didr_core.train.run_folder import RunFolder
 from examples.tiny_world import training
-from examples.tiny_world.anchor import save_pairs
 from examples.tiny_world.assemble import assemble_generator
 from examples.tiny_world.sampling import Parts
 
@@ -33,8 +32,9 @@ def anchor_pairs(folder: Path) -> Path:
         parts = Parts.load(folder)
         with torch.no_grad():
             encoded = [parts.encode_ids(ids) for ids in pairs["ids"].split(256)]
-        hidden, pooled = (torch.cat(rows) for rows in zip(*encoded, strict=True))
-        save_pairs(path, pairs["noise"], pairs["latents"], hidden, pooled)
+        hidden, pooled = (torch.cat(rows).half().contiguous() for rows in zip(*encoded, strict=True))
+        conditions = {"condition.prompt_embeds": hidden, "condition.pooled": pooled}
+        save_file({"z": pairs["noise"].half(), "x0": pairs["latents"].half(), **conditions}, path)
     return path
 
 

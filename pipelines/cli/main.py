@@ -235,6 +235,25 @@ def prompts(
     turn(files, out, column, id_column, against or (), drop, recipe, overrides or ())
 
 
+@app.command(epilog="Example: didr pairs --recipe tiny --count 64 --out pairs.safetensors")
+def pairs(
+    out: Annotated[Path, typer.Option(help="file to write, .safetensors")],
+    recipe: Recipe = "tiny",
+    count: Annotated[int, typer.Option(min=1, help="of training prompts, and of pairs")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="pictures at once")] = 16,
+    overrides: Overrides = None,
+) -> None:
+    """What the guided teacher makes of noise, for `train.anchor`: the regression that holds what captions leave free."""
+    from didr_core import config as configs
+    from didr_core.evaluate.pairs import make_pairs
+    from didr_core.plan.preflight import preflight
+
+    config = configs.load(recipe, [*(overrides or ()), "train.anchor=null"])
+    preflight(config)
+    make_pairs(config, count, out, batch, tell=lambda made: typer.echo(f"{made:,} of {count:,} pairs"))
+    typer.echo(f'{out}; in the recipe: train: {{anchor: {{pairs: "{out}", weight: 0.3}}}}')
+
+
 @app.command(epilog="Example: didr doctor --recipe sdxl_1gpu --gpu-gb 40")
 def doctor(
     recipe: Annotated[

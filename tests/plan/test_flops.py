@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from random_models import clip_folder
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from didr_core import config
@@ -54,6 +55,15 @@ def settings(family: str, folder: Path, estimator: str) -> config.Config:
     return config.validate(tree)
 
 
+def anchored(given: config.Config, backbone: Any, path: Path) -> config.Config:
+    condition = {f"condition.{name}": value.clone() for name, value in backbone.blank(4).tensors.items()}
+    save_file(
+        {"z": torch.randn(4, *backbone.latent_shape), "x0": torch.zeros(4, *backbone.latent_shape), **condition}, path
+    )
+    train = given.train.model_copy(update={"anchor": config.Anchor(pairs=str(path), weight=1.0, batch=3)})
+    return given.model_copy(update={"train": train})
+
+
 class OneModule(contextlib.nullcontext[None]):
     """In place of torch's hooks on every module, which cannot see a block that is recomputed inside a backward pass."""
 
@@ -65,6 +75,8 @@ class OneModule(contextlib.nullcontext[None]):
 def test_planned_flops_are_those_of_an_update(family: str, estimator: str, tmp_path: Path) -> None:
     given = settings(family, tmp_path, estimator)
     backbone = hollow.backbone(given.backbone, tmp_path, "cpu")
+    if estimator == "tweedie":  # with the regression to stored pairs, too
+        given = anchored(given, backbone, tmp_path / "pairs.safetensors")
     subject = Learner(given, backbone=backbone, reward=hollow.Reward(given.reward, "cpu"))  # type: ignore[arg-type]
     names = [str(i) for i in range(2)]
     data = Batch(torch.arange(2), names, names, backbone.blank(2), {}, torch.zeros(2), torch.ones(2))

@@ -157,7 +157,7 @@ def test_anchor_pairs_average_over_ranks_to_the_mean_of_the_batch(workers: int, 
     """Unequal shares, and ranks without a pair."""
     torch.manual_seed(0)
     save_file({"z": torch.randn(16, 3), "x0": torch.randn(16, 3), "condition.c": torch.randn(16, 2)}, tmp_path / "p")
-    pairs = TeacherPairs(Anchor(pairs=str(tmp_path / "p"), weight=1.0, batch=4), "cpu")
+    pairs = TeacherPairs(Anchor(pairs=str(tmp_path / "p"), weight=1.0, batch=4), (3,), "cpu")
 
     def mean(world: int) -> float:
         values = []
