@@ -31,7 +31,7 @@ def make_pairs(
     Raises:
         DIDRError: prompts or networks cannot be read.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     device = config.torch_device
     index, backbone = open_prompts(config), build("backbones", config.backbone)
@@ -51,7 +51,7 @@ def make_pairs(
         tell(rows.stop)
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     with replaced(path) as partial:
-        save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in whole.items()}, partial)
+        partial.write_bytes(save({k: v.half() if v.is_floating_point() else v for k, v in whole.items()}))
 
 
 def _named(condition: Condition) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ def test_pairs_are_the_guided_teachers(tmp_path: Path, monkeypatch: pytest.Monke
     told: list[int] = []
     make_pairs(config, 3, tmp_path / "pairs.safetensors", batch=2, tell=told.append)
     made = load_file(tmp_path / "pairs.safetensors")
+    assert (tmp_path / "pairs.safetensors").stat().st_mode & 0o044, "others may read it"
     assert told == [2, 3] and {v.dtype for v in made.values()} == {torch.float16}
 
     backbone = build("backbones", config.backbone)
