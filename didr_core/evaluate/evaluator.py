@@ -79,6 +79,7 @@ class Evaluator:
         device: torch.device | str = "cpu",
         cache: Path | None = None,
         parallel: Parallel | None = None,
+        keep: int = 0,
     ) -> None:
         """Encode ``prompts``: text towers are needed now and not later.
 
@@ -92,6 +93,7 @@ class Evaluator:
             batch: prompts a batch, at most.
             cache: folder for the latents of contestants that have a fingerprint.
             parallel: workers that make the same evaluator and share its work; each must make the same calls.
+            keep: of how many of the first prompts the latents of the first seed stay, in ``kept``: ``{model: [keep, C, h, w]}``, CPU.
 
         Raises:
             ValueError: no prompts, no seeds, or a seed twice.
@@ -102,6 +104,7 @@ class Evaluator:
         rewards = {name: r for name, r in (("reward", reward), ("judge", judge)) if r is not None}
         self.judges = Judges(rewards, world, ("judge" if judge else "reward") if features else "", device)
         self.device, self.cache, self.parallel = device, cache, parallel or Single()
+        self.keep, self.kept = min(keep, len(prompts)), dict[str, Tensor]()
         if len(prompts) < self.parallel.world_size:  # not one for each: all do the whole
             self.parallel = Single()
         rank, workers = self.parallel.rank, self.parallel.world_size
@@ -188,6 +191,7 @@ class Evaluator:
         """What is known of the model itself, and its measures."""
         seconds, made = 0.0, 0
         done, total = 0, len(self.prompts) * len(self.seeds)
+        few = np.zeros((self.keep, *self.backbone.latent_shape))
 
         def drawn(part: _Part) -> Iterator[Drawn]:
             nonlocal seconds, made, done
@@ -196,6 +200,8 @@ class Evaluator:
                 latent, fresh = self._latents(contestant, part, seed)
                 images = self.backbone.decode(latent).float()
                 seconds, made = seconds + (time.perf_counter() - began) * bool(fresh), made + fresh
+                if seed == self.seeds[0] and part.first < self.keep:
+                    few[part.first : part.first + len(latent)] = latent[: self.keep - part.first].float().cpu()
                 yield images, of_latents(latent)
                 done += len(part.prompts) * self.parallel.world_size  # the others are about as far
                 if progress:
@@ -204,6 +210,8 @@ class Evaluator:
         values = [self.judges.look(part.prompts, part.inputs, drawn(part)) for part in self._parts]
         measured = {name: self._whole([part[name] for part in values])[None] for name in values[0]}
         seconds, made = self._sum(np.array([seconds, made])).tolist()
+        if self.keep:
+            self.kept[contestant.name] = torch.from_numpy(self._sum(few)).float()
         row = {"steps": contestant.steps, "guidance": contestant.guidance, "seconds": round(seconds, 3)}
         return row | {"pictures_made": int(made), "pictures_cached": total - int(made)}, measured
 

@@ -3,7 +3,7 @@ each a part of the prompts, and rank 0 writes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from didr_core.diffusion import sampling
 from didr_core.evaluate import control
 from didr_core.evaluate.contestants import contestants
 from didr_core.evaluate.evaluator import Evaluator, text_towers
-from didr_core.evaluate.scores import Scores, card_section, origin, read_scores
+from didr_core.evaluate.scores import card_section, origin, read_scores
 from didr_core.evaluate.watch import SEEDS, Watch
 from didr_core.export.folder import export_run, exported
 from didr_core.train.learner import Learner
@@ -50,10 +50,15 @@ class Gallery:
         """``[N, 3, H, W]`` in [0, 1], CPU."""
         backbone = self.learner.backbone
         z = sampling.noise(GRID_SEED, range(len(self.captions)), backbone.latent_shape).to(self.learner.device)
-        size = self.config.train.at_once or len(z)
-        rows = (slice(start, start + size) for start in range(0, len(z), size))
-        made = (backbone.decode(backbone.generate(network, z[r], self.condition[r])).float().cpu() for r in rows)
-        return torch.cat(list(made))
+        return self._decoded(torch.cat([backbone.generate(network, z[r], self.condition[r]) for r in self._rows()]))
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        backbone, device = self.learner.backbone, self.learner.device
+        return torch.cat([backbone.decode(latents[r].to(device)).float().cpu() for r in self._rows()])
+
+    def _rows(self) -> Iterator[slice]:
+        size = self.config.train.at_once or len(self.captions)
+        return (slice(first, first + size) for first in range(0, len(self.captions), size))
 
     def show(self, path: Path, title: str, network: nn.Module | None = None) -> Path:
         """A grid of the start beside ``network``, the running average of now."""
@@ -63,6 +68,11 @@ class Gallery:
         now = self.pictures(network or self.learner.generator("ema"))
         self.draw({"start": self.start, "aligned": now}, self.captions, path, title)
         return path
+
+    @torch.no_grad()
+    def show_all(self, path: Path, title: str, kept: Mapping[str, Tensor]) -> None:
+        """The grid of all models that were scored: of latents ``[N, C, h, w]`` by model, made from the gallery's prompts and noise."""
+        self.draw({name: self._decoded(latents) for name, latents in kept.items()}, self.captions, path, title)
 
     def after(self, step: int, network: nn.Module) -> None:
         """The grid of a step."""
@@ -116,13 +126,16 @@ def finish(
         DIDRError: the disk is full, or an export folder holds something that is not ours.
     """
     picture, writes = run.path / "grid.png", not learner.parallel.rank
+    title = f"{config.name}: before and after {config.sizes.generator_updates} generator updates"
+    gallery = None
     if draw and writes:
         say("drawing the grid", 0, 0)
-        Gallery(learner, config, run, draw).show(
-            picture, f"{config.name}: before and after {config.sizes.generator_updates} generator updates"
-        )
+        gallery = Gallery(learner, config, run, draw)
+        gallery.show(picture, title)
     if config.evaluation.prompts:
-        score(learner, config, run, say)
+        kept = score(learner, config, run, say)
+        if gallery and kept:
+            gallery.show_all(picture, title, kept)
     if writes:
         say("exporting", 0, 0)
         scored = bool(config.evaluation.prompts)
@@ -160,8 +173,12 @@ def export(
     )
 
 
-def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
-    """Every contestant on the held-out prompts, shared by all workers; rank 0 writes ``scores.json`` and ``scores.npz``."""
+def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> dict[str, Tensor]:
+    """Every contestant on the held-out prompts, shared by all workers; rank 0 writes ``scores.json`` and ``scores.npz``.
+
+    Returns:
+        Their latents of the grid's prompts and noise, on the CPU; none where fewer prompts than the grid has are scored.
+    """
     say("scoring", 0, 0)
     generators = {"start": learner.generator("start"), "aligned": learner.generator("ema")}
     if config.evaluation.control and not control.kept(config.evaluation.control):
@@ -176,6 +193,7 @@ def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
         reward=learner.reward,
         batch=config.train.at_once or 64,
         parallel=learner.parallel,
+        keep=config.evaluation.grid if config.evaluation.grid <= config.evaluation.prompts else 0,
     )
     scores = evaluator.compare(
         contestants(config, learner.backbone, generators, learner.generator("reference")),
@@ -185,7 +203,7 @@ def score(learner: Learner, config: Config, run: RunFolder, say: Say) -> Scores:
     scores = control.with_control(scores, config, prompts)
     if not learner.parallel.rank:
         scores.write(run.path)
-    return scores
+    return evaluator.kept
 
 
 def heldout(config: Config, count: int) -> list[str]:

@@ -40,7 +40,7 @@ def save_grid(rows: Mapping[str, Tensor], captions: Sequence[str], path: Path, t
     tiles = {name: [_tile(image) for image in images] for name, images in rows.items()}
     side, high = next(iter(tiles.values()))[0].size
     card = len(rows) * side + (len(rows) - 1) * GAP
-    columns = min(len(captions), max(1, round(4 * 2 / len(rows)) if len(rows) < 4 else 2))
+    columns = min(len(captions), max(1, 8 // len(rows)))  # eight pictures across: captions stay readable on a page
     head, body = _font(17, bold=True), _font(16)
     wrapped = [_wrap(caption, body, card) for caption in captions]
     title_height, label_height = (40 if title else 0), 34

@@ -20,6 +20,7 @@ from PIL import Image
 
 from didr_core.config.files import mapping, read_yaml, replace_text
 from didr_core.config.limits import Limits
+from didr_core.evaluate import control
 from didr_core.evaluate.scores import JUDGES, comparison_table, describe, read_scores, table
 from didr_core.export.card import usage
 from didr_core.train.alarms import explain
@@ -80,6 +81,8 @@ def write_report(run: Path) -> Path:
         verdict=_verdict(scores, wins),
         tiles=list(_tiles(history, info, scores, wins)),
         grid=_picture(folder / "grid.png"),
+        control_in_numbers="control" in (scores or {}).get("models", {})
+        and control.kept((config.get("evaluation") or {}).get("control")),
         wins=sorted(wins, key=lambda row: list(scores["models"]).index(row["against"])) if scores else [],
         scores=score_tables(scores, "aligned") if scores else None,
         curves=_picture(folder / "curves.png") if history else None,

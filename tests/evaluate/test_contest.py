@@ -18,6 +18,7 @@ import torch
 from toy import toy_recipe
 
 from didr_core import config as configs
+from didr_core.diffusion import sampling
 from didr_core.evaluate import contest as contests
 from didr_core.evaluate import features
 from didr_core.evaluate.contest import Contest, Hand, run
@@ -134,13 +135,17 @@ def test_workers_that_share_the_prompts_measure_what_one_does(size: int, batch: 
         toy = Toy()
         reward = Brightness()
         reward.features = lambda images: images.mean((2, 3))  # type: ignore[attr-defined]
-        evaluator = Evaluator(toy, PROMPTS, (0, 1), reward=reward, features=True, batch=batch, parallel=parallel)  # type: ignore[arg-type]
+        given: dict[str, Any] = {"batch": batch, "parallel": parallel, "keep": 4}
+        evaluator = Evaluator(toy, PROMPTS, (0, 1), reward=reward, features=True, **given)  # type: ignore[arg-type]
         batches.append(sum(len(part.prompts) for part in evaluator._parts))
-        return evaluator._look(one_step_contestant("aligned", toy, Gain(1.5)))  # type: ignore[arg-type]
+        row, measured = evaluator._look(one_step_contestant("aligned", toy, Gain(1.5)))  # type: ignore[arg-type]
+        return row, {**measured, "kept": evaluator.kept["aligned"].numpy()}
 
     batches: list[int] = []
     alone, found, barrier, board = scored()[1], dict[int, Any](), threading.Barrier(size), dict[int, Any]()
     batches.clear()
+    made = 1.5 * sampling.noise(0, range(4), Toy().latent_shape) + 0.1 * torch.arange(4).view(4, 1, 1, 1)
+    np.testing.assert_allclose(alone["kept"], made, rtol=1e-5, atol=1e-6)  # of the first prompts and seed
 
     def work(rank: int) -> None:
         found[rank] = scored(Together(rank, size, barrier, board))

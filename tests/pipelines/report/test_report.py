@@ -112,6 +112,20 @@ def test_page_stands_alone_and_says_what_was_measured(tmp_path: Path) -> None:
     assert str(tmp_path) not in page, "no paths of this machine"
 
 
+def test_a_control_that_is_kept_as_numbers_has_no_pictures_and_the_page_says_so(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "r")
+    tree = yaml.safe_load((run / "config.yaml").read_text()) | {"evaluation": {"control": "world://control.json"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    told = "control has no pictures"
+    assert told not in write_report(run).read_text(), "it has no row either"
+    scores = json.loads((run / "scores.json").read_text())
+    scores["models"]["control"] = scores["models"]["start"]
+    (run / "scores.json").write_text(json.dumps(scores))
+    assert told in write_report(run).read_text()
+    (run / "config.yaml").write_text(yaml.safe_dump(tree | {"evaluation": {"control": "runs/control"}}))
+    assert told not in write_report(run).read_text()
+
+
 def test_page_escapes_what_users_wrote(tmp_path: Path) -> None:
     page = write_report(run_folder(tmp_path / "r")).read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
