@@ -191,7 +191,7 @@ def save_curves(history: Sequence[Mapping[str, Any]], path: Path, alarms: Sequen
         raise ValueError("save_curves: no known metric in the history")
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * rows), dpi=110, layout="constrained")
+    figure = Figure(figsize=(4.4 * columns, 3.6 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     ringing = sorted({int(row["step"]) for row in alarms})
     for i, panel in enumerate(panels):
