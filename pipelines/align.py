@@ -140,6 +140,7 @@ def align(
         limits=config.alarms,
         steps=steps_told(read_history(run.path)),
         seconds=time.monotonic() - began,
+        tracked=observer.tracker.page,
         profile=json.loads(run.profile_path.read_text()) if run.profile_path.is_file() else None,
     )
     return run

@@ -168,6 +168,7 @@ def print_summary(
     alarms: Sequence[str] = (),
     steps: str = "",
     seconds: float | None = None,
+    tracked: str = "",
     profile: Mapping[str, Any] | None = None,
     focus: str = "aligned",
     stream: TextIO | None = None,
@@ -177,6 +178,7 @@ def print_summary(
 
     Args:
         steps: how many of which kind, see :func:`pipelines.report.page.steps_told`.
+        tracked: where MLflow shows the run.
         profile: where the time of a step went, see :meth:`didr_core.train.profile.Profile.summary`.
     """
     out = console(stream)
@@ -213,6 +215,8 @@ def print_summary(
     ):
         if (Path(run) / name).exists():
             out.print(Text(f"{label:<9}{Path(run) / name}"), soft_wrap=True)
+    if tracked:
+        out.print(Text(f"{'MLflow':<9}{tracked}"), soft_wrap=True)
 
 
 def rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], bold: str = "aligned") -> Table:

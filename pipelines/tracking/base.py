@@ -17,6 +17,8 @@ class Tracker(AbstractContextManager["Tracker"]):
     """What a run says to its tracker; this one tracks nothing. No method raises because a server is away."""
 
     run_id: str | None = None
+    page = ""
+    """Where a browser shows the run, and how to get there."""
     title = "nothing"
     _warned = False
 
@@ -71,7 +73,7 @@ class Several(Tracker):
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = trackers
-        self.run_id = trackers[0].run_id
+        self.run_id, self.page = trackers[0].run_id, trackers[0].page
 
 
 def _tell_all(name: str) -> Callable[..., None]:

@@ -24,9 +24,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from didr_core.config import Config, Tracking, dump, flatten
+from didr_core.config import Config, Tracking, dump, flatten, redacted
 from didr_core.config.files import expanded
 from didr_core.config.limits import Limits
+from didr_core.config.passwords import HIDDEN
 from didr_core.config.provenance import commit
 from didr_core.train.alarms import explain
 from didr_core.types import DIDRError
@@ -263,10 +264,21 @@ def _open_mlflow(
         run = client.create_run(home, run_name=run_folder.name, tags=known)
         tracker = MlflowTracker(client, run.info.run_id)
         tracker.params(dump(config))
+    tracker.page = page_of(uri, client.get_run(tracker.run_id).info.experiment_id, tracker.run_id)
     tracker.limits = config.alarms
     if config.tracking.system and not parent:
         tracker.watch_machine(uri)
     return tracker
+
+
+def page_of(uri: str, experiment: str, run_id: str) -> str:
+    """Where a browser shows a run's metrics, in MLflow's view of trainings: an address without ``workflowType`` opens that of language
+    models, whatever the experiment's kind."""
+    page = f"#/experiments/{experiment}/runs/{run_id}/model-metrics?workflowType=machine_learning"
+    address = redacted(uri)
+    if address.startswith("http"):
+        return f"{address.replace(f'{HIDDEN}@', '').rstrip('/')}/{page}"
+    return f"http://127.0.0.1:5000/{page} after `mlflow ui --backend-store-uri {address}`"
 
 
 def connect(uri: str) -> Any:

@@ -103,7 +103,7 @@ def test_summary_shows_models_wins_alarms_and_where_things_lie(tmp_path: Path) -
     (tmp_path / "report.html").write_text("")
     out = io.StringIO()
     steps = "60 steps: 20 of assistant warm-up, 40 generator updates"
-    print_summary(scores, tmp_path, alarms=["drs-silent"], steps=steps, seconds=75, stream=out)
+    print_summary(scores, tmp_path, alarms=["drs-silent"], steps=steps, seconds=75, tracked="http://m/#/1", stream=out)
     text = out.getvalue()
     for part in (
         "12 held-out prompts x 2",
@@ -113,6 +113,7 @@ def test_summary_shows_models_wins_alarms_and_where_things_lie(tmp_path: Path) -
         "drs-silent",
         f"{steps}; took 1:15",
         "report.html",
+        "MLflow   http://m/#/1",
     ):
         assert part in text, part
     assert "export" not in text and "data wait" not in text, "it is not there"

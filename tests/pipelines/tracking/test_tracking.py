@@ -22,7 +22,7 @@ from didr_core.types import DIDRError
 from pipelines.report.page import write_report
 from pipelines.tracking import tracker as tracking
 from pipelines.tracking.address import _schemas, look, resolve
-from pipelines.tracking.tracker import MlflowTracker, Tracker, open_tracker, preflight, shorten
+from pipelines.tracking.tracker import MlflowTracker, Tracker, open_tracker, page_of, preflight, shorten
 
 pytest.importorskip("mlflow")
 from mlflow import MlflowClient
@@ -82,6 +82,13 @@ def test_a_run_holds_params_metrics_artifacts_tags_and_its_end(
     tags = run.data.tags
     assert tags["mlflow.parentRunId"] == "f" * 32 and tags["note"] == "mine" and tags["didr.recipe"] == "tiny"
     assert "from step 30" in tags["alarm.drs-silent"]
+    page = f"#/experiments/{run.info.experiment_id}/runs/{tracker.run_id}/model-metrics?workflowType=machine_learning"
+    assert (
+        tracker.page
+        == f"http://127.0.0.1:5000/{page} after `mlflow ui --backend-store-uri sqlite:///{runs / 'mlflow.db'}`"
+    )
+    where = page_of("https://me:secret@host:5000/track/", run.info.experiment_id, tracker.run_id)
+    assert where == f"https://host:5000/track/{page}"
     kept = {
         p.relative_to(runs / "mlartifacts" / tracker.run_id / "artifacts") for p in (runs / "mlartifacts").rglob("*.*")
     }
@@ -99,7 +106,9 @@ def test_a_restarted_worker_stays_in_the_run_and_repeats_nothing(
     assert client.get_run(first.run_id).info.status == "FAILED"
     longer = configs.load("tiny", ["train.steps=999"])
     second = open_tracker(longer, runs / "b", run_id=first.run_id)
-    assert second.run_id == first.run_id and client.get_run(first.run_id).info.status == "RUNNING"
+    assert (second.run_id, second.page) == (first.run_id, first.page) and client.get_run(
+        first.run_id
+    ).info.status == "RUNNING"
     second.params(configs.dump(longer))
     for step in range(11, 31):  # goes on from the checkpoint of step 10
         second.metrics(step, {"loss/generator": float(step), "time/step": 0.1})
