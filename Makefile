@@ -30,7 +30,7 @@ install: $(STAMP) ## create .venv from requirements.lock (does nothing when it i
 $(STAMP): requirements.lock pyproject.toml
 	@$(MAKE) --no-print-directory check-python
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	@echo "installing into $(VENV): $(TORCH) first, then the lock"
+	@echo "installing into $(VENV): $(TORCH) first, then the lock (minutes; 6 GB with pip's own torch on Linux, which has CUDA; TORCH_INDEX_URL names another)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

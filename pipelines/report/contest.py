@@ -49,11 +49,12 @@ def write_contest_report(contest: Contest, scores: Scores, focus: str) -> Path:
     some = Image.open(io.BytesIO(next(iter(drawn[focus].values()))))
     columns = ["source", "steps", "guidance", "timesteps", "scheduler", "dtype", "calls", "seconds"]
     rows = [[name, *(_told(row.get(key)) for key in columns)] for name, row in tree["models"].items()]
+    commit = facts.get("commit")
     when = facts.get("date", "")[:16].replace("T", " ")
     page = render(
         "contest.html.j2",
         name=contest.folder.name,
-        facts=[f for f in (when and f"{when} UTC", facts.get("commit"), hardware_of(facts)) if f],
+        facts=[f for f in (when and f"{when} UTC", commit and f"commit {commit}", hardware_of(facts)) if f],
         models=list(tree["models"]),
         focus=focus,
         scores=score_tables(tree, focus),
@@ -69,7 +70,7 @@ def write_contest_report(contest: Contest, scores: Scores, focus: str) -> Path:
         models_table=(["model", *columns], rows),
         commands=facts.get("commands", []),
         origin={
-            "commit": facts.get("commit"),
+            "commit": commit,
             "prompts": facts.get("prompts_source"),
             "noise seeds": ", ".join(map(str, tree["seeds"])),
             "hardware": hardware_of(facts),
