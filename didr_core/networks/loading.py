@@ -153,10 +153,14 @@ def find_file(key: str, path: Path, names: Sequence[str]) -> Path:
 
 
 def hub_hint(path: Path) -> str:
-    """How to make or fetch what is not here: models of recipe `tiny_sdxl`, and what a name like ``owner/model`` means on the hub."""
-    made = " `python -m didr_core.world.random_models` makes it." * (path.parts[:2] == ("runs", "random"))
+    """How to make or fetch what is not here: models of recipe `tiny_sdxl`, downloads of the large recipes, and what a name like
+    ``owner/model`` means on the hub."""
+    if path.parts[:2] == ("runs", "random"):
+        return " `python -m didr_core.world.random_models` makes it."
+    if path.parts[:1] == ("models",):
+        return " docs/sdxl.md and docs/zimage.md have the lines that download it."
     told = "" if path.exists() or path.parent.is_dir() else hub.command(str(path))
-    return f" If it is a model of the hub: {told} puts it into the cache, where it is looked for." if told else made
+    return f" If it is a model of the hub: {told} puts it into the cache, where it is looked for." if told else ""
 
 
 def read_state(key: str, path: Path) -> State:

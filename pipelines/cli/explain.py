@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from didr_core import config as configs
 from didr_core.config import registry
@@ -65,9 +65,8 @@ def explain(key: str | None, recipe: str, overrides: Sequence[str]) -> None:
         near = difflib.get_close_matches(str(key), known | {path.rpartition(".")[0] for path in known}, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DIDRError(f"explain {key}: no such key in recipe {recipe!r}.{hint} `didr explain` lists all.")
-    table = Table(
-        "key", f"in {config.name}", "may be", "what it is", title_justify="left", box=None, header_style="bold"
-    )
+    key_column = Column("key", overflow="fold")  # never cut
+    table = Table(key_column, f"in {config.name}", "may be", "what it is", box=None, header_style="bold")
     for k in found:
         table.add_row(k.path, str(k.value), k.allowed, k.meaning)
     out.print(table)

@@ -188,7 +188,8 @@ def print_summary(
         out.print(rich_table(*profile_table(profile), bold="step"))
     if scores:
         counts = scores["counts"]
-        out.print(f"\n{counts['prompts']} held-out prompts x {counts['seeds']} noise seeds, ± half the 95 % interval")
+        seeds = f"{counts['seeds']} noise seed{'s' if counts['seeds'] > 1 else ''}"
+        out.print(f"\n{counts['prompts']} held-out prompts x {seeds}, ± half the 95 % interval")
         out.print(rich_table(*table(scores), bold=focus))
         if told := scores.get("facts", {}).get("control"):
             out.print(Text(told), soft_wrap=True)

@@ -191,6 +191,8 @@ def test_a_single_file_of_another_layout_is_refused(folder: Path, tmp_path: Path
         backbone(folder, generator="a/b@v1")
     with pytest.raises(DIDRError, match=r"hf download stabilityai/stable-diffusion-xl-base-1.0` puts it"):
         backbone(Path("stabilityai/stable-diffusion-xl-base-1.0"))
+    with pytest.raises(DIDRError, match=r"docs/sdxl\.md and docs/zimage\.md have the lines"):
+        backbone(Path("models/stable-diffusion-xl-base-1.0"))  # where the recipes look, no name on the hub
 
 
 def test_nan_of_a_single_file_is_named_when_large_once_it_is_loaded(folder: Path, tmp_path: Path) -> None:
