@@ -146,21 +146,16 @@ def find_file(key: str, path: Path, names: Sequence[str]) -> Path:
         if (path / name).is_file():
             return path / name
     what = f"not in this folder (found: {found_in(path)})" if path.is_dir() else "no such file or folder"
-    hint = hub_hint(path)
-    raise DIDRError(
-        f"{key}={str(path)!r}: {what}. Expected the published file {' or '.join(names)}, or its folder.{hint}"
-    )
+    expected = f"Expected the published file {' or '.join(names)}, or its folder."
+    raise DIDRError(f"{key}={str(path)!r}: {what}. {expected}{hub_hint(path)}")
 
 
 def hub_hint(path: Path) -> str:
-    """How to make or fetch what is not here: models of recipe `tiny_sdxl`, downloads of the large recipes, and what a name like
-    ``owner/model`` means on the hub."""
-    if path.parts[:2] == ("runs", "random"):
-        return " `python -m didr_core.world.random_models` makes it."
-    if path.parts[:1] == ("models",):
-        return " docs/sdxl.md and docs/zimage.md have the lines that download it."
-    told = "" if path.exists() or path.parent.is_dir() else hub.command(str(path))
-    return f" If it is a model of the hub: {told} puts it into the cache, where it is looked for." if told else ""
+    """How to make or fetch what is not here: what recipes name, and what a name like ``owner/model`` means on the hub."""
+    made = " `python -m didr_core.world.random_models` makes it." * (path.parts[:2] == ("runs", "random"))
+    made += " docs/sdxl.md and docs/zimage.md have the lines that download it." * (path.parts[:1] == ("models",))
+    told = "" if made or path.exists() or path.parent.is_dir() else hub.command(str(path))
+    return f" If it is a model of the hub: {told} puts it into the cache, where it is looked for." if told else made
 
 
 def read_state(key: str, path: Path) -> State:
