@@ -27,7 +27,7 @@ from didr_core.config.files import replace_text
 from didr_core.config.registry import configured
 from didr_core.data.convert import tables
 from didr_core.data.prompts import PromptIndex
-from didr_core.data.storage import disk, local_folder, room
+from didr_core.data.storage import Store, disk, room
 from didr_core.evaluate.contest import NEAREST, Contest, Item, run
 from didr_core.evaluate.judges import load_lpips
 from didr_core.evaluate.layouts import check_rows, write_pictures
@@ -73,6 +73,7 @@ def evaluate(
     """Draw and judge what is missing in the folder ``out``, then compare; returns the folder.
 
     Args:
+        out: a path, or an address whose copy on this machine is worked in, and returned.
         local: one process, no Ray. address: a Ray cluster; see :func:`pipelines.cluster.session.ray_session`.
 
     Raises:
@@ -81,19 +82,25 @@ def evaluate(
     """
     began = time.monotonic()
     config = configs.load(options.recipe, options.overrides)
-    folder = RunFolder(local_folder("--out", out))
+    folder = RunFolder.at("--out", out)
+    if folder.address:
+        Store(folder.address, "--out").probe()
     contest = plan(options, config, folder.path)
     told = told_of_prompts(options, config, contest)
     with disk("--out", folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
     room("--out", folder.path)
     check_disks(config.tracking, folder.path, ray=not local and where_to_run(address).kind == "here")
-    with folder.lock("evaluating"), stoppable(), ExitStack() as stack:
+    with stoppable(), folder.mirrored(1, warn), folder.lock("evaluating"), ExitStack() as stack:
         record = looked_after(folder.path)
         progress = stack.enter_context(ContestProgress(contest))
         uri = tracking.preflight(config.tracking, folder.path.parent)
         if progress.todo:
-            work = _here(config, contest) if local else _on_ray(config, contest, address, verbose, record, progress)
+            work = (
+                _here(config, contest)
+                if local
+                else _on_ray(config, folder, contest, address, verbose, record, progress)
+            )
             for item in work:
                 progress.did(item)
         progress.phase("comparing")
@@ -254,6 +261,7 @@ def _here(config: Config, contest: Contest) -> Iterator[Item]:
 
 def _on_ray(
     config: Config,
+    folder: RunFolder,
     contest: Contest,
     address: str | None,
     verbose: bool,
@@ -262,10 +270,13 @@ def _on_ray(
 ) -> Iterator[Item]:
     """By actors, which a thread of this process waits for while it looks whether all are alive."""
     progress.phase("starting Ray")
-    calls = RunFolder(contest.folder).calls_path
+    calls = folder.calls_path
     shutil.rmtree(calls, ignore_errors=True)
     with ray_session(address, slots(config), verbose) as view:
         record()
+        if folder.address and len(view.nodes) > 1:
+            nodes = f"actors on {len(view.nodes)} nodes need a folder that all of them see"
+            raise DIDRError(f"--out {folder.place}: {nodes}. Mount one and give its path, or add --local.")
         # Ray's libraries read their environment when they are imported: the session has set it
         from pipelines.cluster.pictures import contest_on_ray, demands
         from pipelines.cluster.remote import in_thread

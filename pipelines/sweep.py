@@ -111,14 +111,14 @@ def _new(
     points = [] if search == "optuna" else space.draw(found, search, options.trials or None, options.seed)
     overrides = [*options.overrides, *([f"output={output}"] if output else [])]
     config = space.check(found, points or space.corners(found), options.recipe, overrides)
+    sweeps = local_folder("output", config.output)
     bench.check(config)
     if not config.workers.train_gpus and config.device == "cuda":
         raise DIDRError(
             "workers.train_gpus=0 with device=cuda: a trial reserves no GPU. Say --set workers.train_gpus=1, or a fraction."
         )
     preflight(config, here=False, note=warn)
-    here = where_to_run(address).kind == "here"
-    check_disks(config.tracking, local_folder("output", config.output) / options.name, ray=here)
+    check_disks(config.tracking, sweeps / options.name, ray=where_to_run(address).kind == "here")
     options = replace(
         options,
         overrides=[o for o in options.overrides if not o.startswith("output=")],

@@ -181,7 +181,10 @@ class Component(Strict):
 class Actors(Strict):
     """The pool of a reward that is scored in actors (Ray)."""
 
-    count: PositiveInt | None = Field(None, description="actors; none = workers.rewards")
+    count: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="actors; [1, 4]: one, up to four while calls are waited for and there is room; none = workers.rewards",
+    )
     cpus: float | None = Field(None, ge=0, description="CPUs of each; none = workers.reward_cpus")
     gpus: float | None = Field(None, ge=0, description="GPUs of each, or a part of one; none = workers.reward_gpus")
     runtime_env: dict[str, Any] = Field(
@@ -195,6 +198,12 @@ class Actors(Strict):
         "workers.patience_s, which stops the run",
     )
     tries: int = Field(3, ge=1, description="actors that one call may lose before the run stops")
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Fewest and most actors."""
+        fewest, most = self.count if isinstance(self.count, tuple) else (self.count or 1,) * 2
+        return min(fewest, most), max(fewest, most)
 
 
 class Placed(Component):

@@ -184,7 +184,7 @@ def local_folder(key: str, path: str) -> Path:
     if "://" in path:
         raise DIDRError(
             f"{key}={path!r}: expected a folder on a file system that all nodes share; mount the bucket and give that path. "
-            "Addresses are for data.prompts, data.heldout, and for output and --output of `didr align`."
+            "Addresses are for data.prompts, data.heldout, output and --output of `didr align`, and --out of `didr evaluate`."
         )
     return expanded(path).resolve()
 

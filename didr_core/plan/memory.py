@@ -173,7 +173,7 @@ def _pool(config: Config, key: str, learner: Learner, context: Line) -> Process:
         if score.requires_grad:
             score.sum().backward()
     scored = Line("reward", "pictures scored, with gradient", f"{size} samples", count.phases[""].most)
-    return Process("scoring actor", own.count or 1, own.gpus or 0.0, [*_weights("reward", model), context], [scored])
+    return Process("scoring actor", own.counts[1], own.gpus or 0.0, [*_weights("reward", model), context], [scored])
 
 
 class _Shapes(Noise):

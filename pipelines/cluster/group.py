@@ -75,8 +75,8 @@ def fit_until_done(
         config, view = members.start(again)
         most = config.workers.max_failures
         if nodes != view.nodes:  # those of an actor that is lost with its node have no room where it was
-            for actor in (actor for pool in pools for actor in pool.actors):
-                ray.kill(actor)
+            for actor in (actor for pool in pools for actor in (*pool.actors, pool.keeper) if actor):
+                ray.kill(actor)  # a keeper's own end with it
             pools, nodes = start_pools(config, view, run.calls_path), view.nodes
         if config.precomputed:
             _precompute(config, run, index, observer, view, pools)

@@ -199,18 +199,18 @@ def align_demands(workers: Workers, cluster: ClusterView, with_rewards: bool = T
     return Demands((*groups, Group("listing of the shards", 1, Need(cpus=1))))
 
 
-def demands_of(config: Config, cluster: ClusterView) -> Demands:
-    """:func:`align_demands` of what this config's algorithm and reward ask for."""
+def demands_of(config: Config, cluster: ClusterView, most: bool = False) -> Demands:
+    """:func:`align_demands` of what this config's algorithm and reward ask for; pools have their fewest actors, or their ``most``."""
     demands = align_demands(config.workers, cluster, with_rewards=config.needs_reward)
-    return Demands((*demands.groups, *(pool_group(config, key, cluster) for key in config.pools)))
+    return Demands((*demands.groups, *(pool_group(config, key, cluster, most) for key in config.pools)))
 
 
-def pool_group(config: Config, key: str, cluster: ClusterView) -> Group:
-    """The pool of the reward ``key`` of :attr:`Config.pools`."""
+def pool_group(config: Config, key: str, cluster: ClusterView, most: bool = False) -> Group:
+    """The pool of the reward ``key`` of :attr:`Config.pools`, with its fewest actors or its ``most``."""
     reward, asked = config.pools[key], config.pool(key)
     need = replace(reward_need(config.workers, cluster), cpus=asked.cpus or 0.0, gpus=asked.gpus or 0.0)
     name = "scoring actor" if len(config.pools) == 1 else f"scoring actor of {reward.name!r}"
-    return Group(name, asked.count or 1, need, f"{key}.actors.count", f"{key}.actors.cpus or .gpus")
+    return Group(name, asked.counts[most], need, f"{key}.actors.count", f"{key}.actors.cpus or .gpus")
 
 
 def check(demands: Demands, cluster: ClusterView) -> Room:

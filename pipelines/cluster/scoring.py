@@ -7,6 +7,8 @@ its `placement` says so. :mod:`pipelines.cluster.pool` deals out the calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,17 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from didr_core.config import Config, build, differentiable
 from didr_core.rewards.remote import Graded, RemoteReward
 from didr_core.train.patience import Calls
 from didr_core.types import Reward, Tensors
+from pipelines.cluster import keeper as keepers
 from pipelines.cluster.pool import RESTARTS, Arrays, Pool
-from pipelines.cluster.resources import ClusterView, pool_group
+from pipelines.cluster.resources import ClusterView, Demands, Group, NoRoom, check, demands_of, pool_group, taken
+from pipelines.cluster.session import cluster_view
 
 
 class Scorer:
@@ -61,15 +65,35 @@ class Scorer:
 
 def start_pools(config: Config, view: ClusterView, calls: Path | None = None) -> list[Pool]:
     """A pool for each of :attr:`Config.pools`; they live as long as this process or their handles. In ``calls`` they say what they do."""
-    outside = PlacementGroupSchedulingStrategy(placement_group=None)  # that of a Tune trial holds its driver only
     pools = []
     for key, reward in config.pools.items():
         group, settings = pool_group(config, key, view), config.pool(key)
-        options = {**group.need.options(), "scheduling_strategy": outside, "max_restarts": RESTARTS}
-        actor = ray.remote(**options, runtime_env=settings.runtime_env or None)(Scorer)
-        actors = [actor.remote(config, key, calls) for _ in range(group.count)]
-        pools.append(Pool(key, reward.name, settings, actors))
+        start = partial(_start, config, key, calls, group)
+        actors, keeper = [start() for _ in range(group.count)], None
+        if (most := settings.counts[1]) > group.count:
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            keeping = ray.remote(num_cpus=0, scheduling_strategy=here)(keepers.Keeper)
+            keeper = keeping.remote(actors, most, start, partial(_has_room, config, key), keepers.IDLE_S)
+        pools.append(Pool(key, reward.name, settings, actors, keeper))
     return pools
+
+
+def _start(config: Config, key: str, calls: Path | None, group: Group) -> Any:
+    outside = PlacementGroupSchedulingStrategy(placement_group=None)  # that of a Tune trial holds its driver only
+    options = {**group.need.options(), "scheduling_strategy": outside, "max_restarts": RESTARTS}
+    actor = ray.remote(**options, runtime_env=config.pool(key).runtime_env or None)(Scorer)
+    return actor.remote(config, key, calls)
+
+
+def _has_room(config: Config, key: str, more: int) -> bool:
+    """Whether so many ``more`` actors than the fewest fit beside all else, and nobody holds that of one; or somebody starts nodes."""
+    view = cluster_view()
+    group = pool_group(config, key, view)
+    try:
+        check(Demands((*demands_of(config, view).groups, replace(group, count=more))), view)
+    except NoRoom:
+        return view.grows
+    return view.grows or not taken(Demands((replace(group, count=1),)), view)
 
 
 def placed(config: Config, pools: Sequence[Pool]) -> Reward:

@@ -49,7 +49,7 @@ def sweep_demands(config: Config, view: ClusterView, workers: int, at_once: int)
     groups = [Group("trial", at_once, need, "--concurrent", "workers.train_cpus or .train_gpus")]
     if drives_group(config, workers):
         settings = config.workers.model_copy(update={"train": workers})
-        for g in demands_of(config.model_copy(update={"workers": settings}), view).groups:
+        for g in demands_of(config.model_copy(update={"workers": settings}), view, most=True).groups:
             groups.append(Group(f"{g.name} of a trial", g.count * at_once, g.need, "--concurrent", g.need_setting))
     return Demands(tuple(groups))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from moto.server import ThreadedMotoServer
+from toy import toy_recipe
 
 from didr_core import config as configs
 from didr_core.config.files import expanded
@@ -25,6 +26,9 @@ from didr_core.train.mirror import OWNER, SUMS
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 from pipelines.align import align
+from pipelines.evaluate import Options, evaluate
+from pipelines.sweep import sweep
+from pipelines.sweeps.folder import SweepOptions
 from tests.pipelines.ray_head import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,9 +148,31 @@ def test_an_endpoint_in_the_address(server: Server, monkeypatch: pytest.MonkeyPa
         PromptIndex.open(f"s3://k:topsecret@bucket/nothing{options}")
 
 
+@pytest.mark.slow
+def test_an_evaluation_at_an_address_goes_on_on_another_machine(server: Server, tmp_path: Path) -> None:
+    """Which has none of its files, and finds all but one block there."""
+    recipe = toy_recipe(tmp_path, tracking={"uri": "none"})
+    asked, store = Options(["start"], str(recipe), count=4, batch=2, seeds=1), Store("s3://bucket/contest")
+    out = evaluate(asked, "s3://bucket/contest", local=True)
+    scores = (out / "scores.npz").read_bytes()
+    assert store.read("scores.npz") == scores and {"report.html", "scores.json"} <= store.files().keys()
+    kept, lost = sorted(name for name in store.files() if name.startswith("scores/"))
+    store.delete(lost)
+    before = store.version(kept), store.files().keys()
+    shutil.rmtree(tmp_path / "cache")
+    assert (evaluate(asked, "s3://bucket/contest", local=True) / "scores.npz").read_bytes() == scores
+    assert store.version(lost)[0] > 0 and (store.version(kept), store.files().keys() - {lost}) == before
+
+
 def test_what_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(DIDRError, match="s3://nobucket/run'.* cannot be used .*AWS_ACCESS_KEY_ID"):
         align("exact_2d", SETS, output="s3://nobucket/run", local=True)
     with pytest.raises(DIDRError, match="Expected s3, gs, abfs"):
         align("exact_2d", SETS, output="ftp://host/run", local=True)
+    with pytest.raises(DIDRError, match="--out='s3://nobucket/contest': this storage"):
+        evaluate(Options(["start"], "exact_2d"), "s3://nobucket/contest", local=True)
+    with pytest.raises(
+        DIDRError, match="output='s3://bucket/runs': expected a folder on a file system.*mount the bucket"
+    ):
+        sweep(SweepOptions(space="smoke"), output="s3://bucket/runs")
     assert os.listdir(tmp_path) == []

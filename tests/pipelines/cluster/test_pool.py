@@ -77,7 +77,7 @@ def score(pool: Pool, weight: Any = None) -> Any:
 def test_pictures_are_dealt_out_and_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, (one, two), said = make(monkeypatch, ready=["slow"])
     answers = score(pool, np.full(5, 3.0))
-    assert (one.asked, two.asked) == ([[0, 1, 2]], [[3, 4]]) and pool.busy == [1, 1]
+    assert (one.asked, two.asked) == ([[0, 1, 2]], [[3, 4]]) and pool.busy == {one: 1, two: 1}
     scores, gradients = zip(*answers(), strict=True)
     assert np.concatenate(scores).tolist() == [0, 10, 20, 30, 40] and np.concatenate(gradients).tolist() == [
         0,
@@ -86,7 +86,7 @@ def test_pictures_are_dealt_out_and_come_back_in_order(monkeypatch: pytest.Monke
         9,
         12,
     ]
-    assert pool.busy == [0, 0] and not said and pool.prepare(["a", "bcd"])["length"].tolist() == [1, 3]
+    assert not pool.busy.total() and not said and pool.prepare(["a", "bcd"])["length"].tolist() == [1, 3]
     pool.share_with(1, 2)  # the second of two trainers: its half of the pool, whole calls
     score(pool)()
     assert len(one.asked) == 1 and two.asked[1] == PICTURES.tolist()
@@ -105,7 +105,7 @@ def test_a_lost_actor_costs_its_part_of_one_call(monkeypatch: pytest.MonkeyPatch
         "a scoring actor of 'toy' was lost in a call; another one is asked (1 of 3)",
         "a scoring actor of 'toy' gave no answer for 9 s (reward.actors.timeout_s); another one is asked (1 of 3)",
     ]
-    assert pool.killed == [two] and pool.busy == [0, 0]  # type: ignore[attr-defined]
+    assert pool.killed == [two] and not pool.busy.total()  # type: ignore[attr-defined]
 
 
 def test_the_last_actor_that_a_call_may_lose_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +117,32 @@ def test_the_last_actor_that_a_call_may_lose_ends_it(monkeypatch: pytest.MonkeyP
     ):
         score(pool)()
     assert len(said) == 1 and one.script == ["never"]
+
+
+def test_a_pool_is_who_its_keeper_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It grows: calls are dealt out anew. It shrinks in the middle of a call: nobody waits for it. Its keeper dies, with its actors."""
+    pool, (one,), said = make(monkeypatch, count=1)
+    pool.settings = Actors(count=(1, 2), tries=2)
+    two, told, there = Actor(1, []), list[float](), [[one]]
+    pool.keeper = SimpleNamespace(tell=SimpleNamespace(remote=lambda waited: told.append(waited) or there[-1]))
+    pool.share_with(0, 1, said.append)
+    score(pool)()
+    assert one.asked == [PICTURES.tolist()] and told == [0.0] and not said
+    there.append([one, two])
+    pool.prepare(["a"])
+    assert told[1] > 0
+    answers = score(pool)
+    assert two.asked == [[3, 4]] and said.pop() == "scoring actors of 'toy': 2, 1 before"
+    assert np.concatenate([scores for scores, _ in answers()]).tolist() == [0, 10, 20, 30, 40]
+    for gone in ([one], ActorDiedError()):
+        two.script, there[:], pool.actors = [ActorDiedError()], [[one, two]], [one, two]
+        answers = score(pool)
+        there.append(gone)  # type: ignore[arg-type]
+        assert np.concatenate([scores for scores, _ in answers()]).tolist() == [0, 10, 20, 30, 40]
+        assert pool.actors == [one] and not pool.busy.total()
+        assert "scoring actors of 'toy': 1, 2 before" in said
+        said.clear()
+    assert pool.keeper is None and len(score(pool)()) == 1
 
 
 def test_what_would_go_wrong_again_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

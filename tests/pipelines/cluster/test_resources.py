@@ -14,6 +14,7 @@ from rich.console import Console
 
 from didr_core import config as configs
 from didr_core.config import Workers
+from didr_core.types import DIDRError
 from pipelines.cluster.resources import (
     REWARD_RESOURCE,
     TRAINER_RESOURCE,
@@ -158,6 +159,13 @@ def test_a_reward_in_actors_has_room_of_its_own() -> None:
     assert demands_of(moved, view).groups[:-1] == demands_of(plain, view).groups
     assert (pool.name, pool.count, pool.count_setting) == ("scoring actor", 3, "reward.actors.count")
     assert pool.need.amounts() == {"CPU": plain.workers.reward_cpus, "GPU": 0.5, REWARD_RESOURCE: 1.0}
+    ranged = configs.load("tiny", ["reward.placement=actors", "reward.actors.count=[2,3]"])
+    assert demands_of(ranged, view).groups[-1].count == 2 and ranged.pool("reward").counts == (2, 3)
+    assert configs.Config(**ranged.model_dump(mode="json")).pool("reward") == ranged.pool("reward")
+    assert configs.load("tiny", ["reward.placement=actors", "workers.rewards=3"]).pool("reward").counts == (3, 3)
+    for wrong in ("[1,2,3]", "[0,2]", "many"):
+        with pytest.raises(DIDRError, match="actors.count"):
+            configs.load("tiny", [f"reward.actors.count={wrong}"])
     with pytest.raises(NoRoom, match=r"needs 1\.5 GPU.*3 x 0\.5 scoring actor.*Lower reward\.actors\.count"):
         check(demands_of(moved, view), cluster({"CPU": 16, "GPU": 1, REWARD_RESOURCE: 9}))
     assert demands_of(configs.load("tiny_blackbox"), view).groups[-1].name == "scoring actor"

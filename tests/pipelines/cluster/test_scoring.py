@@ -30,10 +30,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 def test_actors_score_as_one_process_does_and_the_lost_are_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And, in the same Ray: a composite's missing scales, a hung call, an environment of its own, and a whole run, bit for bit."""
+    """And, in the same Ray: missing scales, a hung call, an environment of its own, a pool that grows and shrinks, a whole run."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     import ray
 
+    from pipelines.cluster import keeper
     from pipelines.cluster.group import measured_scales
     from pipelines.cluster.scoring import placed, start_pools
 
@@ -103,7 +104,30 @@ def test_actors_score_as_one_process_does_and_the_lost_are_replaced(
         assert "gave no answer for 5 s (reward.actors.timeout_s)" in said[0]
         del remote, graded, pool, waits
 
-        moved = ["reward.placement=actors", "reward.actors.cpus=0.5", "train.micro_batch=4"]
+        monkeypatch.setattr(keeper, "IDLE_S", 4.0)
+        ranged = configs.load(str(recipe), values={"reward": wayward | {"actors": {"count": [1, 2], "cpus": 0.5}}})
+        (pool,) = start_pools(ranged, view, calls)
+        remote, pictures = placed(ranged, [pool]), images.detach().requires_grad_()
+        said.clear()
+        pool.share_with(0, 1, said.append)
+        (expected,) = torch.autograd.grad(here.score(pictures, inputs).sum(), pictures)
+        while len(pool.actors) < 2 or pool.coming:  # asked without a pause
+            assert torch.equal(torch.autograd.grad(remote.score(pictures, inputs).sum(), pictures)[0], expected)
+        assert said == ["scoring actors of 'toy:Wayward': 2, 1 before"]
+        _, second = pool.actors
+        while second in pool.actors:
+            time.sleep(6.0)
+            pool.tell()
+        assert torch.equal(torch.autograd.grad(remote.score(pictures, inputs).sum(), pictures)[0], expected)
+        assert said[1:] == ["scoring actors of 'toy:Wayward': 1, 2 before"]
+        del remote, pool, second
+
+        moved = [
+            "reward.placement=actors",
+            "reward.actors.count=[1,2]",
+            "reward.actors.cpus=0.5",
+            "train.micro_batch=4",
+        ]
         there, alone = (RunFolder(tmp_path / name) for name in ("there", "alone"))
         align(str(recipe), moved, output=str(there.path), address="local")
     align(str(recipe), ["train.micro_batch=4"], output=str(alone.path), local=True)

@@ -57,3 +57,5 @@ def test_a_trials_plan_counts_the_actors_that_score_a_black_box() -> None:
     assert "scoring actor of a trial" not in [
         g.name for g in budget.sweep_demands(configs.load("tiny"), view, 2, 3).groups
     ]
+    ranged = configs.load("tiny", ["reward.placement=actors", "reward.actors.count=[1,4]"])
+    assert budget.sweep_demands(ranged, view, 1, 3).groups[-1].count == 3 * 4, "no pool grows into another trial's room"
