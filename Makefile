@@ -14,7 +14,7 @@ ARGS ?=
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
 
-.PHONY: help demo sweep-demo install fetch-sdxl test test-exports test-nodes tests-with-ray tests-without-ray lint types check-python clean
+.PHONY: help demo sweep-demo install fetch-sdxl test test-exports test-nodes tests-with-ray tests-of-learning tests-of-the-rest lint types check-python clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,14 +44,22 @@ check-python:
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "error: %s is Python %d.%d; DIDR needs 3.11 or newer. Install one, or say make PYTHON=/path/to/python3.11" % ((sys.executable,) + v))'
 	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || test -x $(BIN)/python || { echo "error: $(PYTHON) cannot make environments (no ensurepip). On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-test: lint types ## lint, format, types and every test: those that start Ray beside the others
-	@$(MAKE) --no-print-directory -k -j2 -Otarget tests-with-ray tests-without-ray
+test: lint ## lint, format, types and every test: those that start Ray beside the others, which are two halves
+	@$(MAKE) --no-print-directory -k -j4 -Otarget tests-with-ray types tests-of-learning tests-of-the-rest
 
 tests-with-ray:
 	@$(BIN)/python -m pytest -q -m ray
 
-tests-without-ray:  # Ray's workers are nice, too: they would starve beside us
-	@nice -n 10 $(BIN)/python -m pytest -q -m 'not ray and not packages and not nodes'
+# Folders of tests that take as long as all others together; a new one is among those others by itself.
+LEARNING := $(addprefix tests/,algorithms backbones diffusion drs networks plan train)
+# Ray's workers are nice, too: they would starve beside us.
+WITHOUT_RAY := nice -n 10 $(BIN)/python -m pytest -q -m 'not ray and not packages and not nodes'
+
+tests-of-learning:
+	@$(WITHOUT_RAY) $(LEARNING)
+
+tests-of-the-rest:
+	@$(WITHOUT_RAY) $(addprefix --ignore=,$(LEARNING))
 
 test-exports: install ## exports under the oldest diffusers, transformers and peft that their cards name (installs them, temporarily)
 	@$(BIN)/python -m pytest -q -m packages

@@ -70,14 +70,18 @@ def run(served: tuple[Hub, Path], home: Path, *pipelines: str, port: int | None 
 
 
 @pytest.mark.slow
-def test_a_model_is_fetched_once_and_then_needs_no_hub(served: tuple[Hub, Path], tmp_path: Path) -> None:
+def test_a_model_is_fetched_once_and_then_needs_no_hub_and_what_it_has_not_is_one_line(
+    served: tuple[Hub, Path], tmp_path: Path
+) -> None:
     hub, _ = served
-    (line,), seen = run(served, tmp_path, "acme/tiny-sdxl@v1")
+    (*wrong, line), seen = run(served, tmp_path, "acme/none", "acme/tiny-sdxl@v9", "acme/tiny-sdxl@v1")
+    for said, model, revision in zip(wrong, ("acme/none", "acme/tiny-sdxl"), ("main", "v9"), strict=True):
+        assert f"no such folder here, and the hub has no model {model!r} at revision {revision!r}" in said
     name, place = json.loads(line)
     assert name == "acme/tiny-sdxl@v1" and COMMIT in place, "the recipe keeps the name, the files lie in the cache"
     assert "unet/diffusion_pytorch_model.safetensors" in hub.asked and "model.safetensors" in hub.asked
     assert not [file for file in hub.asked if file.endswith(".bin") or "fp16" in file or file.startswith("sd_xl")]
-    assert len(hub.asked) == len(set(hub.asked))
+    assert len(hub.asked) == len(set(hub.asked)), "and none of them twice"
     assert "%" in seen, "a bar shows how far it is"
     hub.asked.clear()
     lines, _ = run(served, tmp_path, "acme/tiny-sdxl@v1", "acme/other@v2", port=9)  # nobody answers there
@@ -87,13 +91,6 @@ def test_a_model_is_fetched_once_and_then_needs_no_hub(served: tuple[Hub, Path],
         r"Where there is a network: `hf download acme/other --revision v2`; copy that cache \(HF_HOME\) here, or give a path\.",
         lines[1],
     )
-
-
-@pytest.mark.slow
-def test_no_such_model_and_no_such_revision_are_one_line(served: tuple[Hub, Path], tmp_path: Path) -> None:
-    lines, _ = run(served, tmp_path, "acme/none", "acme/tiny-sdxl@v9")
-    for line, name, revision in zip(lines, ("acme/none", "acme/tiny-sdxl"), ("main", "v9"), strict=True):
-        assert f"no such folder here, and the hub has no model {name!r} at revision {revision!r}" in line
 
 
 def test_what_is_a_name_and_what_a_path() -> None:

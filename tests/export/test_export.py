@@ -89,7 +89,6 @@ class Writes:
             raise self.error
 
 
-@pytest.mark.timeout(300)  # starts an interpreter and imports diffusers in it: slow on a crowded machine
 def test_stock_diffusers_makes_our_pictures(folders: tuple[Path, Path], tmp_path: Path) -> None:
     config = configuration(folders)
     backbone = build("backbones", config.backbone)

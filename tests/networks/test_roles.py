@@ -12,6 +12,7 @@ from random_models import prompt_shards, sdxl_folder
 from small_learner import batch, learner, saved
 from torch import Tensor, nn
 from torch.nn import functional as F
+from worker_pair import spawn_pair
 
 from didr_core import config
 from didr_core.config import Roles
@@ -192,12 +193,9 @@ def test_trained_generator_reads_an_adapter_from_the_checkpoint(folder: Path, tm
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
-@pytest.mark.timeout(300)  # two processes import everything anew
 def test_the_update_does_not_depend_on_the_number_of_workers(folder: Path, tmp_path: Path) -> None:
     """Two gloo processes with half a batch each, against one."""
-    import torch.multiprocessing as mp
-
-    mp.spawn(_worker, (str(folder), str(tmp_path)), nprocs=2)
+    spawn_pair(_worker, str(folder), str(tmp_path))
     one = learner(folder, train={"batch": 4})
     _sgd(one)
     start = [p.detach().clone() for p in one.generator_net.parameters()]

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from random_models import sdxl_folder
 from small_learner import batch, learner, planned, saved
 from small_learner import held as bytes_held
 from torch import Tensor
+from worker_pair import spawn_pair
 
 from didr_core import config
 from didr_core.networks import fsdp, optim
@@ -165,7 +165,7 @@ def two_processes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     first.step(batch(first))
     saved(first, out / "one", {"n": 1})
     assert not list((out / "one").glob("*.1.safetensors"))
-    mp.spawn(_worker, (str(folder), str(out)), nprocs=2)
+    spawn_pair(_worker, str(folder), str(out))
     return out
 
 
@@ -173,7 +173,6 @@ def read(out: Path, name: str) -> Any:
     return torch.load(out / f"{name}.pt", weights_only=True)
 
 
-@pytest.mark.timeout(300)  # two processes import everything anew
 @pytest.mark.parametrize("case", sorted(CASES.keys() - {"head_start"}))
 def test_split_over_two_workers_it_is_the_update_of_one(two_processes: Path, folder: Path, case: str) -> None:
     start, one = weights(subject(folder, case)), one_process(folder, case)

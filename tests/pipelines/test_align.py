@@ -29,8 +29,6 @@ from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 from pipelines.align import align
 
-ROOT = Path(__file__).resolve().parents[2]
-
 pytestmark = pytest.mark.slow
 
 
@@ -147,6 +145,7 @@ def assert_close_updates(config: Config, run: RunFolder, other: RunFolder) -> No
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
 @pytest.mark.timeout(900)
 def test_on_ray_with_two_workers_of_which_one_is_killed(
     toy: Path, whole: RunFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -199,12 +198,10 @@ def test_on_ray_with_two_workers_of_which_one_is_killed(
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
 @pytest.mark.timeout(600)
-def test_a_mistake_of_the_user_is_not_tried_again(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_of_the_user_is_not_tried_again(toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A NaN reward in an actor and a worker: its prompt id reaches the user, once, after one attempt."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     config = configs.load(str(toy))
     index = PromptIndex.open(config.data.prompts)
     bad = index.read([2 * BATCH + 5], config.seed)[0]  # a sample of step 3, in the share of rank 1

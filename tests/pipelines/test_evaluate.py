@@ -130,6 +130,7 @@ def test_mlflow_keeps_one_run_a_folder(recipe: Path, whole: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
 def test_generator_and_reward_actors_find_the_same(recipe: Path, whole: Path, tmp_path: Path) -> None:
     out = evaluate(options(recipe), str(tmp_path / "out"))
     expected, got = arrays(whole), arrays(out)

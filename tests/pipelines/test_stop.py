@@ -23,6 +23,7 @@ from didr_core.train.patience import running
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 from pipelines.align import align
+from pipelines.cli import main as cli
 from pipelines.sweep import sweep
 from pipelines.sweeps.trial import Trial
 
@@ -40,6 +41,14 @@ def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Pop
     command = [sys.executable, "-m", "pipelines.align", "--output", str(folder / "run"), *arguments]
     environment = dict(os.environ, **environment)
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def ended(run: RunFolder, capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str]:
+    """Exit code and words of `didr align` in this process, in the Ray that is here."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["align", "--output", str(run.path), *arguments])
+    return stop.value.code, capfd.readouterr().err
 
 
 def reached(run: RunFolder, step: int, seconds: float = 200.0) -> None:
@@ -133,29 +142,33 @@ class Broken(Treacherous):
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
 @pytest.mark.timeout(900)
-def test_an_error_of_the_users_code_under_ray_is_told_after_one_attempt(toy: Path, tmp_path: Path) -> None:
+def test_an_error_of_the_users_code_under_ray_is_told_after_one_attempt(
+    toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """From a stage of Ray Data over its coordinator to a trainer, to Ray Train's controller, to the driver."""
     reward = tmp_path / "broken.py"
     reward.write_text(BROKEN)
     recipe = tmp_path / "broken.yaml"
     recipe.write_text(f"base: {toy}\nreward: {{name: '{reward}:Broken', bad: ''}}\n")
-    process = started(tmp_path, "--recipe", str(recipe), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    _, said = process.communicate(timeout=600)
     run = RunFolder(tmp_path / "run")
+    code, said = ended(run, capfd, "--recipe", str(recipe))
     words = f"ValueError: my reward broke (in prepare, {reward}:7)"
-    assert process.returncode == 1 and run.info()["status"] == "failed" and run.info()["message"] == words, said
+    assert code == 1 and run.info()["status"] == "failed" and run.info()["message"] == words, said
     assert said.strip().splitlines()[-1] == f"error: {words}" and said.count("starting workers") == 1
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_here")
 @pytest.mark.timeout(900)
-def test_an_alarm_that_rank_0_alone_hears_stops_all_workers(toy: Path, tmp_path: Path) -> None:
+def test_an_alarm_that_rank_0_alone_hears_stops_all_workers(
+    toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     sets = ["alarms.on_alarm=stop", "alarms.saturation_drift=-1", "evaluation.every=3", "train.checkpoint_every=100"]
-    process = started(tmp_path, "--recipe", str(toy), *[word for item in sets for word in ("--set", item)])
-    _, said = process.communicate(timeout=600)
     run = RunFolder(tmp_path / "run")
-    assert process.returncode == 1 and run.info()["status"] == "failed" and run.last_step() == 3, said
+    code, said = ended(run, capfd, "--recipe", str(toy), *[word for item in sets for word in ("--set", item)])
+    assert code == 1 and run.info()["status"] == "failed" and run.last_step() == 3, said
     message = run.info()["message"]
     assert message.startswith("stopped after step 3, with a checkpoint, by alarms.on_alarm=stop. saturation-drifts: ")
     assert said.strip().splitlines()[-1] == f"error: {message}" and said.count("starting workers") == 1
@@ -262,3 +275,6 @@ def test_sigterm_under_ray(toy: Path, tmp_path: Path) -> None:
     _, said = process.communicate(timeout=200)
     assert process.returncode == 143, said
     assert_stopped(run, said, "SIGTERM")
+    before, _, _ = said.replace(str(tmp_path), "").partition("stopping after this step")
+    lines = [line for line in before.splitlines() if "ray" in line.lower()]
+    assert [line for line in lines if "starting Ray" not in line] == []  # quiet

@@ -70,7 +70,6 @@ def first_step(of: Config) -> dict[str, float]:
     return Learner(of).step(next(iter(LocalFeed(of)))).metrics
 
 
-@pytest.mark.timeout(300)
 def test_beta_means_the_same_for_a_reward_and_for_a_composite_of_it(root: Path) -> None:
     single = first_step(config.validate(tree(root, part(root)["reward"])))
     for scale, weight in ((1.0, 1.0), (0.37, 1.0), (1.0, 5.0)):
@@ -146,7 +145,6 @@ def test_parts_of_one_kind_are_numbered(root: Path) -> None:
     assert part_names(of.reward) == ["pickscore", "pickscore_2", "clip_score"]  # type: ignore[arg-type]
 
 
-@pytest.mark.timeout(300)
 def test_the_readmes_reward_trains_from_its_file(root: Path) -> None:
     name = f"{root}/colourful.py:Colourful"
     of = config.validate(tree(root, {"name": name, "grey": "gray"}))
@@ -158,7 +156,6 @@ def test_the_readmes_reward_trains_from_its_file(root: Path) -> None:
     assert "reward/Colourful/raw" in first_step(both)
 
 
-@pytest.mark.timeout(300)
 def test_a_config_reaches_other_processes_with_rewards_that_live_in_files(root: Path) -> None:
     """As Ray's workers get it: pickled here, unpickled where the file was never imported."""
     of = config.validate(tree(root, {"name": f"{root}/colourful.py:Colourful", "grey": "gray"}))

@@ -24,10 +24,10 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from random_models import sdxl_folder
 from safetensors.torch import load_file
 from toy import toy_recipe
+from worker_pair import spawn_pair
 
 from didr_core import config as configs
 from didr_core.config import Config
@@ -212,7 +212,7 @@ def pair(home: Path) -> Path:
             RunFolder.create(config, str(at(home, row, sets, what).path))
         go(config, at(home, row, sets, "from-one"), until=KILL)
         jobs.append((str(home), row, str(recipe_of(home, row)), sets))
-    mp.spawn(_worker, (jobs, str(home / "meeting")), nprocs=2)
+    spawn_pair(_worker, jobs, str(home / "meeting"))
     return home
 
 

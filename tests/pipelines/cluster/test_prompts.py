@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,8 @@ from didr_core.types import Batch
 from didr_core.world import random_models
 from pipelines.align import align
 from pipelines.cluster.resources import Need
-from pipelines.cluster.session import ray_session
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_here")]
 
 SMALL = Need(cpus=0.25)
 
@@ -41,24 +38,6 @@ SMALL = Need(cpus=0.25)
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_recipe(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # workers import `stages`
-        with ray_session("local", 4):
-            yield
-            await_readers()
-
-
-def await_readers(seconds: float = 60.0) -> None:
-    """Wait for the threads of abandoned streams: one that calls Ray after its shutdown ends this process (code 1, no traceback)."""
-    gc.collect()
-    end = time.monotonic() + seconds
-    while [t for t in threading.enumerate() if t.name == "iter_threaded"]:
-        assert time.monotonic() < end, "a stream's reader is still alive; ray.shutdown() would end this process"
-        time.sleep(0.1)
 
 
 def ranks(

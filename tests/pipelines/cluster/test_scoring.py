@@ -21,17 +21,15 @@ from didr_core.train.patience import Patience
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError, NoAnswerError
 from pipelines.align import align
-from pipelines.cluster.session import ray_session
+from pipelines.cluster.resources import ClusterView
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_actors_score_as_one_process_does_and_the_lost_are_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_here: ClusterView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And, in the same Ray: missing scales, a hung call, an environment of its own, a pool that grows and shrinks, a whole run."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     import ray
 
     from pipelines.cluster import keeper
@@ -50,86 +48,80 @@ def test_actors_score_as_one_process_does_and_the_lost_are_replaced(
         tmp_path / "calls",
         [],
     )
-    with ray_session("local", 6) as view:
-        open_scales = configs.load(
-            str(recipe), values={"reward": {"name": "composite", "parts": [part], "measure_prompts": 2}}
-        )
-        assert measured_scales(open_scales, view) == scales.resolve(open_scales)
+    open_scales = configs.load(
+        str(recipe), values={"reward": {"name": "composite", "parts": [part], "measure_prompts": 2}}
+    )
+    assert measured_scales(open_scales, ray_here) == scales.resolve(open_scales)
 
-        black_box = configs.load("tiny_blackbox", ["workers.rewards=2"])
-        here = build("rewards", black_box.reward)  # type: ignore[arg-type]
-        reward = placed(black_box, pools := start_pools(black_box, view))
-        spoilt = images.clone()
-        spoilt[1, 0, 0, 0] = float("nan")
-        expected = here.score(spoilt, here.prepare(captions))
-        assert expected.isnan().tolist() == [False, True, False]
-        assert torch.equal(reward.score(spoilt, reward.prepare(captions)).nan_to_num(), expected.nan_to_num())
-        ray.kill(pools[0].actors[0], no_restart=False)
-        assert torch.equal(reward.score(spoilt, reward.prepare(captions)).nan_to_num(), expected.nan_to_num())
-        del reward, pools
+    black_box = configs.load("tiny_blackbox", ["workers.rewards=2"])
+    here = build("rewards", black_box.reward)  # type: ignore[arg-type]
+    reward = placed(black_box, pools := start_pools(black_box, ray_here))
+    spoilt = images.clone()
+    spoilt[1, 0, 0, 0] = float("nan")
+    expected = here.score(spoilt, here.prepare(captions))
+    assert expected.isnan().tolist() == [False, True, False]
+    assert torch.equal(reward.score(spoilt, reward.prepare(captions)).nan_to_num(), expected.nan_to_num())
+    ray.kill(pools[0].actors[0], no_restart=False)
+    assert torch.equal(reward.score(spoilt, reward.prepare(captions)).nan_to_num(), expected.nan_to_num())
+    del reward, pools
 
-        config = configs.load(str(recipe), values={"reward": wayward})
-        (pool,) = start_pools(config, view, calls)
-        pool.share_with(0, 1, said.append)
-        remote, here = placed(config, [pool]), build("rewards", config.reward)  # type: ignore[arg-type]
-        inputs = remote.prepare(captions)
-        assert inputs["factor"].tolist() == [2.0] * 3 and os.environ.get("FACTOR") is None
-        pictures = images.requires_grad_()
-        (expected,) = torch.autograd.grad(here.score(pictures, inputs).sum(), pictures)
+    config = configs.load(str(recipe), values={"reward": wayward})
+    (pool,) = start_pools(config, ray_here, calls)
+    pool.share_with(0, 1, said.append)
+    remote, here = placed(config, [pool]), build("rewards", config.reward)  # type: ignore[arg-type]
+    inputs = remote.prepare(captions)
+    assert inputs["factor"].tolist() == [2.0] * 3 and os.environ.get("FACTOR") is None
+    pictures = images.requires_grad_()
+    (expected,) = torch.autograd.grad(here.score(pictures, inputs).sum(), pictures)
 
-        def graded(remote: Any = remote) -> torch.Tensor:
-            return torch.autograd.grad(remote.score(pictures, inputs).sum(), pictures)[0]
+    def graded(remote: Any = remote) -> torch.Tensor:
+        return torch.autograd.grad(remote.score(pictures, inputs).sum(), pictures)[0]
 
-        assert torch.equal(graded(), expected) and not said
-        (tmp_path / "order").write_text("die")
-        assert torch.equal(graded(), expected) and "was lost in a call; another one is asked (1 of 3)" in said[0]
-        said.clear()
-        (tmp_path / "order").write_text("throw")
-        with pytest.raises(ray.exceptions.RayTaskError, match="told to throw"):
-            graded()
-        assert not said  # it would throw again
-        (tmp_path / "order").write_text("hang")
-        waits = remote.begin(pictures, inputs, None)  # type: ignore[misc]
-        while (tmp_path / "order").exists():
+    assert torch.equal(graded(), expected) and not said
+    (tmp_path / "order").write_text("die")
+    assert torch.equal(graded(), expected) and "was lost in a call; another one is asked (1 of 3)" in said[0]
+    said.clear()
+    (tmp_path / "order").write_text("throw")
+    with pytest.raises(ray.exceptions.RayTaskError, match="told to throw"):
+        graded()
+    assert not said  # it would throw again
+    (tmp_path / "order").write_text("hang")
+    waits = remote.begin(pictures, inputs, None)  # type: ignore[misc]
+    while (tmp_path / "order").exists():
+        time.sleep(0.1)
+    patience = Patience(Observer(), 3.0, calls)
+    with pytest.raises(
+        NoAnswerError, match=r"the scoring actor of 'toy:Wayward' .* scoring \d pictures, has not answered for"
+    ):
+        while True:
             time.sleep(0.1)
-        patience = Patience(Observer(), 3.0, calls)
-        with pytest.raises(
-            NoAnswerError, match=r"the scoring actor of 'toy:Wayward' .* scoring \d pictures, has not answered for"
-        ):
-            while True:
-                time.sleep(0.1)
-                patience.look()
-        pool.settings = pool.settings.model_copy(update={"timeout_s": 5.0})
-        assert torch.equal(torch.autograd.grad(waits()[0].sum(), pictures)[0], expected)
-        assert "gave no answer for 5 s (reward.actors.timeout_s)" in said[0]
-        del remote, graded, pool, waits
+            patience.look()
+    pool.settings = pool.settings.model_copy(update={"timeout_s": 5.0})
+    assert torch.equal(torch.autograd.grad(waits()[0].sum(), pictures)[0], expected)
+    assert "gave no answer for 5 s (reward.actors.timeout_s)" in said[0]
+    del remote, graded, pool, waits
 
-        monkeypatch.setattr(keeper, "IDLE_S", 4.0)
-        ranged = configs.load(str(recipe), values={"reward": wayward | {"actors": {"count": [1, 2], "cpus": 0.5}}})
-        (pool,) = start_pools(ranged, view, calls)
-        remote, pictures = placed(ranged, [pool]), images.detach().requires_grad_()
-        said.clear()
-        pool.share_with(0, 1, said.append)
-        (expected,) = torch.autograd.grad(here.score(pictures, inputs).sum(), pictures)
-        while len(pool.actors) < 2 or pool.coming:  # asked without a pause
-            assert torch.equal(torch.autograd.grad(remote.score(pictures, inputs).sum(), pictures)[0], expected)
-        assert said == ["scoring actors of 'toy:Wayward': 2, 1 before"]
-        _, second = pool.actors
-        while second in pool.actors:
-            time.sleep(6.0)
-            pool.tell()
+    monkeypatch.setattr(keeper, "IDLE_S", 4.0)
+    ranged = configs.load(str(recipe), values={"reward": wayward | {"actors": {"count": [1, 2], "cpus": 0.5}}})
+    (pool,) = start_pools(ranged, ray_here, calls)
+    remote, pictures = placed(ranged, [pool]), images.detach().requires_grad_()
+    said.clear()
+    pool.share_with(0, 1, said.append)
+    (expected,) = torch.autograd.grad(here.score(pictures, inputs).sum(), pictures)
+    while len(pool.actors) < 2 or pool.coming:  # asked without a pause
         assert torch.equal(torch.autograd.grad(remote.score(pictures, inputs).sum(), pictures)[0], expected)
-        assert said[1:] == ["scoring actors of 'toy:Wayward': 1, 2 before"]
-        del remote, pool, second
+    assert said == ["scoring actors of 'toy:Wayward': 2, 1 before"]
+    _, second = pool.actors
+    while second in pool.actors:
+        time.sleep(6.0)
+        pool.tell()
+    assert torch.equal(torch.autograd.grad(remote.score(pictures, inputs).sum(), pictures)[0], expected)
+    assert said[1:] == ["scoring actors of 'toy:Wayward': 1, 2 before"]
+    del remote, pool, second
 
-        moved = [
-            "reward.placement=actors",
-            "reward.actors.count=[1,2]",
-            "reward.actors.cpus=0.5",
-            "train.micro_batch=4",
-        ]
-        there, alone = (RunFolder(tmp_path / name) for name in ("there", "alone"))
-        align(str(recipe), moved, output=str(there.path), address="local")
+    moved = ["reward.placement=actors", "reward.actors.count=[1,2]", "reward.actors.cpus=0.5", "train.micro_batch=4"]
+    there, alone = (RunFolder(tmp_path / name) for name in ("there", "alone"))
+    align(str(recipe), moved, output=str(there.path), address="local")
     align(str(recipe), ["train.micro_batch=4"], output=str(alone.path), local=True)
     one, two = ((run.checkpoint(run.last_step()) / "SHA256SUMS").read_text() for run in (there, alone))
     assert one == two and "generator" in one  # of all weights and moments
@@ -138,11 +130,8 @@ def test_actors_score_as_one_process_does_and_the_lost_are_replaced(
         align(str(recipe), moved, output=str(tmp_path / "refused"), local=True)
 
 
-def test_a_run_with_a_black_box_is_the_same_on_ray_and_in_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_a_black_box_is_the_same_on_ray_and_in_one_process(ray_here: ClusterView, tmp_path: Path) -> None:
     """`toy:Opaque` has no gradient; only the Ray run scores it in actors."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     recipe = toy_recipe(
         tmp_path,
         reward={"name": "toy:Opaque", "bad": "none"},
