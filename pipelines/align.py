@@ -117,8 +117,10 @@ def align(
         if local:
             train_and_finish(config, run, index, observer, save_grid, profile)
         else:
-            observer.stage("starting Ray")
-            view = session.enter_context(ray_session(address, slots(config), verbose))
+            patience = Patience(observer, config.workers.patience_s)
+            patience.stage("starting Ray")
+            with patience.watching():  # Ray may wait inside of its C++ for ever, for processes that came too late
+                view = session.enter_context(ray_session(address, slots(config), verbose))
             _on_ray(config, run, index, observer, view, verbose, profile, record, mirror.flush)
             session.close()
         observer.stage("writing the report")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from toy import toy_recipe
 
 from didr_core import config as configs
 from didr_core.train.run_folder import AUTO, LATEST, RunFolder, settings
-from didr_core.types import DIDRError
+from didr_core.types import DIDRError, NoAnswerError
 from pipelines import align as job
 from pipelines import sweep as sweeping
 from pipelines.sweeps.folder import SweepFolder, SweepOptions
@@ -99,3 +102,18 @@ def test_sweeps_go_on_alike(toy: str, tmp_path: Path, monkeypatch: pytest.Monkey
     first.update(status="finished")
     with pytest.raises(DIDRError, match="that sweep exists"):
         go()
+
+
+def test_a_ray_that_never_is_there_ends_the_run_with_a_word(
+    toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def never(*_: Any) -> Iterator[None]:
+        time.sleep(60.0)
+        yield
+
+    monkeypatch.setattr(job, "ray_session", never)
+    run = tmp_path / "run"
+    with pytest.raises(NoAnswerError, match=r"\(its last news: starting Ray\) has not answered for . s.*patience_s=1\)"):
+        job.align(toy, ["tracking.uri=none", "workers.patience_s=1"], output=str(run), address="local")
+    assert RunFolder(run).info()["status"] == "failed"
