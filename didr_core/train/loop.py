@@ -240,11 +240,11 @@ def outcome(run: RunFolder) -> Iterator[None]:
         for folder in (run.path, run.path / "grids"):
             clear_partials(folder)
         since, before = time.time(), float(run.info().get("seconds", 0.0))
-        run.update(status="running", message=None, since=since)
-        try:
+        try:  # a signal may come at any moment, GeneratorExit where it came before the block
+            run.update(status="running", message=None, since=since)
             yield
         except BaseException as error:
-            status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+            status = "failed" if isinstance(error, Exception) else "interrupted"
             # a full disk may be why we are here; the reason is on its way to the user
             with contextlib.suppress(DIDRError):
                 _ended(run, since, before, status=status, message=in_words(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,3 +103,20 @@ def test_what_a_kill_left_half_written_is_removed_by_the_next_start(run: RunFold
     with outcome(run):
         pass
     assert (run.path / "export" / "unet").is_dir() and not list(run.path.glob(".export*"))
+
+
+def test_a_signal_while_the_run_is_marked_as_running_marks_it_as_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, update = RunFolder.create(configs.load("tiny"), str(tmp_path / "run")), RunFolder.update
+
+    def stopped(self: RunFolder, **values: Any) -> None:
+        update(self, **values)
+        if values.get("status") == "running":
+            raise KeyboardInterrupt("stopped (SIGTERM)")
+
+    monkeypatch.setattr(RunFolder, "update", stopped)
+    with pytest.raises(KeyboardInterrupt), outcome(run):
+        raise AssertionError("not reached")
+    info = run.info()
+    assert info["status"] == "interrupted" and "SIGTERM" in info["message"]

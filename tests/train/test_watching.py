@@ -118,15 +118,21 @@ def test_hacking_is_heard_within_the_first_third() -> None:
     assert min(CURVES["tiny_hacked-0"]["heldout/judge"][9::10]) > 0.5
 
 
+def test_the_default_recipe_rings_where_its_table_shows_a_loss_alone() -> None:
+    """Seeds 0, 1 and 2. The third's table of 256 captions: free backgrounds 0.17 bits (0.05 to 0.32) less at the end."""
+    assert heard("tiny-0")[0] == heard("tiny-1")[0] == {}
+    assert heard("tiny-2")[0] == {HACKING: 57, "too-predictable": 57}
+
+
 def test_a_loss_that_the_table_shows_rings_and_not_before_it_is_there() -> None:
-    """Seed 0 of the default recipe on 2026-11-27: free backgrounds 1.95 bits at the start, 0.97 at the end."""
-    first, _ = heard("tiny-0")
-    lost = CURVES["tiny-0"]["heldout/background_bits"]
+    """Seed 0 without the anchor, on 2026-11-27: free backgrounds 1.95 bits at the start, 0.97 at the end."""
+    first, _ = heard("unanchored-0")
+    lost = CURVES["unanchored-0"]["heldout/background_bits"]
     assert lost[39] > -0.2 > -0.5 > lost[49] > lost[59], "what the looks found at steps 40, 50, 60"
     assert first == {"free-choice-lost": 50, HACKING: 56, "diversity-falls": 60}
 
 
 def test_a_small_loss_rings_at_the_end_alone() -> None:
     """Seed 1 of it: by the table of 256 captions 0.21 bits (0.09 to 0.34) less at the end."""
-    assert CURVES["tiny-1"]["heldout/background_bits"][49] > -0.1
-    assert heard("tiny-1")[0] == {HACKING: 60, "free-choice-lost": 60}
+    assert CURVES["unanchored-1"]["heldout/background_bits"][49] > -0.1
+    assert heard("unanchored-1")[0] == {HACKING: 60, "free-choice-lost": 60}
