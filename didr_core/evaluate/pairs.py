@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from didr_core.config import Config, build
-from didr_core.config.files import cache_folder, replaced
+from didr_core.config.files import replaced
 from didr_core.data.prompts import open_prompts
 from didr_core.diffusion import sampling
 from didr_core.evaluate.contestants import teacher_contestant
@@ -21,7 +22,7 @@ from didr_core.types import Condition
 def make_pairs(
     config: Config, count: int, path: Path, batch: int = 16, tell: Callable[[int], object] = lambda _: None
 ) -> None:
-    """Write ``count`` pairs to ``path``, floats as float16. Latents made before are kept in the user's cache: a killed call goes on.
+    """Write ``count`` pairs to ``path``, floats as float16. Latents lie beside it until all are made: a killed call goes on.
 
     Steps and guidance are `evaluation.teacher_steps` (0: 50) and `guidance.reference`; prompts and noise follow from `seed`.
 
@@ -40,18 +41,19 @@ def make_pairs(
     network = backbone.load_network("reference").to(device).eval()
     steps = config.evaluation.teacher_steps or 50
     teacher = teacher_contestant(backbone, network, steps, config.guidance.reference)
-    parts = []
+    parts, kept = [], path.with_name(f".{path.stem}.latents")
     for first in range(0, count, batch):
         rows = range(first, min(first + batch, count))
         prompts = [prompt.prompt for prompt in index.read(rows, config.seed)]
         condition, z = backbone.encode(prompts), sampling.noise(config.seed, rows, backbone.latent_shape)
         names = [f"{config.seed}/{row}/{prompt}" for row, prompt in zip(rows, prompts, strict=True)]
-        x0, _ = teacher.latents(condition.to(device), z.to(device), names, cache_folder() / "pairs")
+        x0, _ = teacher.latents(condition.to(device), z.to(device), names, kept)
         parts.append({"z": z, "x0": x0.cpu(), **_named(condition)})
         tell(rows.stop)
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     with replaced(path) as partial:
         partial.write_bytes(save({k: v.half() if v.is_floating_point() else v for k, v in whole.items()}))
+    shutil.rmtree(kept)
 
 
 def _named(condition: Condition) -> dict[str, torch.Tensor]:

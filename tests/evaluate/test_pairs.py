@@ -19,13 +19,20 @@ from didr_core.train.distributed import Single
 from didr_core.types import DIDRError
 
 
-def test_pairs_are_the_guided_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIDR_CACHE", str(tmp_path / "cache"))
+def test_pairs_are_the_guided_teachers(tmp_path: Path) -> None:
     config = configs.load("tiny", ["evaluation.teacher_steps=2", "train.anchor=null", "seed=5"])
     told: list[int] = []
+
+    def kill(made: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(config, 3, tmp_path / "pairs.safetensors", batch=2, tell=kill)
+    assert len(list((tmp_path / ".pairs.latents").rglob("*.npz"))) == 2, "what a killed call has made"
     make_pairs(config, 3, tmp_path / "pairs.safetensors", batch=2, tell=told.append)
     made = load_file(tmp_path / "pairs.safetensors")
     assert (tmp_path / "pairs.safetensors").stat().st_mode & 0o044, "others may read it"
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.safetensors"]
     assert told == [2, 3] and {v.dtype for v in made.values()} == {torch.float16}
 
     backbone = build("backbones", config.backbone)
