@@ -130,7 +130,7 @@ def _new(
     )
     if resume and (old := SweepFolder.unfinished(options, config.output)):
         return old
-    name = options.name or claimed(local_folder("output", config.output), f"sweep-{found.name}")
+    name = options.name or claimed(sweeps, f"sweep-{found.name}")
     return SweepFolder.create(replace(options, name=name), config, points)
 
 

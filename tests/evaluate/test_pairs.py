@@ -13,7 +13,7 @@ from didr_core.config import Anchor, build
 from didr_core.data import teacher_pairs
 from didr_core.data.prompts import open_prompts
 from didr_core.diffusion import sampling
-from didr_core.evaluate.pairs import make_pairs
+from didr_core.evaluate.pairs import _small, make_pairs
 from didr_core.plan.preflight import preflight
 from didr_core.train.distributed import Single
 from didr_core.types import DIDRError
@@ -51,6 +51,16 @@ def test_pairs_are_the_guided_teachers(tmp_path: Path) -> None:
     assert (
         drawn.tensors.keys() == condition.tensors.keys() and z.dtype == drawn.tensors["pooled"].dtype == torch.float32
     )
+
+
+def test_what_cannot_be_written_is_said_first_and_large_numbers_stay(tmp_path: Path) -> None:
+    config = configs.load("tiny", ["train.anchor=null", "backbone.pipeline=none"])
+    (tmp_path / "file").touch()
+    for out, told in ((tmp_path, "a folder. Expected a file"), (tmp_path / "file" / "p", "cannot write")):
+        with pytest.raises(DIDRError, match=f"--out .*{told}"):
+            make_pairs(config, 3, out)
+    large = torch.tensor([1.0, 7e4])
+    assert torch.equal(_small(large), large) and _small(large[:1]).dtype == torch.float16
 
 
 @pytest.mark.parametrize(

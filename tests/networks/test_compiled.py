@@ -28,6 +28,7 @@ ODE = {"estimator": "ode", "steps": 2, "gradient_checkpointing": True}
 HYBRID = {"estimator": "hybrid", "steps": 2, "particles": 2}
 LR = 1.0  # of plain gradient descent: far enough that rounding the weights is nothing
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "full, tweedie": ("aot_eager", "sdxl", FULL, {"estimator": "tweedie"}),
     "recipe, tweedie, inductor": ("inductor", "sdxl", RECIPE, {"estimator": "tweedie"}),
     "recipe, ode": ("aot_eager", "sdxl", RECIPE, ODE),
     "lora, hybrid": ("aot_eager", "sdxl", {**LORA, "gradient_checkpointing": False}, HYBRID),
