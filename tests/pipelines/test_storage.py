@@ -33,8 +33,6 @@ from tests.pipelines.ray_head import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN, PROMPTS = "s3://bucket/runs/one", "s3://bucket/prompts"
-GONE_S = 20.0
-"""Longer than the client inside of pyarrow asks again by itself."""
 SETS = ("train.checkpoint_every=5", "train.batch=16", "evaluation.prompts=0", "evaluation.grid=4", "tracking.uri=none")
 HOME = {
     "AWS_ACCESS_KEY_ID": "anyone",
@@ -76,13 +74,6 @@ def home(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("DIDR_CACHE", str(tmp_path / "cache"))
 
 
-def until(reached: Callable[[], object], process: subprocess.Popen[str], seconds: float = 300.0) -> None:
-    late = time.monotonic() + seconds
-    while not reached():
-        assert process.poll() is None and time.monotonic() < late, process.communicate(timeout=60)
-        time.sleep(0.1)
-
-
 PACED = """
 import sys, time
 from didr_core.train.learner import Learner
@@ -105,25 +96,32 @@ def test_a_run_survives_a_server_that_is_gone_and_a_kill(server: Server, tmp_pat
     words = [word for item in (*sets, "train.steps=1000000") for word in ("--set", item)]
     # few steps while the server is gone: what is reached is trained once more, below
     command = [sys.executable, "-c", PACED, "--recipe", "exact_2d", "--local", "--output", RUN, *words]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    here = Store(RUN)
+    log, here = tmp_path / "log", Store(RUN)
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
 
     def newest() -> int:
         return max((int(name.split("/")[1][5:]) for name in here.files() if name.endswith(SUMS)), default=0)
 
+    def until(reached: Callable[[], object], seconds: float = 300.0) -> None:
+        late = time.monotonic() + seconds
+        while not reached():
+            assert process.poll() is None and time.monotonic() < late, log.read_text()
+            time.sleep(0.1)
+
     try:
-        until(newest, process)
+        until(newest)
         server.stop()
         run = RunFolder.at("--output", RUN)
         before = run.last_step()
-        time.sleep(GONE_S)
-        until(lambda: run.last_step() > before, process)  # training goes on
+        until(lambda: "does not answer" in log.read_text())  # when the client inside of pyarrow has given up
+        until(lambda: run.last_step() > before)  # training goes on
         server.start()
-        until(lambda: newest() > before, process)
+        until(lambda: newest() > before)
     finally:
         process.send_signal(signal.SIGKILL)
-    said, _ = process.communicate(timeout=60)
-    assert "does not answer" in said and "Traceback" not in said, said
+    process.wait(timeout=60)
+    assert "Traceback" not in log.read_text(), log.read_text()
 
     shutil.rmtree(run.path)  # as on another machine
     here.delete(OWNER)  # who was killed there is known to be dead
