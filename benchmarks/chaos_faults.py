@@ -199,7 +199,12 @@ KINDS: dict[str, Kind] = {
         repair=_move_away,
     ),
     "disk full": Kind(
-        "local", _fill, (1,), "the disk is full", ("failed", "running"), repair=lambda s: _resize(s, "4g")
+        "local",
+        _fill,
+        (1,),
+        r"the disk is full|free on its disk",
+        ("failed", "running"),
+        repair=lambda s: _resize(s, "4g"),
     ),
     "shard deleted": Kind("local", lambda s: _shard(s).unlink(), (1,), r"prompts.*\.parquet", repair=restore_prompts),
     "shard corrupt": Kind("local", _spoil, (1,), r"prompts.*\.parquet", repair=restore_prompts),
@@ -207,7 +212,7 @@ KINDS: dict[str, Kind] = {
     "reward throws": Kind(
         "local", mode("throw"), (1,), "ValueError: the chaos reward broke", repair=CALM, traceback=True
     ),
-    "reward is NaN": Kind("local", mode("nan"), (1,), "non-finite", repair=CALM),
+    "reward is NaN": Kind("local", mode("nan"), (1,), r"non-finite|not finite", repair=CALM),
     "reward of a wrong shape": Kind("local", mode("shape"), (1,), r"expected a float tensor of shape", repair=CALM),
     "MLflow gone for a minute": Kind("mlflow", _shut(60)),
     "MLflow gone for good": Kind("mlflow", _shut(0)),
@@ -222,9 +227,11 @@ class Door:
         self.port, self.behind = port, behind
         self._server: socketserver.ThreadingTCPServer | None = None
         self._through: list[socket.socket] = []
+        self.opened = threading.Event()
 
     def open(self) -> None:
         """Let calls through."""
+        self.opened.set()
         if self._server:
             return
         door = self
@@ -246,6 +253,7 @@ class Door:
 
     def shut(self) -> None:
         """Cut all calls, take no more."""
+        self.opened.clear()
         if self._server:
             self._server.shutdown()
             self._server.server_close()

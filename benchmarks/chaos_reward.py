@@ -18,6 +18,7 @@ class Moody(QuadraticReward):
 
     class Config(QuadraticReward.Config):
         orders: str
+        pace: float = 0.0  # seconds that a call takes
 
     config: Config
 
@@ -40,6 +41,7 @@ class Moody(QuadraticReward):
 
     def _act(self) -> str:
         mode = self._mode()
+        time.sleep(self.config.pace)
         if mode == "throw":
             raise ValueError("the chaos reward broke")
         if mode in ("slow", "hang"):

@@ -26,6 +26,7 @@ from didr_core.train.run_folder import RunFolder, read_lines
 
 EVERY, PATIENCE_S = 10, {"ray": 300, "local": 30, "mlflow": 120}
 STEPS = {"ray": 80, "local": 120, "mlflow": 120}
+PACE_S = {"ray": 0.0, "local": 0.1, "mlflow": 0.1}  # of the reward: a run lasts longer than what happens to it
 GRACE_S = 120.0  # beyond patience, until something counts as hung
 
 
@@ -47,6 +48,7 @@ class Sailing:
         self.run = RunFolder(folder / "disk" / "run")
         self.driver: Soaked | None = None
         self.told = 0
+        self.found: dict[str, Any] = {}  # run.json, when the process began
 
     def prepare(self, full_disk: bool) -> None:
         """Prompts, a recipe, and a disk of its own where it is to be filled."""
@@ -66,7 +68,7 @@ class Sailing:
         tree = {
             "base": "exact_2d",
             "reward": {"name": f"benchmarks.chaos_reward:{'MoodyBlackBox' if black else 'Moody'}", "slope": [1.0, 0.6]}
-            | {"centre": [0.5, 1.0], "curvature": 0.25, "orders": str(self.folder)},
+            | {"centre": [0.5, 1.0], "curvature": 0.25, "orders": str(self.folder), "pace": PACE_S[self.job]},
             "drp": {"estimator": "importance", "steps": 2, "particles": 4} if black else {},
             "train": {"steps": STEPS[self.job], "batch": 16, "checkpoint_every": EVERY},
             "data": {"prompts": str(self.folder / "prompts")},
@@ -81,6 +83,7 @@ class Sailing:
         """The run, from where it is."""
         words = [sys.executable, "-m", "pipelines.align"]
         begun = (self.run.path / "run.json").is_file()
+        self.found = self.run.info() if begun else {}
         new = ["--recipe", str(self.folder / "recipe.yaml"), "--output", str(self.run.path)]
         words += ["--resume", str(self.run.path)] if begun else new
         words += [] if self.job == "ray" else ["--local"]
@@ -184,19 +187,22 @@ class Sailing:
         """The last line."""
         return (self.said().strip().splitlines() or ["nothing was said"])[-1][:300]
 
-    def unclean(self, codes: Sequence[int], says: str, status: Sequence[str], traceback: bool = False) -> str:
+    def unclean(self, codes: Sequence[int], says: str, status: Sequence[str | None], traceback: bool = False) -> str:
         """What is wrong with an end; empty where nothing is."""
         said, code = self.said(), self.process.returncode
-        begun = (self.run.path / "run.json").is_file() and self.run.info().get("since")
-        if not begun:  # too early for a run to know of it: a program's own end
-            return "" if code in (*codes, -15, -2) else f"exit code {code}: {self.last()}"
+        info = self.run.info() if (self.run.path / "run.json").is_file() else {}
+        known = info.get("since") != self.found.get("since")
+        if not known and (code in (-15, -2) or (code in codes and code > 1)):
+            return ""  # too early for a run to know of it: a program's own end
         if code not in codes:
             return f"exit code {code}: {self.last()}"
         if code > 0 and "Traceback" in said and not traceback:
             return "a traceback: " + self.last()
         if not re.search(says, said[-3000:].replace("\n", " ")):
             return f"no such sentence: {self.last()}"
-        return "" if self.run.info()["status"] in status else f"status {self.run.info()['status']}"
+        if not known:  # refused, or killed, before it touched the run
+            status = ((self.found or info).get("status"),)
+        return "" if info.get("status") in status else f"status {info.get('status')}"
 
     def arrive(self) -> str:
         """Let the run end. Returns what is wrong with that; empty where nothing is."""
@@ -215,8 +221,13 @@ class Sailing:
 
     def mlflow_faults(self) -> list[str]:
         """MLflow has every step once (but where it never came back), and how the run ended."""
-        if self.door and "gone for good" in (self.folder / "kinds").read_text():
+        kinds = (self.folder / "kinds").read_text()
+        if self.door and "gone for good" in kinds:
             return [] if "MLflow is not answering" in self.said() else ["nobody was told that MLflow is away"]
+        if self.door and not self.door.opened.wait(PATIENCE_S[self.job]):
+            return ["MLflow never came back"]
+        if "did not take" in self.said():  # it was away until after the end, and the run said so
+            return []
         from pipelines.tracking import tracker as tracking
 
         client = tracking.connect(json.loads((self.folder / "recipe.yaml").read_text())["tracking"]["uri"])
