@@ -98,13 +98,18 @@ def _move_away(scene: Scene) -> None:
     newest.rename(newest.with_name(f"{newest.name}.damaged-{time.time_ns()}"))
 
 
-def _resize(scene: Scene, size: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(scene.folder / "disk")], check=True)
+def _resize(scene: Scene, size: str, check: bool = True) -> bool:
+    """Whether the disk is of that size now."""
+    command = ["mount", "-o", f"remount,size={size}", str(scene.folder / "disk")]
+    return subprocess.run(command, check=check).returncode == 0
 
 
 def _fill(scene: Scene) -> None:
-    disk = os.statvfs(scene.folder / "disk")
-    _resize(scene, str((disk.f_blocks - disk.f_bfree) * disk.f_frsize))
+    for _ in range(20):  # what is being written may outgrow the size before it holds
+        disk = os.statvfs(scene.folder / "disk")
+        if _resize(scene, str((disk.f_blocks - disk.f_bfree) * disk.f_frsize), check=False):
+            return
+    raise LookupError("the disk could not be filled")
 
 
 def _shard(scene: Scene) -> Path:
