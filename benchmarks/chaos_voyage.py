@@ -26,7 +26,7 @@ from didr_core.train.run_folder import RunFolder, read_lines
 
 EVERY, PATIENCE_S = 10, {"ray": 300, "local": 30, "mlflow": 120}
 STEPS = {"ray": 80, "local": 120, "mlflow": 120}
-PACE_S = {"ray": 0.0, "local": 0.03, "mlflow": 0.03}  # of a call of the reward: a run lasts longer than what happens to it
+PACE_S = {"ray": 0.0, "local": 0.03, "mlflow": 0.03}  # a call of the reward: runs outlast what happens to them
 GRACE_S = 120.0  # beyond patience, until something counts as hung
 
 
