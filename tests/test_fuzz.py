@@ -42,7 +42,7 @@ from pipelines.sweeps import space
 from pipelines.sweeps.folder import SweepOptions
 
 TIMES = float(os.environ.get("DIDR_FUZZ", "1"))
-pytestmark = pytest.mark.timeout(120 * max(1.0, TIMES))
+pytestmark = pytest.mark.timeout(1800 * max(1.0, TIMES))
 
 
 def examples(count: int) -> Callable[[Any], Any]:

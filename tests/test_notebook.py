@@ -21,7 +21,6 @@ def test_it_is_committed_without_outputs_and_uses_the_core_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_its_cells_run(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     for cell in CODE:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(900)  # builds and installs
 ROOT = Path(__file__).resolve().parents[1]
 PACKED = ["didr_core", "pipelines", "tune_spaces", "pyproject.toml", "README.md", "LICENSE"]
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]

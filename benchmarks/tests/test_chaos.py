@@ -15,6 +15,7 @@ from benchmarks.chaos import FAULTS, plan, table
 from benchmarks.chaos_faults import KINDS, Door
 from benchmarks.chaos_reward import Moody
 from benchmarks.chaos_voyage import STEPS
+from tests.pipelines.ray_head import free_ports
 
 
 def test_every_kind_comes_once_before_any_comes_again_and_a_seed_says_which() -> None:
@@ -45,11 +46,9 @@ def test_a_door_can_be_shut_and_opened_again() -> None:
         def handle(self) -> None:
             self.request.sendall(self.request.recv(100))
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Echo) as server, socket.socket() as free:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Echo) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+        (port,) = free_ports(1)
         door = Door(port, server.server_address[1])
         for _ in range(2):
             door.open()

@@ -11,7 +11,6 @@ import pytest
 from benchmarks import exact_rivals, exactness
 
 
-@pytest.mark.timeout(400)  # nine learners and a figure: half a minute on an idle core
 def test_every_method_trains_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact_rivals, "start", lambda world: "null")
     monkeypatch.setattr(exactness, "SAMPLES", 200)

@@ -18,6 +18,7 @@ import fcntl
 import json
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -58,6 +59,8 @@ LATEST, AUTO = "latest", "auto"
 
 NUMBERS = ("torch", "diffusers", "transformers")
 """Packages whose version may change what a run computes."""
+
+_UPDATING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -240,8 +243,9 @@ class RunFolder:
         return mapping(path.read_bytes(), str(path), fix) if path.is_file() else {}
 
     def update(self, **values: Any) -> None:
-        """Set keys of ``run.json``."""
-        self._replace("run.json", json.dumps(self.info() | values, indent=1, default=str) + "\n")
+        """Set keys of ``run.json``; threads and a signal's handler may do so at once."""
+        with _UPDATING:
+            self._replace("run.json", json.dumps(self.info() | values, indent=1, default=str) + "\n")
 
     def same_start(self, prompts: str) -> str:
         """Note ``prompts`` (the digest of their texts) once, and compare with it ever after; see :func:`compared`."""

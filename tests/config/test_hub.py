@@ -64,7 +64,7 @@ def run(served: tuple[Hub, Path], home: Path, *pipelines: str, port: int | None 
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     environment["HF_ENDPOINT"] = f"http://127.0.0.1:{port or hub.server_address[1]}"
     command = [sys.executable, "-c", RUN, json.dumps(settings)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-len(pipelines) :], done.stderr
 

@@ -105,7 +105,7 @@ def test_a_million_prompts_open_and_read_like_a_thousand(tmp_path: Path) -> None
     assert pool.bytes_allocated() - taken < 40 * 2**20  # two windows of rows at most, not the 30 MB x 10 of the corpus
     index.read(np.arange(500_000, 500_500), 0)
     assert data._window.cache_info().currsize <= 2  # of WINDOW rows
-    assert seconds < 10  # about 0.2 s on an idle core
+    assert seconds < 60  # about 0.2 s on an idle core
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_ahead_makes_one_batch_more_than_is_used_and_tells_errors_in_their_place
 
 
 def settled(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

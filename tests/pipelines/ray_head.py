@@ -30,12 +30,12 @@ class Head:
     dashboard: str
     env: dict[str, str]
 
-    def submit(self, folder: Path, *command: str, timeout: float = 280.0) -> subprocess.CompletedProcess[str]:
+    def submit(self, folder: Path, *command: str, timeout: float = 1200.0) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir FOLDER -- COMMAND`, as docs/cluster.md says it."""
         line = ["ray", "job", "submit", "--address", self.dashboard, "--working-dir", str(folder), "--", *command]
         return subprocess.run(line, env=self.env, capture_output=True, text=True, timeout=timeout)
 
-    def didr(self, folder: Path, code: Path, *words: str, timeout: float = 500.0) -> subprocess.CompletedProcess[str]:
+    def didr(self, folder: Path, code: Path, *words: str, timeout: float = 1200.0) -> subprocess.CompletedProcess[str]:
         """`didr WORDS` in ``folder`` by the packages in ``code``."""
         line = [sys.executable, "-m", "pipelines.cli.main", *words]
         env = self.env | {"PYTHONPATH": str(code)}
@@ -58,7 +58,9 @@ def free_ports(count: int) -> list[int]:
 @contextlib.contextmanager
 def ray_head(*options: str) -> Iterator[Head]:
     """`ray start --head --block` in a process group of its own, until the block ends."""
-    with tempfile.TemporaryDirectory(prefix="didr-") as folder:  # short: Ray puts Unix sockets in it
+    with tempfile.TemporaryDirectory(
+        prefix="didr-", ignore_cleanup_errors=True
+    ) as folder:  # short: Ray puts Unix sockets in it
         gcs, dashboard, client, listen, grpc, metrics, environment = free_ports(7)
         bin_folder = str(Path(sys.executable).parent)
         env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {

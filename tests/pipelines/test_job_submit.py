@@ -20,7 +20,7 @@ from pipelines.cluster.resources import REWARD_RESOURCE, ROLE_LABEL, TRAINER_RES
 from tests.pipelines.ray_head import Head, ray_head
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,7 @@ def test_a_job_joins_its_cluster_and_its_workers_run_the_jobs_code(head: Head, c
 def test_attached_from_the_head_node_workers_run_this_checkouts_code(head: Head, clone: Path, tmp_path: Path) -> None:
     code = PROBE.replace("ADDRESS", repr(head.address))
     env = head.env | {"PYTHONPATH": str(clone)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "py_modules_files" in result(done.stdout)["worker"][0]
     assert done.stderr == "", "quiet"
@@ -120,7 +118,7 @@ def test_align_is_submitted_looked_at_stopped_and_goes_on(head: Head, clone: Pat
     sent = head.didr(clone, clone, "submit", "--address", head.dashboard, *words)
     assert sent.returncode == 0 and "with the code in it" in sent.stderr, sent.stderr
     try:
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 1200
         while not run.metrics_path.is_file() or run.metrics_path.read_text().count("\n") < 2:
             assert time.monotonic() < deadline and run.info().get("status") != "failed", run.info()
             time.sleep(0.5)
@@ -167,7 +165,7 @@ def test_evaluate_as_a_job(head: Head, clone: Path, tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "out"),
     ]
-    done = head.submit(clone, "python", "-m", "pipelines.evaluate", *words, "--set", "tracking.uri=none", timeout=500)
+    done = head.submit(clone, "python", "-m", "pipelines.evaluate", *words, "--set", "tracking.uri=none")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out" / "report.html").is_file(), done.stdout + done.stderr
     assert list(json.loads((tmp_path / "out" / "scores.json").read_text())["models"]) == ["start", "teacher"]

@@ -115,7 +115,7 @@ def test_a_ray_that_never_is_there_ends_the_run_with_a_word(
     monkeypatch.setattr(job, "ray_session", never)
     run = tmp_path / "run"
     with pytest.raises(
-        NoAnswerError, match=r"\(its last news: starting Ray\) has not answered for . s.*patience_s=1\)"
+        NoAnswerError, match=r"\(its last news: starting Ray\) has not answered for \d+ s.*patience_s=1\)"
     ):
         job.align(toy, ["tracking.uri=none", "workers.patience_s=1"], output=str(run), address="local")
     assert RunFolder(run).info()["status"] == "failed"

@@ -86,7 +86,6 @@ main(["align", *sys.argv[1:]])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_run_survives_a_server_that_is_gone_and_a_kill(server: Server, tmp_path: Path) -> None:
     store = Store("s3://bucket")
     prompts = configs.load("exact_2d").data.prompts

@@ -168,7 +168,7 @@ def test_it_is_written_while_training_goes_on_and_holds_the_moment_of_its_copy(
     def slow(tensors: dict[str, torch.Tensor], file: Path) -> None:
         files.append(file.parent.name)
         at_it.set()
-        assert go.wait(60)
+        assert go.wait(600)
         save_file(tensors, file)
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
@@ -176,7 +176,7 @@ def test_it_is_written_while_training_goes_on_and_holds_the_moment_of_its_copy(
     checkpoint.load(run.checkpoint(2), subject)
     expected = {k: v.detach().clone() for k, v in subject.generator_weights.values.items()}
     saver.save(run.checkpoint(3), {"n": 3})
-    assert at_it.wait(60)
+    assert at_it.wait(600)
     subject.step(batch(subject))  # nobody waits
     saver.wait(block=False)
     assert run.checkpoints() == [1, 2]
@@ -184,7 +184,7 @@ def test_it_is_written_while_training_goes_on_and_holds_the_moment_of_its_copy(
     second.start()
     assert set(files) == {".step-000003.part"}  # one at a time: the next one waits
     go.set()
-    second.join(60)
+    second.join(600)
     saver.wait()
     checkpoint.load(run.checkpoint(3), fresh)
     assert all(torch.equal(v, expected[k]) for k, v in fresh.generator_weights.values.items())

@@ -120,12 +120,12 @@ def test_a_hang_in_the_main_thread_ends_with_the_sentence(hang: str) -> None:
     held.acquire()
     before = signal.getsignal(signal.SIGUSR1)
     began = time.monotonic()
-    with pytest.raises(DIDRError, match=r"its last news: step 3\) has not answered for \d s"):
-        patience = Patience(Lines(), 0.5)
+    with pytest.raises(DIDRError, match=r"its last news: step 3\) has not answered for \d+ s"):
+        patience = Patience(Lines(), 3.0)
         with patience.watching():
             patience.step(StepReport(3, {}))
             eval(hang, {"time": time, "threading": module.threading, "held": held})
-    assert time.monotonic() - began < 60 and signal.getsignal(signal.SIGUSR1) is before
+    assert time.monotonic() - began < 300 and signal.getsignal(signal.SIGUSR1) is before
 
 
 DEAF = """
@@ -143,5 +143,5 @@ with patience.Patience(Said(), 0.5).watching():
 
 
 def test_code_that_hears_no_exception_is_ended_with_its_process() -> None:
-    done = subprocess.run([sys.executable, "-c", DEAF], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", DEAF], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.startswith("stuck: the training (its last news: its start) has not")

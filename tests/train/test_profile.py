@@ -47,7 +47,7 @@ def test_each_moment_counts_for_the_innermost_row(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_profiled_run_is_the_same_run(tmp_path: Path) -> None:
-    config = configs.load(str(toy_recipe(tmp_path)), ["train.steps=3", "workers.train=1"])
+    config = configs.load(str(toy_recipe(tmp_path)), ["train.steps=3", "train.checkpoint_every=100", "workers.train=1"])
     weights = {}
     for name, asked in (("plain", False), ("profiled", True)):
         run = RunFolder.create(config, str(tmp_path / name))

@@ -154,7 +154,6 @@ def told(file: Path) -> tuple[dict[str, str], dict[str, bytes]]:
         return opened.metadata(), {name: opened.get_tensor(name).numpy().tobytes() for name in opened.keys()}  # noqa: SIM118
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("family", "roles"), CASES)
 def test_two_workers_go_from_recipe_to_stock_diffusers(
     family: str, roles: str, two_workers: dict[tuple[str, str], tuple[RunFolder, Path]]

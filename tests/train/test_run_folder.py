@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,16 @@ def test_run_json(run: RunFolder, damage: str) -> None:
     (run.path / "run.json").write_text("{}")  # the advice helps
     resume()
     assert run.info()["status"] == "finished"
+
+
+def test_threads_that_write_run_json_at_once_lose_nothing(run: RunFolder) -> None:
+    def write(name: str) -> None:
+        for n in range(30):
+            run.update(**{f"{name}{n}": n})
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, "ab"))
+    assert {f"{name}{n}" for name in "ab" for n in range(30)} <= run.info().keys()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

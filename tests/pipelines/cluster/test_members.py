@@ -129,14 +129,13 @@ def test_a_group_is_stopped_for_a_node_that_leaves_and_for_lasting_room(
 
 def test_whoever_waits_for_prompts_hears_that_the_run_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "STOPPED_S", 1)
-    stream = feed.ahead(iter(lambda: time.sleep(6), None), lambda: True)
+    stream = feed.ahead(iter(lambda: time.sleep(30), None), lambda: True)
     with pytest.raises(KeyboardInterrupt, match="while it waited for prompts"):
         next(stream)
 
 
 @pytest.mark.nodes
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_nodes_leave_and_come_in_mid_run(tmp_path: Path) -> None:
     """Trainers on two nodes, actors on a third: it dies, a trainer's node dies, a new one comes, and is called back."""
     from ray._raylet import GcsClient

@@ -23,7 +23,7 @@ from didr_core.types import DIDRError, NoAnswerError
 from pipelines.align import align
 from pipelines.cluster.resources import ClusterView
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_actors_score_as_one_process_does_and_the_lost_are_replaced(
@@ -101,7 +101,7 @@ def test_actors_score_as_one_process_does_and_the_lost_are_replaced(
     assert "gave no answer for 5 s (reward.actors.timeout_s)" in said[0]
     del remote, graded, pool, waits
 
-    monkeypatch.setattr(keeper, "IDLE_S", 4.0)
+    monkeypatch.setattr(keeper, "IDLE_S", 10.0)
     ranged = configs.load(str(recipe), values={"reward": wayward | {"actors": {"count": [1, 2], "cpus": 0.5}}})
     (pool,) = start_pools(ranged, ray_here, calls)
     remote, pictures = placed(ranged, [pool]), images.detach().requires_grad_()
@@ -113,7 +113,7 @@ def test_actors_score_as_one_process_does_and_the_lost_are_replaced(
     assert said == ["scoring actors of 'toy:Wayward': 2, 1 before"]
     _, second = pool.actors
     while second in pool.actors:
-        time.sleep(6.0)
+        time.sleep(12.0)
         pool.tell()
     assert torch.equal(torch.autograd.grad(remote.score(pictures, inputs).sum(), pictures)[0], expected)
     assert said[1:] == ["scoring actors of 'toy:Wayward': 1, 2 before"]
