@@ -11,7 +11,7 @@ nothing happened to: the same bits in every tensor of the last checkpoint, the s
     moot              the run was over, or what was to be hit was not there any more
     failed cleanly    it ended with the right exit code, status and sentence, and `--resume` went on
     unclean           it ended in another way (a traceback, a wrong status or sentence)
-    lost              more steps than lie between two checkpoints, or a resume that does not go on
+    lost              more steps than lie between two checkpoints (and two: one is written while training goes on), or no way on
     hung              no end and no step within patience
     wrong             at the end other numbers than those of the undisturbed run
 

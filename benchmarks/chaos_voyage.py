@@ -27,6 +27,7 @@ from didr_core.train.run_folder import RunFolder, read_lines
 EVERY, PATIENCE_S = 10, {"ray": 300, "local": 30, "mlflow": 120}
 STEPS = {"ray": 80, "local": 120, "mlflow": 120}
 PACE_S = {"ray": 0.0, "local": 0.03, "mlflow": 0.03}  # a call of the reward: runs outlast what happens to them
+WRITING = 2  # steps that may be taken while a checkpoint is written: until it is on the disk the one before it counts
 GRACE_S = 120.0  # beyond patience, until something counts as hung
 
 
@@ -175,7 +176,7 @@ class Sailing:
         row |= {"outcome": "unclean" if why else "failed cleanly", "why": why, "lost": lost}
         if went_on != "ready":
             return row | {"outcome": "hung" if went_on == "hung" else "lost", "why": self.last()}
-        allowed = 0 if kind.keeps_step else EVERY * (2 if kind.refused else 1)
+        allowed = 0 if kind.keeps_step else EVERY * (2 if kind.refused else 1) + WRITING
         if lost > allowed:
             row |= {"outcome": "lost", "why": f"{lost} steps"}
         return row | {"recovery_s": time.monotonic() - at}
