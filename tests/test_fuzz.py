@@ -257,6 +257,7 @@ def whole_or_absent(do: Callable[[], object], folder: Path, *files: str) -> None
 
 
 @examples(25)
+@example(items=[("data.prompts", "/")])
 @given(items=st.lists(st.tuples(KEYS, VALUES.map(yaml.safe_dump) | st.text(max_size=10)), min_size=1, max_size=2))
 def test_refused_runs_leave_no_folder(items: list[tuple[str, str]]) -> None:
     """A run that cannot start: nothing of it is there. What would train is not trained here."""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -51,7 +52,19 @@ def _find_shards(path: str, key: str) -> tuple[str, ...]:
     if info.type == pafs.FileType.File:
         return (prefix + root,)
     if info.type == pafs.FileType.Directory:
-        files = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        if not prefix and Path(root).resolve() == Path(Path(root).resolve().anchor):
+            raise DIDRError(
+                f"{key}={path!r}: this is the whole disk. Expected a file of prompts, a folder of them, or a glob."
+            )
+        try:
+            files = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        except OSError as error:
+            if prefix:
+                raise  # the storage's: its hint is of credentials
+            raise DIDRError(
+                f"{key}={path!r}: a folder in it cannot be read ({error.strerror or error}). Expected a folder of prompts alone: "
+                "name the one that is meant, or mend its permissions."
+            ) from error
         below = {f.path: f.path.removeprefix(info.path).split("/") for f in files if f.type == pafs.FileType.File}
         seen = [p for p, names in below.items() if not any(name.startswith((".", "_")) for name in names)]
         found, hint = _of_one_kind(seen, path, key), "no .parquet files in this folder"

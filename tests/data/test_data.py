@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,6 +22,7 @@ from toy import toy_recipe
 from didr_core import config as configs
 from didr_core.config import Config
 from didr_core.data import prompts as data
+from didr_core.data import shards
 from didr_core.data.feed import LocalFeed, PromptEncoder, RewardPreparer, ahead
 from didr_core.data.prompts import PromptIndex, columns
 from didr_core.types import DIDRError
@@ -253,3 +255,20 @@ def settled(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_folder_that_cannot_be_listed_is_named_and_so_is_the_whole_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(pafs.LocalFileSystem):
+        def get_file_info(self, asked: Any) -> Any:
+            if isinstance(asked, pafs.FileSelector):
+                raise PermissionError(13, "Permission denied")
+            return super().get_file_info(asked)
+
+    for path in ("/", f"{tmp_path.anchor}tmp/.."):
+        with pytest.raises(DIDRError, match="data.prompts='/.*': this is the whole disk"):
+            PromptIndex.open(path)
+    monkeypatch.setattr(shards, "open_filesystem", lambda path, _: (Closed(), path))
+    with pytest.raises(DIDRError, match=r"a folder in it cannot be read \(Permission denied\)"):
+        PromptIndex.open(str(tmp_path))
