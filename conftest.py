@@ -25,7 +25,7 @@ os.environ.setdefault("DIDR_CACHE", "")  # tests plan anew
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # and ask no hub but their own
 for _name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "WANDB__SERVICE_WAIT"):
     os.environ.setdefault(_name, "300")  # seconds: how fast a crowded machine is, is not what is tested
-settings.register_profile("didr", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("didr", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("didr")
 
 LIMIT_S = 1800.0
