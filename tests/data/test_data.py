@@ -97,17 +97,17 @@ def test_a_million_prompts_open_and_read_like_a_thousand(tmp_path: Path) -> None
     large = write(tmp_path / "large", [100_000] * 10)
     pool = pa.default_memory_pool()
     taken = pool.bytes_allocated()
-    began = time.perf_counter()
+    began = time.process_time()
     index = PromptIndex.open(str(large))
     opened = pool.bytes_allocated() - taken
     read = index.read(np.arange(1000), 0)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     assert len(index) == 1_000_000 and len(read) == 1000
     assert opened < 2**20  # footers only
     assert pool.bytes_allocated() - taken < 40 * 2**20  # two windows of rows at most, not the 30 MB x 10 of the corpus
     index.read(np.arange(500_000, 500_500), 0)
     assert data._window.cache_info().currsize <= 2  # of WINDOW rows
-    assert seconds < 60  # about 0.2 s on an idle core
+    assert seconds < 10  # of CPU; about 0.2
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_runs_are_listed_the_newest_first(tmp_path: Path, capsys: pytest.Capture
         cli.main(["runs", str(tmp_path)])
     _, new, old, hurt = capsys.readouterr().out.splitlines()[:4]
     assert stop.value.code == 0
-    assert new.split()[:3] == ["new", "running", "0/7"] and re.search(r"\d:\d\d", new)
+    assert new.split()[:3] == ["new", "running", "0/7"] and re.search(r"\b0:\d\d\b", new)
     assert re.search(r"^old +finished +9/9 .* ago +held-out judge: wins 75 % \(60 to 90\) +clipping \(2\)$", old)
     assert hurt.startswith("hurt") and "?" in hurt
     with pytest.raises(SystemExit) as stop:

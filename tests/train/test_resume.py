@@ -163,6 +163,8 @@ WITHOUT_RAY = """
 import sys
 for name in ("ray", "mlflow", "pipelines"):
     sys.modules[name] = None  # importing it raises
+"""
+TRAINED = """
 from didr_core.train.__main__ import main
 sys.exit(main())
 """
@@ -174,8 +176,8 @@ Learner.step = lambda *given: time.sleep(0.5) or step(*given)
 """  # or it might be over before it is killed
 
 
-def started(*arguments: object, before: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", before + WITHOUT_RAY, *map(str, arguments)]
+def started(*arguments: object, paced: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WITHOUT_RAY + paced + TRAINED, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -190,7 +192,7 @@ def wait_for(run: RunFolder, step: int, seconds: float = 900.0) -> None:
 def test_killed_without_ray(home: Path, row: str) -> None:
     """`didr_core` alone, with ray, mlflow and pipelines unimportable; SIGKILL at a moment of its own choosing."""
     run = RunFolder(home / f"{row}-killed")
-    killed = started("--recipe", recipe_of(home, row), "--output", run.path, before=PACED)
+    killed = started("--recipe", recipe_of(home, row), "--output", run.path, paced=PACED)
     wait_for(run, KILL)
     killed.kill()
     killed.communicate()
