@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,10 @@ def test_wandb_offline_has_the_numbers_and_how_it_ended(tmp_path: Path, monkeypa
     folder = tmp_path / "tiny-1"
     folder.mkdir()
     told(settings("wandb"), folder, range(1, 4), KeyboardInterrupt())
-    found = records(folder)
+    found: list[Any] = []
+    while not any(r.HasField("exit") for r in found):  # their own process writes, and goes on after `finish`
+        time.sleep(0.05)
+        found = records(folder)
     run = next(r.run for r in found if r.HasField("run"))
     assert (run.run_id, run.project) == ("tiny-1", "didr") and "tiny" in run.tags
     history = [
