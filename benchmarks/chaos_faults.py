@@ -165,13 +165,14 @@ def _lock(scene: Scene) -> None:
 
 CALM = mode("")
 GOES_ON = r"goes on from step \d+"
+NOT_SAID = ("running", "interrupted")  # killed: nobody wrote how it ended; interrupted, before it trained
 NO_RAY = r"no Ray cluster answers at|Ray did not start here|GCS|raylet"
 KINDS: dict[str, Kind] = {
     "kill -9 of a trainer": Kind("ray", _kill("RayTrainWorker")),
     "kill -9 of an encoder": Kind("ray", _kill("EncoderActor"), first=True),
     "kill -9 of a reward actor": Kind("ray", _kill("RewardActor")),
     "kill -9 of a scoring actor": Kind("ray", _kill("Scorer")),
-    "kill -9 of the driver": Kind("ray", _signal(signal.SIGKILL), (-9,), status=("running",), early=True),
+    "kill -9 of the driver": Kind("ray", _signal(signal.SIGKILL), (-9,), status=NOT_SAID, early=True),
     "kill -9 of the GCS": Kind("ray", _kill("gcs_server"), (1,), NO_RAY, early=True),
     "kill -9 of the raylet": Kind("ray", _kill("raylet"), (1,), NO_RAY, early=True),
     "SIGTERM under Ray": Kind(
@@ -180,7 +181,7 @@ KINDS: dict[str, Kind] = {
     "SIGINT under Ray": Kind(
         "ray", _signal(signal.SIGINT), (130,), GOES_ON, ("interrupted",), early=True, keeps_step=True
     ),
-    "kill -9 without Ray": Kind("local", _signal(signal.SIGKILL), (-9,), status=("running",), early=True),
+    "kill -9 without Ray": Kind("local", _signal(signal.SIGKILL), (-9,), status=NOT_SAID, early=True),
     "SIGTERM without Ray": Kind(
         "local", _signal(signal.SIGTERM), (143,), GOES_ON, ("interrupted",), early=True, keeps_step=True
     ),
@@ -191,7 +192,7 @@ KINDS: dict[str, Kind] = {
         "local",
         _damage(lambda rng, data: bytes(data[: rng.randrange(len(data))])),
         (-9,),
-        status=("running",),
+        status=NOT_SAID,
         refused=r"damaged: .*goes on from step-\d+, which is intact",
         repair=_move_away,
     ),
@@ -199,7 +200,7 @@ KINDS: dict[str, Kind] = {
         "local",
         _damage(_flip),
         (-9,),
-        status=("running",),
+        status=NOT_SAID,
         refused=r"damaged: .*goes on from step-\d+, which is intact",
         repair=_move_away,
     ),

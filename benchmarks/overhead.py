@@ -14,6 +14,7 @@ one, too.
   have ended before the first step, as on a GPU that all share, and what is left is the loop and Ray alone.
 - `plain2`, `ray2`: two processes at half the batch each. Two trainings side by side slow each other down on any machine, and averaging
   gradients costs what it costs: two workers of Ray stand beside two plain processes that average over gloo, and these beside `plain`.
+- `idle2`: `plain2` again, beside a Ray whose actors, as many as Train and Data keep, have nothing to do: the part of `ray2` that is Ray's.
 
 A step is the median of the steps after the first (the wall clock of rank 0), a ratio that of cases of one round; the tables have medians
 over rounds. CPU seconds of a step stand beside wall seconds: other programs change them less. A checkpoint is written once, at the last
@@ -41,13 +42,14 @@ from benchmarks.machine import Tree, busy_seconds, wait_until_idle
 from didr_core.config.provenance import provenance
 from didr_core.train.run_folder import RunFolder, read_lines
 
-BASE = {"plain": "plain", "local": "plain", "ray1": "plain", "plain2": "plain", "ray2": "plain2"}
+BASE = {"plain": "plain", "local": "plain", "ray1": "plain", "plain2": "plain", "idle2": "plain2", "ray2": "plain2"}
 """What a case is compared with."""
 TOLD = {
     "plain": "plain loop over prepared tensors",
     "local": "`align --local`",
     "ray1": "Ray, one worker",
     "plain2": "two plain processes, half the batch each",
+    "idle2": "`plain2`, beside a Ray that has nothing to do",
     "ray2": "Ray, two workers, half the batch each",
 }
 RESULTS = Path("benchmarks/results")

@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from didr_core.train.distributed import ProcessGroup
 from didr_core.train.learner import Learner
 from didr_core.train.profile import Profile
 from didr_core.train.run_folder import read_lines
+
+OF_TRAIN_AND_DATA = 7
+"""Actors beside the workers: controller, synchronization, placement groups, statistics, autoscaling, location of actors, datasets."""
 
 
 def settings(steps: int, batch: int, workers: int, prepared: bool) -> list[str]:
@@ -75,6 +79,23 @@ def aligned(case: str, folder: Path, changes: list[str]) -> None:
     (folder / "case.json").write_text(json.dumps({**told, "bytes_a_prompt": stored}))
 
 
+@contextmanager
+def idle_ray(actors: int) -> Iterator[None]:
+    """Ray on this machine as `align` starts it, with ``actors`` that wait to be asked."""
+    import ray
+
+    from pipelines.cluster.session import ray_session
+
+    class Waiting:
+        def here(self) -> bool:
+            return True
+
+    with ray_session("local"):
+        waiting = [ray.remote(num_cpus=0)(Waiting).remote() for _ in range(actors)]
+        ray.get([actor.here.remote() for actor in waiting])
+        yield
+
+
 def watch_object_store(found: dict[str, float]) -> None:
     """Keep ``found``, bytes a prompt by stage, at what Ray's metrics say, until Ray ends. For a thread.
 
@@ -108,14 +129,15 @@ def main() -> int:
     case, folder, steps, batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     workers = 2 if case.endswith("2") else 1
     changes = settings(steps, batch, workers, prepared=sys.argv[5] == "1")
-    if not case.startswith("plain"):
+    if not case.startswith(("plain", "idle")):
         aligned(case, folder, changes)
         return 0
     arguments: Any = (configs.load("tiny", changes), folder)
-    if workers > 1:
-        torch.multiprocessing.spawn(plain, arguments, workers)
-    else:
-        plain(0, *arguments)
+    with idle_ray(OF_TRAIN_AND_DATA) if case.startswith("idle") else nullcontext():
+        if workers > 1:
+            torch.multiprocessing.spawn(plain, arguments, workers)
+        else:
+            plain(0, *arguments)
     return 0
 
 

@@ -79,9 +79,11 @@ def align(
     place = old or RunFolder.at("--output" if output else "output", output or config.output)
     if place.address:
         Store(place.address).probe()
-    index = preflight(config, here=local, output=place.path if old or output else None, note=warn)
+    own_ray = not local and where_to_run(address).kind == "here"
+    found = place.path if old or output else None
+    index = preflight(config, here=local, gpus=local or own_ray, output=found, note=warn)
     runs = place.path.parent if old or output else place.path
-    check_disks(config.tracking, runs, ray=not local and where_to_run(address).kind == "here")
+    check_disks(config.tracking, runs, ray=own_ray)
     view = None if local else view_of_this_machine(config, address)
     if view:
         check(demands_of(config, view), view)

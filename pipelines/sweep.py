@@ -85,7 +85,9 @@ def sweep(
             folder.update(status="interrupted")
             raise
         except NoRoom:
-            if not resume:  # nothing was begun: the name is free again
+            if resume:
+                folder.update(status="failed")
+            else:  # nothing was begun: the name is free again
                 shutil.rmtree(folder.path, ignore_errors=True)
             raise
         except BaseException:
@@ -117,8 +119,9 @@ def _new(
         raise DIDRError(
             "workers.train_gpus=0 with device=cuda: a trial reserves no GPU. Say --set workers.train_gpus=1, or a fraction."
         )
-    preflight(config, here=False, note=warn)
-    check_disks(config.tracking, sweeps / options.name, ray=where_to_run(address).kind == "here")
+    own_ray = where_to_run(address).kind == "here"
+    preflight(config, here=False, gpus=own_ray, note=warn)
+    check_disks(config.tracking, sweeps / options.name, ray=own_ray)
     options = replace(
         options,
         overrides=[o for o in options.overrides if not o.startswith("output=")],
@@ -137,12 +140,13 @@ def _new(
 def _run(folder: SweepFolder, address: str | None, verbose: bool, began: float, record: Callable[[], None]) -> None:
     for key, value in TUNE_ENV.items():
         os.environ.setdefault(key, value)
-    prepare_environment(verbose, here=where_to_run(address).kind == "here")
+    own_ray = where_to_run(address).kind == "here"
+    prepare_environment(verbose, here=own_ray)
     config, options = folder.config(), folder.options()
     if folder.info()["status"] == "finished":
         _say(folder, began)  # nothing to go on with
         return
-    digest = preflight(config, here=False, output=folder.path).digest
+    digest = preflight(config, here=False, gpus=own_ray, output=folder.path).digest
     if told := compared({**folder.info(), **options.facts}, digest, f"sweep {folder.path}"):
         warn(told)
     folder.update(status="running", prompts=digest)

@@ -183,7 +183,7 @@ def test_shards(name: str, damages: list[tuple[int, bytes]], cut: int) -> None:
 
         def use() -> None:
             index = PromptIndex.open(folder)
-            index.scan()
+            list(index.texts())
             index.read(np.arange(25), 0)
             index.first(5)
             assert index.fingerprint

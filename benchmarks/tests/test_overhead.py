@@ -68,7 +68,7 @@ def test_ratios_are_of_one_round_and_a_checkpoint_is_spread() -> None:
     }
     rounds = []
     for pace in (1.0, 2.0, 4.0):  # the machine slows down: ratios stay
-        steps = {"plain": 1.0, "local": 1.01, "ray1": 1.04, "plain2": 0.6, "ray2": 0.63}
+        steps = {"plain": 1.0, "local": 1.01, "ray1": 1.04, "plain2": 0.6, "idle2": 0.61, "ray2": 0.63}
         rounds.append({case: row(pace * s, **(ray if "ray" in case else {})) for case, s in steps.items()})
     cases = overhead.report_of(rounds, 4)["cases"]
     assert cases["plain"]["step_s"] == [2.0, 1.0, 4.0] and cases["local"]["ratio"] == pytest.approx([1.01] * 3)

@@ -64,7 +64,7 @@ class Optim(Strict):
 class Anchor(Strict):
     """Regression to stored teacher pairs kept on during matching: holds the modes that plain matching loses."""
 
-    pairs: str = Field(description="folder or file of noise and teacher latents (examples/tiny_world)")
+    pairs: str = Field(description="file of noise and teacher latents, which `didr pairs` makes")
     weight: float = Field(gt=0, description="of the regression loss beside the matching one")
     batch: int = Field(24, ge=1, description="pairs an update, over all workers")
 

@@ -227,10 +227,6 @@ class PromptIndex:
                 seen += len(table)
                 yield [sample.prompt for sample in self._samples(range(len(table)), table)]
 
-    def scan(self, rows: int = 200_000) -> int:
-        """Go through :meth:`texts`; returns the rows looked at."""
-        return sum(map(len, self.texts(rows)))
-
     def first(self, count: int) -> list[Prompt]:
         """The first ``count`` prompts in file order (held-out grids): index = row in the corpus."""
         found: list[Prompt] = []

@@ -29,12 +29,18 @@ COUNTED = 5_000  # prompts whose tokens are counted
 
 
 def preflight(
-    config: Config, *, here: bool = True, output: Path | None = None, note: Callable[[str], object] = lambda _: None
+    config: Config,
+    *,
+    here: bool = True,
+    gpus: bool = True,
+    output: Path | None = None,
+    note: Callable[[str], object] = lambda _: None,
 ) -> PromptIndex:
     """Look at prompts (footers, and the text of the first :data:`SCAN_ROWS` rows), weights folders and output folder.
 
     Args:
         here: this process trains, so ``device`` must exist on this machine.
+        gpus: this machine's GPUs train, so the networks must fit on them; else a cluster's do, of which nobody knows yet.
         output: the run's folder, where it is not to be made in ``config.output``; it may hold checkpoints already.
         note: takes sentences on what is no mistake, but may not be meant.
 
@@ -66,7 +72,7 @@ def preflight(
     )
     index, texts = _read(found["prompts"], held_out, config.data.allow_overlap)
     readers = {name: found[name] for name in ("encoder", "reward") if name in found}
-    if torch.cuda.is_available() and not fit.undecided(config):  # else :func:`fit.here` looks, too
+    if gpus and torch.cuda.is_available() and not fit.undecided(config):  # else :func:`fit.here` looks, too
         cards = range(torch.cuda.device_count())
         advice.check(config, min(torch.cuda.get_device_properties(i).total_memory for i in cards) / 1e9)
     if config.data.cache:

@@ -51,8 +51,11 @@ FREE_TO_CHANGE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.threads",
+    "train.micro_batch",
+    "train.compile",
+    "roles.gradient_checkpointing",
 )
-"""Keys that `--resume` may set anew: they change how a run runs, not what its next update is."""
+"""Keys that `--resume` may set anew: they change how a run runs, not what its next update is (but for the rounding of sums)."""
 
 LATEST, AUTO = "latest", "auto"
 """For a run's name: the newest one; and, to resume, the newest unfinished one that was asked for alike, else a new one."""
@@ -105,9 +108,8 @@ class RunFolder:
         with disk("output", path):
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         run.write_config(config)
-        run.update(
-            name=path.name, recipe=config.name, command=command, status="running", started=time.time(), **provenance()
-        )
+        begun = {"status": "interrupted", "started": time.time()}  # until it trains, see `loop.outcome`
+        run.update(name=path.name, recipe=config.name, command=command, **begun, **provenance())
         return run
 
     @classmethod

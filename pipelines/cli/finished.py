@@ -142,7 +142,7 @@ def export_command(
 def typed() -> str:
     """The command line, for run.json and the model card: without the machine's own folders."""
     program = Path(sys.argv[0]).name
-    name = "didr" if program in ("didr", "cli.py") else f"python -m pipelines.{Path(program).stem}"
+    name = "didr" if program in ("didr", "main.py") else f"python -m pipelines.{Path(program).stem}"
     return f"{name} {shlex.join(_relative(a) for a in sys.argv[1:])}"
 
 

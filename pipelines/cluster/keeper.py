@@ -62,9 +62,10 @@ class Keeper:
                 try:
                     ray.get(ready)
                     self.actors = [*self.actors, actor]
-                except RayError as error:  # no GPU has room for it beside the others, say
-                    self.most = count
-                    print(f"no more than {count} scoring actors: {error}", flush=True)
+                except RayError as error:
+                    if getattr(error, "actor_init_failed", False):  # no GPU has room for it beside the others, say
+                        self.most = count
+                    print(f"a scoring actor beside {count} others did not come: {error}", flush=True)
             elif by < 0:
                 self.coming = None  # Ray ends what nobody has a handle of
         elif by > 0 and self.has_room(count + 1 - self.fewest):
@@ -78,4 +79,7 @@ class Keeper:
         while True:
             time.sleep(self.idle_s / LOOKS)
             with self.lock:
-                self.look()
+                try:
+                    self.look()
+                except Exception as error:  # Ray's head does not answer, say: the next look may find it again
+                    print(f"the pool stays as it is: {error}", flush=True)

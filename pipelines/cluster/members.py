@@ -9,6 +9,7 @@ itself. The global batch stays: with fewer workers each has more of it.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
 
@@ -57,6 +58,7 @@ class Members:
         self._used: dict[str, str] = {}  # nodes that processes of this run are on: id and name
         self._why = ""
         self._next, self._room_since = 0.0, math.inf
+        self._looking = threading.Lock()
 
     def start(self, again: bool) -> tuple[Config, ClusterView]:
         """The config and the nodes of the next group: as large as there is room for.
@@ -67,7 +69,8 @@ class Members:
         Raises:
             NoRoom: not even for the smallest, where nobody starts nodes.
         """
-        self._next = math.inf  # there is no group to look after
+        with self._looking:
+            self._next = math.inf  # there is no group to look after
         if again:
             self.view = self._largest()
             self.run.stop_path.unlink(missing_ok=True)
@@ -75,24 +78,35 @@ class Members:
         return with_workers(self.config, self.workers), self.view
 
     def why(self) -> str:
-        """Why the group was asked to stop, or "": then it was not by us."""
-        return self._why
+        """Why the group ended, or "": then it was not for a node. Its workers may have missed a node before our look did, so look again."""
+        with self._looking:
+            if not self._why:
+                self._missing(_answering())
+            return self._why
 
     def look(self) -> None:
         """Ask the group to stop where it should be another one."""
-        if self._why or time.monotonic() < self._next:
-            return
+        with self._looking:
+            if not self._why and time.monotonic() >= self._next:
+                self._look()
+
+    def _look(self) -> None:
         self._next = time.monotonic() + LOOK_S
         view = _answering()
-        here = {node.id: node.name for node in view.nodes}
-        if gone := self._used.keys() - here:
-            self._stop(f"{', '.join(sorted(self._used[node] for node in gone))} left, or is about to")
+        if self._missing(view):
             return
+        here = {node.id: node.name for node in view.nodes}
         self._used |= {node: here[node] for node in nodes_in_use() & here.keys()}
         larger = self._fits(view) if self.workers < self.config.workers.train else 0
         self._room_since = min(self._room_since, time.monotonic()) if larger > self.workers else math.inf
         if time.monotonic() - self._room_since >= STAYS_S:
             self._stop(f"there is room for {larger} workers")
+
+    def _missing(self, view: ClusterView) -> bool:
+        gone = self._used.keys() - {node.id for node in view.nodes}
+        if gone:
+            self._stop(f"{', '.join(sorted(self._used[node] for node in gone))} left, or is about to")
+        return bool(gone)
 
     def _stop(self, why: str) -> None:
         self._why = why

@@ -85,7 +85,7 @@ class SweepFolder:
         folder.set_config(config)
         for number, point in enumerate(points):
             folder.give(number, point)
-        folder.update(plan=asdict(options) | {"facts": provenance()}, status="running", started=time.time())
+        folder.update(plan=asdict(options) | {"facts": provenance()}, status="interrupted", started=time.time())
         return folder
 
     @classmethod

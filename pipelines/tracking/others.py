@@ -5,11 +5,13 @@ What they are told is a copy, as with MLflow: a tracker that fails is warned of 
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from didr_core.config import Config, dump, flatten
+from didr_core.config.files import replace_text
 from didr_core.train.run_folder import RunFolder
 from didr_core.types import DIDRError
 from pipelines.tracking.address import reason
@@ -91,6 +93,15 @@ class TensorBoardTracker(Tracker):
         self._try(self._writer.close)
 
 
+def _own_id(folder: Path) -> str:
+    """The run's id there, of its folder's name and kept in it: another folder of that name is another run."""
+    file = folder / "wandb" / "id"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, f"{folder.name}-{uuid.uuid4().hex[:8]}")
+    return file.read_text()
+
+
 class WandbTracker(Tracker):
     """One run of Weights & Biases, in the project `tracking.experiment`, its files in ``<run>/wandb``; a resumed run goes on in it."""
 
@@ -102,7 +113,7 @@ class WandbTracker(Tracker):
         self._wandb = wandb
         self._run: Any = wandb.init(
             project=config.tracking.experiment,
-            id=f"{folder.parent.name}-{folder.name}" if group else folder.name,
+            id=_own_id(folder),
             name=folder.name,
             group=group or None,
             dir=str(folder),

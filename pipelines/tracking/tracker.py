@@ -62,7 +62,8 @@ class MlflowTracker(Tracker):
         self._entities = entities
         self.run_id: str = run_id
         self._client = client
-        self._last_step = last_step
+        self._last_step = last_step  # that the run had before
+        self._newest = last_step
         self._params = params or {}
         self._waiting: list[tuple[str, float, int, int]] = []  # key, value, milliseconds, step
         self._untaken = 0  # those that waited too long among them
@@ -85,6 +86,7 @@ class MlflowTracker(Tracker):
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One step's numbers; a step that the run already has (before a crash) is skipped."""
+        self._newest = max(self._newest, step)
         if step > self._last_step and not self._closed:
             self._wait(step, values)
             if time.monotonic() >= self._next_flush:
@@ -129,7 +131,7 @@ class MlflowTracker(Tracker):
         model = self._client.create_logged_model(home, name, self.run_id, tags, model_type="text-to-image")
         self._client.log_model_artifacts(model.model_id, str(files))
         self._client.finalize_logged_model(model.model_id, "READY")
-        self._client.log_outputs(self.run_id, [self._entities.LoggedModelOutput(model.model_id, step=self._last_step)])
+        self._client.log_outputs(self.run_id, [self._entities.LoggedModelOutput(model.model_id, step=self._newest)])
 
     def watch_machine(self, uri: str) -> None:
         """Log CPU, memory and GPU use of this machine every ten seconds, until the run ends."""
@@ -235,7 +237,7 @@ def open_tracker(
         DIDRError: the server does not know ``run_id``.
     """
     first = _open_mlflow(config, run_folder, run_id, tags, parent, uri or resolve(config.tracking, run_folder.parent))
-    others = open_others(config, run_folder, group=run_folder.parent.name if parent else "")
+    others = open_others(config, run_folder, group=(tags or {}).get("didr.sweep", ""))
     return Several([first, *others]) if others else first
 
 
@@ -263,7 +265,7 @@ def _open_mlflow(
         home = _experiment(client, config.tracking.experiment, uri, run_folder.parent)
         run = client.create_run(home, run_name=run_folder.name, tags=known)
         tracker = MlflowTracker(client, run.info.run_id)
-        tracker.params(dump(config))
+    tracker.params(dump(config))
     tracker.page = page_of(uri, client.get_run(tracker.run_id).info.experiment_id, tracker.run_id)
     tracker.limits = config.alarms
     if config.tracking.system and not parent:

@@ -65,7 +65,7 @@ def test_a_resume_needs_room_for_one_more_checkpoint(toy: Path, tmp_path: Path, 
     fill(tmp_path, 2 * LEAST_FREE)
     with pytest.raises(DIDRError, match=f"{2 * LEAST_FREE:,} bytes free .* at least {3 * LEAST_FREE:,}"):
         align(resume=str(run.path), local=True)
-    assert run.info()["status"] == "running", "as it was"
+    assert run.info()["status"] == "interrupted", "as it was"
 
 
 def test_the_disks_of_mlflow_and_of_ray(tmp_path: Path, fill: Fill, monkeypatch: pytest.MonkeyPatch) -> None:

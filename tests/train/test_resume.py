@@ -70,7 +70,7 @@ ON_RAY = {
     "adapters": ("sdxl-lora", []),
     "zimage": ("zimage", []),
     "zimage, split": ("zimage", SPLIT),
-    "zimage, adapters": ("zimage-lora", ["workers.encoders=2"]),
+    "zimage, adapters": ("zimage-lora", ["workers.encoders=2", "workers.train=1"]),
 }
 
 

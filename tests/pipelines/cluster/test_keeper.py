@@ -70,16 +70,17 @@ def test_an_actor_belongs_to_the_pool_when_it_has_loaded(monkeypatch: pytest.Mon
         return keeper.actors
 
     assert look(9.0) == [first] and asked == [1] and not started, "no room"
-    room[0], answers[:] = True, [None, "ready", RayActorError()]
+    room[0], answers[:] = True, [None, "ready", RayActorError(), RayActorError(actor_init_failed=True)]
     assert look(9.0) == look(9.0) == [first] and len(started) == 1, "one at a time, and it loads"
     started[0].answer = "ready"
     assert look(9.0) == [first, started[0]]
     assert look(9.0) == [first, started[0]] and look(1.0) == [first, *started] and len(started) == 2
     assert asked == [1, 1, 2]
-    assert look(30.0) == look(30.0) == [first, *started[:2]] and keeper.most == 3, "a third cannot be loaded"
-    assert look(30.0) == [first, *started[:2]] and len(started) == 3, "and is not tried again"
+    assert look(30.0) == look(30.0) == [first, *started[:2]] and keeper.most == 4, "a third was lost, with its node say"
+    assert look(30.0) == look(30.0) == [first, *started[:2]] and keeper.most == 3, "the next cannot be loaded"
+    assert look(30.0) == [first, *started[:2]] and len(started) == 4, "and is not tried again"
     assert look(0.0, IDLE_S) == [first, started[0]] and started[1].left and not started[0].left
     assert look(0.0) == look(0.0) == [first] and started[0].left and not first.left
     answers[:] = [None]
     look(9.0)
-    assert len(started) == 4 and look(0.0, IDLE_S) == [first] and keeper.coming is None, "not wanted any more"
+    assert len(started) == 5 and look(0.0, IDLE_S) == [first] and keeper.coming is None, "not wanted any more"

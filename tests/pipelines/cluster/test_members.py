@@ -125,6 +125,8 @@ def test_a_group_is_stopped_for_a_node_that_leaves_and_for_lasting_room(
     cluster["view"] = view("b", "c")
     look(2)
     assert not group.why(), "a node that we are not on is none of ours"
+    cluster["view"] = view("b")
+    assert group.why() == "node c left, or is about to", "its workers may miss a node before our next look does"
 
 
 def test_whoever_waits_for_prompts_hears_that_the_run_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

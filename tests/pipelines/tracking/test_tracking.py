@@ -105,7 +105,6 @@ def test_a_restarted_worker_stays_in_the_run_and_repeats_nothing(
     assert (second.run_id, second.page) == (first.run_id, first.page) and client.get_run(
         first.run_id
     ).info.status == "RUNNING"
-    second.params(configs.dump(longer))
     for step in range(11, 31):  # goes on from the checkpoint of step 10
         second.metrics(step, {"loss/generator": float(step), "time/step": 0.1})
     second.close()
