@@ -96,11 +96,8 @@ class Config(Strict):
                 f"train.batch={self.train.batch} does not divide by workers.train={self.workers.train}; every worker takes an equal share"
             )
         least = self.workers.train_min
-        if least is not None and (least > self.workers.train or self.roles.fsdp):
-            raise ValueError(
-                f"workers.train_min={least}: expected at most workers.train={self.workers.train}, and roles.fsdp=false: checkpoints of"
-                " split networks are gone on with by as many workers as wrote them"
-            )
+        if least is not None and least > self.workers.train:
+            raise ValueError(f"workers.train_min={least}: expected at most workers.train={self.workers.train}")
         share = self.train.batch // self.workers.train
         if self.train.at_once and share % self.train.at_once:
             raise ValueError(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import re
 import shutil
 import threading
 import time
@@ -124,33 +125,36 @@ class RunFolder:
             found._refresh()
             if (found.path / "run.json").is_file():
                 return replace(found, path=found.path.resolve())
-        if run == LATEST and (newest := cls.in_order(output)):
-            return newest[0]
-        there = sorted(p.parent.name for p in runs.path.glob("*/run.json"))
+        if run == LATEST and (there := cls.in_order(output)):
+            newest, _ = there[0]
+            newest._refresh()
+            return newest
+        names = sorted(p.parent.name for p in runs.path.glob("*/run.json"))
         raise DIDRError(
             f"run {redacted(run)!r}: no run folder of that name or path (one with run.json in it). "
-            f"Runs in {runs.place}: {', '.join(there[-8:]) or 'none'}."
+            f"Runs in {runs.place}: {', '.join(names[-8:]) or 'none'}."
         )
 
     @classmethod
-    def in_order(cls, output: str) -> list[RunFolder]:
-        """The runs in ``output``, the newest first."""
+    def in_order(cls, output: str) -> list[tuple[RunFolder, dict[str, Any]]]:
+        """The runs in ``output`` with what their ``run.json`` says, the newest first. From an address nothing else is brought."""
         runs = cls.at("output", output)
-        names = {path.parent.name for path in runs.path.glob("*/run.json")}
         if runs.address:
             with reached("output", runs.address):
-                parts = (name.split("/") for name in Store(runs.address).files())
-                names = {name for name, *rest in parts if rest == ["run.json"]}
-        found = [runs.inside(name) for name in names]
-        for run in found:
-            run._refresh()
-        return sorted(found, key=lambda run: float(run.info().get("started", 0.0)), reverse=True)
+                store = Store(runs.address)
+                said = {file: store.read(file) for file in store.files() if re.fullmatch("[^/]+/run.json", file)}
+            infos = {file.partition("/")[0]: mapping(text, file) for file, text in said.items() if text}
+        else:
+            infos = {path.parent.name: RunFolder(path.parent).info() for path in runs.path.glob("*/run.json")}
+        found = [(runs.inside(name), info) for name, info in infos.items()]
+        return sorted(found, key=lambda pair: float(pair[1].get("started", 0.0)), reverse=True)
 
     @classmethod
     def unfinished(cls, config: Config) -> RunFolder | None:
         """The newest run in ``config.output`` that has not finished, began with the same settings, and that no living process trains in."""
-        for run in cls.in_order(config.output):
-            if run.info().get("settings") == settings(config) and run.info().get("status") != "finished":
+        for run, info in cls.in_order(config.output):
+            if info.get("settings") == settings(config) and info.get("status") != "finished":
+                run._refresh()
                 with suppress(DIDRError), run.lock():
                     return run
         return None
@@ -274,9 +278,10 @@ class RunFolder:
         return max(self.checkpoints(), default=0)
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest ``keep`` checkpoints, and what a kill left half-written."""
-        parts = (self.path / "checkpoints").glob(".step-*.part")
-        for folder in (*parts, *map(self.checkpoint, self.checkpoints()[:-keep])):
+        """Remove all but the newest ``keep`` checkpoints, and what a kill left half-written; a step yet to come is being written."""
+        parts = {int(p.stem.rpartition("-")[2]): p for p in (self.path / "checkpoints").glob(".step-*.part")}
+        half = [part for step, part in parts.items() if step <= self.last_step()]
+        for folder in (*half, *map(self.checkpoint, self.checkpoints()[:-keep])):
             shutil.rmtree(folder, ignore_errors=True)
 
     @property

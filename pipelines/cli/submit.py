@@ -37,6 +37,8 @@ LEFT_OUT = (
     *("*auth_token", "credentials", "*credentials*.json", "*secret*.json", "*secret*.y*ml"),
 )
 """Beside what `.gitignore` names: outputs, environments, secrets. Patterns as there."""
+MADE, BESIDE = ("run.json", "sweep.json", "scores.json"), ("cache", "mlartifacts")
+"""Files that tell a run, a sweep and a contest of any name, one folder down; what lies beside them of all together."""
 
 
 def submit(
@@ -125,11 +127,12 @@ def _sent(folder: Path, env: list[str]) -> dict[str, Any]:
         )
     if wrong := next((item for item in env if "=" not in item), None):
         raise DIDRError(f"--env {wrong}: expected KEY=VALUE")
-    runs = {f"/{path.parts[-3]}/" for path in folder.glob("*/*/run.json")}
+    made = {path.parent.relative_to(folder) for name in MADE for path in folder.glob(f"*/*/{name}")}
+    outputs = {f"/{path}/" for one in made for path in (one, *(one.parent / name for name in BESIDE))}
     variables = dict(item.split("=", 1) for item in env)
     sent: dict[str, Any] = {
         "working_dir": str(folder),
-        "excludes": [*LEFT_OUT, *sorted(runs)],
+        "excludes": [*LEFT_OUT, *sorted(outputs)],
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **variables},
     }
     own = (folder / "pipelines" / "align.py").is_file()

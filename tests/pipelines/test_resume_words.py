@@ -43,7 +43,7 @@ def begin(toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         try:
             return job.align(toy, ["tracking.uri=none", *overrides], **options)
         except SystemExit:
-            return max(RunFolder.in_order(str(tmp_path)), key=lambda run: run.info()["since"])
+            return max(RunFolder.in_order(str(tmp_path)), key=lambda pair: pair[1]["since"])[0]
 
     return go
 
@@ -68,10 +68,22 @@ def test_auto_leaves_a_run_that_another_process_trains(begin: Any) -> None:
 
 def test_what_a_resume_may_change_is_not_among_the_settings(toy: str) -> None:
     plain = settings(configs.load(toy))
-    for free in ("workers.train=1", "train.steps=3", "output=elsewhere", "evaluation.every=7"):
+    for free in ("workers.train=1", "train.steps=3", "output=elsewhere", "evaluation.every=7", "train.micro_batch=2"):
         assert settings(configs.load(toy, [free])) == plain, free
     for own in ("drp.beta=0.9", "seed=5", "train.batch=6"):
         assert settings(configs.load(toy, [own])) != plain, own
+
+
+def test_a_run_out_of_memory_goes_on_with_less_at_once(toy: str, tmp_path: Path) -> None:
+    config = configs.load(toy, ["train.batch=8", "train.micro_batch=8"])
+    run = RunFolder.create(config, str(tmp_path / "run"))
+    with pytest.raises(DIDRError, match="train.micro_batch=8 does not divide"):
+        run.config(["workers.train=2"])
+    less = ["workers.train=2", "train.micro_batch=2", "roles.gradient_checkpointing=true", "train.compile=none"]
+    found = run.config(less)
+    assert (found.train.micro_batch, found.roles.gradient_checkpointing, found.train.compile) == (2, True, "none")
+    with pytest.raises(DIDRError, match=r"--set 'train.batch=4': a resumed run must go on as it began"):
+        run.config(["train.batch=4"])
 
 
 def test_latest_is_the_newest_run_and_an_error_where_there_is_none(toy: str, tmp_path: Path) -> None:

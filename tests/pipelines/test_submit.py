@@ -176,10 +176,20 @@ def test_outputs_environments_and_secrets_stay_here(client: Client, tmp_path: Pa
 
     here = Path.cwd()
     stays = (
-        "runs/a/run.json", "mine/b/run.json", "mlflow.db", ".venv/bin/python", ".env", ".env.local", "keys/id.pem", "host.key",
+        "runs/a/run.json", "mine/b/run.json", "mine/s/sweep.json", "mine/s/trials/0/x", "mine/cache/x",
+        "mlflow.db", ".venv/bin/python", ".env", ".env.local", "keys/id.pem", "host.key",
         "auth_token", "gcp-credentials.json", "ignored.txt", ".git/config", ".ssh/id_ed25519", ".aws/credentials", ".netrc",
     )  # fmt: skip
-    goes = ("mine.yaml", "reward.py", "prompts/a.txt", "data/run.json", ".gitignore", "keyboard.py", "tokens.py")
+    goes = (
+        "mine.yaml",
+        "mine/recipe.yaml",
+        "reward.py",
+        "prompts/a.txt",
+        "data/run.json",
+        ".gitignore",
+        "keyboard.py",
+        "tokens.py",
+    )
     for name in (*stays, *goes):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text("ignored.txt\n")

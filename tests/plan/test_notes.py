@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,6 +44,18 @@ def test_prompts_that_are_cut_are_counted_by_who_reads_them(tmp_path: Path) -> N
     (tmp_path / "p" / "b.parquet").rename(tmp_path / "p" / "train.parquet")
     preflight(configs.load("tiny", [f"data.prompts={tmp_path / 'p'}"]), note=said.append)
     assert "several splits are read together: 1 train, 1 val" in said[1] and "of the first 6 prompts" in said[2]
+
+
+def test_a_cluster_is_not_judged_by_the_gpu_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: SimpleNamespace(total_memory=16e9))
+    monkeypatch.setattr("didr_core.plan.advice.check", lambda config, gigabytes: asked.append(gigabytes))
+    preflight(configs.load("tiny"), here=False, gpus=False)
+    assert asked == []
+    preflight(configs.load("tiny"), here=False)
+    assert asked == [16.0]
 
 
 def test_short_prompts_need_no_tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

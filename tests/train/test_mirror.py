@@ -58,6 +58,19 @@ def there(address: str) -> dict[str, bytes]:
     return {name: store.read(name) or b"" for name in store.files()}
 
 
+def test_of_many_runs_only_the_one_that_is_asked_for_is_brought(run: RunFolder, address: str) -> None:
+    runs = address.removesuffix("/one")
+    newer = RunFolder.create(run.config(), f"{runs}/two")
+    for made in (run, newer):
+        with made.mirrored(KEEP):
+            (made.path / "report.html").write_text("large")
+        shutil.rmtree(made.path)
+    assert [found.path.name for found, _ in RunFolder.in_order(runs)] == ["two", "one"]
+    assert not run.path.exists() and not newer.path.exists()
+    assert RunFolder.find("latest", runs).path == newer.path.resolve() and (newer.path / "report.html").is_file()
+    assert not run.path.exists()
+
+
 def whole(address: str) -> list[int]:
     """Steps of the checkpoints there; each is all there, with the metrics up to it."""
     found = there(address)

@@ -16,6 +16,7 @@ from didr_core import config as configs
 from didr_core.config import Config, Tracking
 from didr_core.types import DIDRError
 from pipelines.tracking.address import look, look_beside
+from pipelines.tracking.others import _own_id
 from pipelines.tracking.tracker import open_tracker, preflight
 
 
@@ -93,6 +94,8 @@ def test_wandb_offline_has_the_numbers_and_how_it_ended(tmp_path: Path, monkeypa
         time.sleep(0.05)
         found = records(folder)
     run = next(r.run for r in found if r.HasField("run"))
+    (tmp_path / "elsewhere" / "tiny-1").mkdir(parents=True)
+    assert _own_id(folder) == run.run_id != _own_id(tmp_path / "elsewhere" / "tiny-1")
     assert run.run_id.startswith("tiny-1-") and run.project == "didr" and "tiny" in run.tags
     history = [
         {i.key or i.nested_key[0]: json.loads(i.value_json) for i in r.history.item}

@@ -379,6 +379,7 @@ def test_runs_can_be_ranked_and_the_model_is_kept_once(
     home = client.get_experiment(run.info.experiment_id)
     assert home.tags["mlflow.experimentKind"] == "custom_model_development"
     (output,) = run.outputs.model_outputs
+    assert output.step == 1
     model = client.get_logged_model(output.model_id)
     assert model.name == "ranked" and model.tags["didr.recipe"] == "tiny" and model.source_run_id == first.run_id
     kept = {path.name for path in Path(model.artifact_location.removeprefix("file://")).rglob("*.*")}
