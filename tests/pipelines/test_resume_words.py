@@ -75,7 +75,7 @@ def test_what_a_resume_may_change_is_not_among_the_settings(toy: str) -> None:
 
 
 def test_a_run_out_of_memory_goes_on_with_less_at_once(toy: str, tmp_path: Path) -> None:
-    config = configs.load(toy, ["train.batch=8", "train.micro_batch=8"])
+    config = configs.load(toy, ["workers.train=1", "train.batch=8", "train.micro_batch=8"])
     run = RunFolder.create(config, str(tmp_path / "run"))
     with pytest.raises(DIDRError, match="train.micro_batch=8 does not divide"):
         run.config(["workers.train=2"])
