@@ -216,12 +216,16 @@ class RunFolder:
         with disk("output", self.path):
             file = (self.path / ".lock").open("w")
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise DIDRError(
-                    f"run {self.place}: another process is {doing} in it. Wait for it, or stop it first."
-                ) from error
+            for last in (False, True):  # who lists runs holds it for a moment
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if last:
+                        raise DIDRError(
+                            f"run {self.place}: another process is {doing} in it. Wait for it, or stop it first."
+                        ) from error
+                    time.sleep(0.1)
             yield
 
     def config(self, overrides: Sequence[str] = ()) -> Config:

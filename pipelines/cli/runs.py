@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from didr_core.config.files import mapping, read_yaml
@@ -43,7 +44,12 @@ def _row(run: RunFolder) -> list[str]:
 
 
 def _status(run: RunFolder) -> str:
-    return str(run.info().get("status", "?"))
+    """As ``run.json`` says, but where that is "running" and nobody works in the folder any more: killed, or a power cut."""
+    said = str(run.info().get("status", "?"))
+    if said == "running":
+        with suppress(DIDRError), run.lock():
+            return "interrupted"
+    return said
 
 
 def _step(run: RunFolder) -> str:

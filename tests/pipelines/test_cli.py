@@ -18,6 +18,7 @@ import typer
 import yaml
 
 from didr_core import config as configs
+from didr_core.train.run_folder import RunFolder
 from pipelines.cli import main as cli
 from pipelines.cli.explain import keys
 from pipelines.cluster import session
@@ -195,8 +196,11 @@ def test_runs_are_listed_the_newest_first(tmp_path: Path, capsys: pytest.Capture
     os.utime(tmp_path / "new" / "run.json")
     with pytest.raises(SystemExit) as stop:
         cli.main(["runs", str(tmp_path)])
-    _, new, old, hurt = capsys.readouterr().out.splitlines()[:4]
     assert stop.value.code == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["new", "interrupted"], "no process is at work there"
+    with pytest.raises(SystemExit), RunFolder(tmp_path / "new").lock():
+        cli.main(["runs", str(tmp_path)])
+    _, new, old, hurt = capsys.readouterr().out.splitlines()[:4]
     assert new.split()[:3] == ["new", "running", "0/7"] and re.search(r"\b0:\d\d\b", new)
     assert re.search(r"^old +finished +9/9 .* ago +held-out judge: wins 75 % \(60 to 90\) +clipping \(2\)$", old)
     assert hurt.startswith("hurt") and "?" in hurt
