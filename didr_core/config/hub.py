@@ -13,7 +13,8 @@ from didr_core.types import DIDRError
 NAME = re.compile(
     r"(?!.*\.(?:safetensors|bin|pt|pth|ckpt|json|py|yaml|parquet)$)([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@([\w./-]+))?"
 )
-FILES = ("*.json", "*.txt", "*.md", "*.jinja", "*.model", "*.safetensors")
+WEIGHTS = "*.safetensors"
+FILES = ("*.json", "*.txt", "*.md", "*.jinja", "*.model", WEIGHTS)
 
 
 def name_of(path: str) -> tuple[str, str] | None:
@@ -83,7 +84,8 @@ def _download(key: str, path: str) -> None:
 
             DiffusionPipeline.download(name, revision=revision, use_safetensors=True)
         else:
-            snapshot_download(name, revision=revision, allow_patterns=list(FILES))
+            wanted = [f for f in FILES if f != WEIGHTS or not key.endswith(".tokenizer")]
+            snapshot_download(name, revision=revision, allow_patterns=wanted)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise DIDRError(
             f"{said}, and the hub has no model {name!r} at revision {revision!r} for you. Expected a path, or a model of the hub; "

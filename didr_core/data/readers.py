@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -23,11 +24,13 @@ import pyarrow as pa
 
 METADATA = "metadata"
 """Column with a row as its file has it, as a JSON object."""
+LINE_END = re.compile(r"\r\n|\r|\n")
+"""Not `splitlines`: U+2028, U+0085 and others, which it takes for line ends too, stand in texts that were scraped."""
 Row = Mapping[str, Any]
 
 
 def _lines(text: str, stem: str, column: str) -> list[Row]:
-    texts = [line for raw in text.splitlines() if (line := raw.strip().removeprefix("\ufeff"))]
+    texts = [line for raw in LINE_END.split(text) if (line := raw.strip().removeprefix("\ufeff"))]
     names = [stem] if len(texts) == 1 else [f"{stem}-{number:05d}" for number in range(len(texts))]
     return [{"id": name, column: line} for name, line in zip(names, texts, strict=True)]
 
@@ -44,7 +47,7 @@ def _json(text: str, stem: str, column: str) -> list[Row]:
 
 
 def _json_lines(text: str, stem: str, column: str) -> list[Row]:
-    return _objects([json.loads(line) for line in text.splitlines() if line.strip()], stem, column)
+    return _objects([json.loads(line) for line in LINE_END.split(text) if line.strip()], stem, column)
 
 
 def _objects(found: Any, stem: str, column: str) -> list[Row]:

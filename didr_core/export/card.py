@@ -12,9 +12,10 @@ import yaml
 from didr_core.config import WORLD, Config, bundled, locate, registry
 from didr_core.config.files import expanded
 from didr_core.config.provenance import commit, versions
+from didr_core.config.schema import leaves
 from didr_core.networks.lora import ADAPTER, KOHYA
 
-CARD = "README.md"
+CARD, BUNDLED_CARD = "README.md", "card.md"
 READERS = "diffusers 0.35 (Z-Image: 0.36), transformers 4.57 and peft 0.18"
 """The oldest that exports are held to load in: `make test-exports`."""
 ABSOLUTE = re.compile(r"(?<![\w.:/~<])/(?:[^\s/'\"`,;()|]+/)+(?=[^\s'\"`,;()|])")
@@ -37,20 +38,22 @@ def model_card(
 ) -> str:
     """The README.md of an export: front matter, how to sample, ``scores`` (Markdown), training settings, licences."""
     run = run or {}
+    kind = "one-step" if config.backbone.model_dump().get("steps", 1) == 1 else "few-step"
+    rewarded = config.reward is not None and config.needs_reward
     terms = list(licences(config))
     shared = {terms_of for _, terms_of in terms}
     one_licence = len(shared) == 1 and not any(t.startswith("not stated") for t in shared)
     front = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": list(dict.fromkeys(["didr", "one-step", "text-to-image", config.backbone.name, config.algorithm.name])),
+        "tags": list(dict.fromkeys(["didr", kind, "text-to-image", config.backbone.name, config.algorithm.name])),
     } | ({"license": shared.pop()} if one_licence else {"license": "other", "license_name": "see-licence-section"})
     single = next((f for f in files if f.startswith("didr_") and f.endswith(".safetensors")), None)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {config.name}: a one-step text-to-image generator, aligned with DIDR",
+        f"# {config.name}: a {kind} text-to-image generator, made with DIDR",
         f"Trained with `{config.algorithm.name}` on a `{config.backbone.name}` backbone"
-        + (f", towards the reward `{_source(config.reward)}`" if config.reward else ", without a reward")
+        + (f", towards the reward `{_source(config.reward)}`" if rewarded else ", without a reward")
         + f". Commit `{run.get('commit') or commit() or 'unknown'}`.",
         "![The same prompts and noise before and after](grid.png)" if "grid.png" in files else "",
         "## Sampling",
@@ -70,9 +73,9 @@ def model_card(
 
 def licences(config: Config) -> Iterator[tuple[str, str]]:
     """``(part, terms)`` of every set of weights that a run starts from or is trained against."""
-    for part in ("backbone", "reward"):
-        component = getattr(config, part)
-        for key, value in sorted((component.model_dump() if component else {}).items()):
+    rewards = leaves("reward", config.reward) if config.reward and config.needs_reward else {}
+    for part, component in {"backbone": config.backbone, **rewards}.items():
+        for key, value in sorted(component.model_dump().items()):
             if key != "name" and isinstance(value, str) and _is_weights(value):
                 yield f"{part} {key} `{public_path(value)}`", _terms(value)
 
@@ -82,16 +85,16 @@ def _is_weights(value: str) -> bool:
 
 
 def _terms(value: str) -> str:
-    """From the card beside the weights or above them; else from the table by repository; else it must be looked up."""
+    """From the table by repository; else from the card beside the weights; else it must be looked up."""
     for repository, terms in KNOWN_LICENCES.items():
         if value.partition("@")[0].rstrip("/").endswith(repository) or repository.replace("/", "--") in value:
             return terms
     place = locate(value)
-    stop = (WORLD if bundled(value) else place).resolve()
+    stop = (WORLD if bundled(value) else place.parent if place.is_file() else place).resolve()
     for folder in (place, *place.parents):
-        card = folder / CARD
-        if card.is_file() and (found := _front_matter(card).get("license")):
-            return str(found)
+        for card in (folder / CARD, folder / BUNDLED_CARD):
+            if card.is_file() and (found := _front_matter(card).get("license")):
+                return str(found)
         if folder.resolve() == stop:
             break
     return "not stated beside the weights; look it up before publishing"
@@ -118,9 +121,11 @@ def public_text(text: str) -> str:
     return ABSOLUTE.sub("", text)
 
 
-def _source(component: Any) -> str:
-    path = component.model_dump().get("path")
-    return f"{component.name} {public_path(path)}" if isinstance(path, str) else str(component.name)
+def _source(reward: Any) -> str:
+    """What it is made of, by name and file."""
+    parts = leaves("reward", reward).values()
+    found = ((part.name, part.model_dump().get("path")) for part in parts)
+    return ", ".join(f"{name} {public_path(path)}" if isinstance(path, str) else str(name) for name, path in found)
 
 
 def usage(backbone: str) -> str:
@@ -192,7 +197,7 @@ def _training(config: Config, run: Mapping[str, Any]) -> str:
         ["learning rates", f"generator {config.generator.lr:g}, assistant {config.assistant.lr:g}"],
         ["seed", str(config.seed)],
     ]
-    if not config.reward:
+    if not (config.reward and registry.find("algorithms", config.algorithm.name).uses_drs):
         rows = [row for row in rows if row[0] not in ("beta", "estimator of the diffused reward score")]
     commands = [f"`{c}`" for c in (run.get("command"), *run.get("resumed", [])) if c]
     command = f"\n\nCommand: {', then '.join(commands)}" if commands else ""

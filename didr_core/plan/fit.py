@@ -46,7 +46,7 @@ def decided(config: Config, free: float | None) -> tuple[Config, str]:
 
     Args:
         free: bytes that all processes on a GPU may take together. None, no process that asks for a GPU, or a family that is not planned,
-            because it is small: the whole share of a worker at once, nothing recomputed.
+            because it does not say how: the whole share of a worker at once, nothing recomputed.
     """
     if not undecided(config):
         return config, ""

@@ -65,17 +65,19 @@ class _Hollow:
 
 
 def backbone(config: Component, folder: Path, where: str = "meta") -> Any:
-    """The backbone of ``config`` around networks on the device ``where``; None for families that are not diffusers pipelines.
+    """The backbone of ``config`` around networks on the device ``where``; None for families that do not say how to plan them (``blank``).
 
     Args:
         folder: an empty one, for the configs of the published sizes. It must last as long as the backbone.
     """
     family = registry.find("backbones", config.name)
-    if not issubclass(family, PipelineBackbone):
+    if not issubclass(family, PipelineBackbone) or family.blank is PipelineBackbone.blank:
         return None
     quiet()
     options: Any = config
     absent = {key: not _there(getattr(options, key)) for key in ("pipeline", "vae", "decoder")}
+    if any(absent.values()) and config.name not in published.PARTS:
+        return None
     if any(absent.values()):
         published.write(config.name, folder)
         own = {"pipeline": folder, "vae": folder / "vae", "decoder": folder / "decoder"}

@@ -9,7 +9,10 @@ from didr_core.config.files import replace_text
 from examples.tiny_world.pairs_data import FACET_PAIRS
 from examples.tiny_world.quality import read_quality
 
-HEAD = """# The bundled tiny world
+HEAD = """---
+license: cc0-1.0
+---
+# The bundled tiny world
 
 Real models at toy size, of the very classes SDXL uses, made from nothing by `python -m examples.tiny_world.build` on two CPU cores.
 No pretrained weight and no outside picture went in.

@@ -14,6 +14,7 @@ from didr_core import config as configs
 from didr_core.data.feed import LocalFeed
 from didr_core.evaluate.finish import train_and_finish
 from didr_core.export.sample import OneStep
+from didr_core.plan import fit, memory
 from didr_core.plan.preflight import preflight
 from didr_core.train import checkpoint
 from didr_core.train.learner import Learner
@@ -127,6 +128,9 @@ def test_the_family_in_the_readme_trains_and_equals_its_stock_pipeline(tmp_path:
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     config = configs.load(str(tmp_path / "recipe.yaml"))
+    assert memory.plan(config) is None and fit.decided(config, 1e9)[0].train.micro_batch != "auto"
+    half = configs.load(str(tmp_path / "recipe.yaml"), ["roles.dtype=bfloat16", "roles.update=master"])
+    assert Learner(half).step(next(iter(LocalFeed(half)))).metrics["grad/generator"] > 0
     learner = Learner(config)
     report = learner.step(next(iter(LocalFeed(config))))
     assert report.metrics["grad/generator"] > 0 and report.metrics["grad/assistant"] > 0

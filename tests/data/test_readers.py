@@ -45,6 +45,8 @@ def text_of(rows: list[dict[str, object]]) -> str:
     ("files", "expected", "ids", "told"),
     [
         ({"p.txt": '\ufeffa cat\n\n  é dog, "big" \n'}, ["a cat", 'é dog, "big"'], ["p-00000", "p-00001"], {}),
+        ({"u.txt": "a cat\u2028on a mat\r\nb\n"}, ["a cat\u2028on a mat", "b"], ["u-00000", "u-00001"], {}),
+        ({"u.jsonl": '{"prompt": "a\u0085b\u2028c"}\n'}, ["a\u0085b\u2028c"], None, {}),
         ({"12.txt": "a long tale\n", "coco7.txt": "another"}, ["a long tale", "another"], ["12", "coco7"], {}),
         (
             {"P.tsv": PARTI},
@@ -71,6 +73,8 @@ def text_of(rows: list[dict[str, object]]) -> str:
     ],
     ids=[
         "txt",
+        "txt, line separators in a text",
+        "jsonl, line separators in a text",
         "DPG-Bench",
         "PartiPrompts",
         "UniGenBench",

@@ -200,6 +200,17 @@ def test_terms_come_from_the_weights_own_card(folders: tuple[Path, Path], tmp_pa
         "backbone pipeline `pipeline`": "not stated beside the weights; look it up before publishing",
         "reward path `clip`": "not stated beside the weights; look it up before publishing",
     }
+    assert set(dict(licences(configs.load("tiny"))).values()) == {"cc0-1.0"}
+    (tmp_path / "w.safetensors").touch()
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    parts = [{"weight": 1.0, "reward": {"name": "pickscore", "path": str(tmp_path / "w.safetensors")}}]
+    parts.append({"weight": 1.0, "reward": {"name": "pickscore", "path": "world://rewards/taste"}})
+    both = configs.load("tiny", ["reward=" + json.dumps({"name": "composite", "parts": parts})])
+    found = dict(licences(both))
+    assert found["reward.parts[0].reward path `w.safetensors`"] == "cc-by-nc-4.0" and "cc0-1.0" in found.values()
+    assert "pickscore w.safetensors, pickscore world://rewards/taste" in model_card(both)
+    control = model_card(configs.load("tiny", ["algorithm=diff_instruct"]))
+    assert "without a reward" in control and "beta" not in control and "pickscore" not in control
     card = folders[0] / "README.md"
     card.write_text("---\nlicense: openrail++\n---\n# Base\n")
     try:
