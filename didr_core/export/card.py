@@ -39,7 +39,6 @@ def model_card(
     """The README.md of an export: front matter, how to sample, ``scores`` (Markdown), training settings, licences."""
     run = run or {}
     kind = "one-step" if config.backbone.model_dump().get("steps", 1) == 1 else "few-step"
-    rewarded = config.reward is not None and config.needs_reward
     terms = list(licences(config))
     shared = {terms_of for _, terms_of in terms}
     one_licence = len(shared) == 1 and not any(t.startswith("not stated") for t in shared)
@@ -53,7 +52,7 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {config.name}: a {kind} text-to-image generator, made with DIDR",
         f"Trained with `{config.algorithm.name}` on a `{config.backbone.name}` backbone"
-        + (f", towards the reward `{_source(config.reward)}`" if rewarded else ", without a reward")
+        + (f", towards the reward `{_source(config.reward)}`" if config.needs_reward else ", without a reward")
         + f". Commit `{run.get('commit') or commit() or 'unknown'}`.",
         "![The same prompts and noise before and after](grid.png)" if "grid.png" in files else "",
         "## Sampling",
@@ -197,7 +196,7 @@ def _training(config: Config, run: Mapping[str, Any]) -> str:
         ["learning rates", f"generator {config.generator.lr:g}, assistant {config.assistant.lr:g}"],
         ["seed", str(config.seed)],
     ]
-    if not (config.reward and registry.find("algorithms", config.algorithm.name).uses_drs):
+    if not registry.find("algorithms", config.algorithm.name).uses_drs:
         rows = [row for row in rows if row[0] not in ("beta", "estimator of the diffused reward score")]
     commands = [f"`{c}`" for c in (run.get("command"), *run.get("resumed", [])) if c]
     command = f"\n\nCommand: {', then '.join(commands)}" if commands else ""

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from local_hub import COMMIT, Hub
@@ -115,3 +116,13 @@ def test_a_path_that_is_here_is_never_a_name(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "x").mkdir(parents=True)
     assert not hub.fetch("backbone", {"name": "sdxl", "pipeline": "models/x", "lora": None, "shift": 3.0})
+
+
+def test_a_tokenizers_name_brings_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, revision, allow_patterns: asked.append(allow_patterns)
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(siblings=[]))
+    assert hub.fetch("reward", {"name": "hpsv2", "path": "acme/model", "tokenizer": "acme/words"})
+    assert ["*.safetensors" in patterns for patterns in asked] == [True, False] and "*.json" in asked[1]
