@@ -60,9 +60,9 @@ class Condition:
 
         return Condition({k: torch.cat([v, other.tensors[k]]) for k, v in self.tensors.items()})
 
-    def to(self, *args: Any, **kwargs: Any) -> Condition:
-        """Move or cast every tensor."""
-        return self.map(lambda v: v.to(*args, **kwargs))
+    def to(self, device: torch.device | str) -> Condition:
+        """Move what networks compute with. Integers (lengths) stay on the host, which reads them: it would wait for a GPU's."""
+        return self.map(lambda v: v.to(device) if v.is_floating_point() else v)
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ class Batch:
         return replace(self.map(lambda v: v[rows]), index=self.index[rows], ids=ids, prompts=prompts)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Move tensors to ``device``, all but ``index``."""
-        return self.map(lambda v: v.to(device))
+        """Move tensors to ``device``, all but ``index`` and the condition's integers."""
+        rest = replace(self, condition=Condition({})).map(lambda v: v.to(device))
+        return replace(rest, condition=self.condition.to(device))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """Apply ``fn`` to every tensor but ``index``."""

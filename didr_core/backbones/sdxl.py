@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from didr_core.backbones._pipeline import Family, PipelineBackbone, PipelineConfig, dtype_of, read_json
+from didr_core.diffusion.noise import constant
 from didr_core.diffusion.schedule import VariancePreserving, expand
 from didr_core.networks.loading import class_of
 from didr_core.types import Condition, DIDRError
@@ -106,13 +107,14 @@ class SDXL(PipelineBackbone):
     def _unscaled(self, latent: Tensor, vae: Any) -> Tensor:
         if vae.get("latents_mean") is None or vae.get("latents_std") is None:
             return latent / vae.scaling_factor
-        mean, std = (latent.new_tensor(vae[key]).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
+        keys = ("latents_mean", "latents_std")
+        mean, std = (constant(tuple(vae[key]), latent.device, latent.dtype).view(1, -1, 1, 1) for key in keys)
         return latent * std / vae.scaling_factor + mean
 
     def _call(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """``eps``, float32 whatever the network computes in."""
         dtype, size = dtype_of(network), float(self.pixels)
-        ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=x.device, dtype=dtype).expand(len(x), 6)
+        ids = constant((size, size, 0.0, 0.0, size, size), x.device, dtype).expand(len(x), 6)
         added = {"text_embeds": condition.tensors["pooled"].to(dtype), "time_ids": ids}
         out = network(
             x.to(dtype),
@@ -123,21 +125,17 @@ class SDXL(PipelineBackbone):
         )[0]
         return out.float()  # type: ignore[no-any-return]
 
-    def _coeffs(self, index: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        abar = self.schedule.alphas_cumprod.to(like.device)[index]
-        return expand(abar.sqrt().float(), like), expand((1 - abar).sqrt().float(), like)
+    def _x0(self, network: nn.Module, x: Tensor, index: Tensor, condition: Condition) -> Tensor:
+        alpha, sigma = (expand(values, x) for values in self.schedule.at(index))
+        return (x.float() - sigma * self._call(network, x, index, condition)) / alpha
 
     def x0(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """``(x - sigma eps) / alpha``."""
-        index = self.schedule.index(t)
-        alpha, sigma = self._coeffs(index, x)
-        return (x.float() - sigma * self._call(network, x, index, condition)) / alpha
+        return self._x0(network, x, self.schedule.index(t), condition)
 
     def generate(self, network: nn.Module, z: Tensor, condition: Condition) -> Tensor:
         """One step from unit noise, told ``timestep`` (399)."""
-        index = torch.full((len(z),), self.config.timestep, device=z.device)
-        alpha, sigma = self._coeffs(index, z)
-        return (z.float() - sigma * self._call(network, z, index, condition)) / alpha
+        return self._x0(network, z, torch.full((len(z),), self.config.timestep, device=z.device), condition)
 
     def export(self, generator: nn.Module, folder: str) -> None:
         """A StableDiffusionXLPipeline folder with the generator and an LCMScheduler, plus the bare single-file UNet, all fp16."""

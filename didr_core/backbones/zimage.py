@@ -118,7 +118,7 @@ class ZImage(PipelineBackbone):
         return Condition(
             {
                 "prompt_embeds": torch.stack([F.pad(row, (0, 0, 0, size - len(row))) for row in rows]),
-                "length": torch.tensor([len(row) for row in rows], device=rows[0].device),
+                "length": torch.tensor([len(row) for row in rows]),
                 "null_embeds": self._null.expand(len(rows), -1, -1),
             }
         )

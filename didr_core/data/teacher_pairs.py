@@ -12,6 +12,7 @@ from torch import Tensor
 
 from didr_core.algorithms import losses
 from didr_core.config import Anchor, locate
+from didr_core.diffusion.noise import ahead
 from didr_core.types import Condition, DIDRError, Parallel
 
 CONDITION = "condition."
@@ -74,7 +75,7 @@ class TeacherPairs:
 
         def of(values: Tensor) -> Tensor:
             taken = values[own]
-            return taken.float().to(self.device) if taken.is_floating_point() else taken  # lengths are read on the host
+            return ahead(taken.float(), self.device) if taken.is_floating_point() else taken  # as Condition.to does
 
         return of(self.z), of(self.x0), self.condition.map(of), share
 

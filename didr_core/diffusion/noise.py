@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -39,3 +40,10 @@ def ahead(values: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``values`` on ``device``, copied there once, since the host waits for a copy. Not to be written to."""
+    with torch.inference_mode(False):  # whoever asks first: others differentiate
+        return torch.tensor(values, device=device, dtype=dtype)

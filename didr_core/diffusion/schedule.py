@@ -22,6 +22,7 @@ class VariancePreserving:
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         self.alphas_cumprod = alphas_cumprod.double()
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}  # alphas, sigmas: a GPU's host waits for a copy
 
     @classmethod
     def scaled_linear(
@@ -38,8 +39,15 @@ class VariancePreserving:
 
     def coeffs(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``alpha, sigma [B]``, float32."""
-        abar = self.alphas_cumprod.to(t.device)[self.index(t)]
-        return abar.sqrt().float(), (1 - abar).sqrt().float()
+        return self.at(self.index(t))
+
+    def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """``alpha, sigma [B]``, float32, of table rows ``index [B]``."""
+        if (tables := self._tables.get(index.device)) is None:
+            abar = self.alphas_cumprod.to(index.device)
+            tables = self._tables[index.device] = abar.sqrt().float(), (1 - abar).sqrt().float()
+        alphas, sigmas = tables
+        return alphas[index], sigmas[index]
 
 
 class RectifiedFlow:

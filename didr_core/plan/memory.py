@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -194,9 +194,7 @@ def _usual_moments(config: Config) -> Config:
 
 def _batch(backbone: Any, size: int) -> Batch:
     names = [str(i) for i in range(size)]
-    condition = backbone.blank(size)
-    there = {key: value.to("meta") if value.is_floating_point() else value for key, value in condition.tensors.items()}
-    return Batch(torch.arange(size), names, names, replace(condition, tensors=there))
+    return Batch(torch.arange(size), names, names, backbone.blank(size).to("meta"))
 
 
 def _update(learner: Learner, count: Counter, batch: Batch) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from didr_core.diffusion.noise import constant
 from didr_core.diffusion.sampling import clamp_straight_through
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -25,8 +25,7 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 def normalise(images: Tensor) -> Tensor:
     """``[B, 3, H, W]`` in [0, 1] to the units that CLIP and BLIP were trained in."""
-    mean = torch.tensor(OPENAI_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(OPENAI_STD, device=images.device).view(3, 1, 1)
+    mean, std = (constant(values, images.device).view(3, 1, 1) for values in (OPENAI_MEAN, OPENAI_STD))
     return (images - mean) / std
 
 

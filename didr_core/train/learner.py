@@ -229,16 +229,18 @@ class Learner:
         finite: Tensor,
     ) -> dict[str, float]:
         """Average gradients and ``means`` over ranks, refuse what is not finite, clip, set the rate, update. Returns the means."""
-        refused = [i for i, ok in zip(batch.ids, finite.tolist(), strict=True) if not ok]
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in weights]
-        flags = torch.tensor(float(len(refused)), device=self.device)
+        flags = (~finite).sum().float()
         own = [g for g in gradients if not fsdp.is_sharded(g)]  # the others were averaged by their backward passes
         with self.phase("averaging"):
             self.parallel.mean_([flags, *means.values(), *own])
         norm = torch.nn.utils.get_total_norm(gradients)
-        size = fsdp.whole(norm).item()
-        if flags > 0 or not math.isfinite(size):
+        bad, size, *seen = torch.stack(
+            [flags, fsdp.whole(norm), *means.values()]
+        ).tolist()  # here the host waits, once an update
+        if bad > 0 or not math.isfinite(size):
+            refused = [i for i, ok in zip(batch.ids, finite.tolist(), strict=True) if not ok]
             where = f"prompt ids {refused}" if refused else "its gradient, or another worker's samples"
             raise NonFiniteError(
                 f"step {self.step_count + 1}: non-finite {name} loss or reward at {where}. The update was not applied and the last good "
@@ -248,7 +250,7 @@ class Learner:
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * optim.rate(settings, updates, self.step_count / self.config.train.steps)
         optimizer.step()
-        return {k: v.item() for k, v in means.items()} | {f"grad/{name}": size}
+        return dict(zip(means, seen, strict=True)) | {f"grad/{name}": size}
 
     @torch.no_grad()
     def _update_average(self) -> None:
