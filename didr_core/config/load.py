@@ -41,13 +41,13 @@ REDEFINED = {"drp.split": " It was a time and is a noise level now, sigma / alph
 """Of these, what changed its meaning with its name, and how: old values are not carried over."""
 
 
-def load(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
+def load(recipe: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
     """A recipe's name (in `pipelines/recipes`) or a YAML file's path; on top ``a.b=c`` overrides, then ``values`` by dotted key.
 
     Raises:
         DIDRError: unknown recipe or key (names the nearest), or a value out of its range.
     """
-    return _validate_with(_read(recipe), overrides, values, f"recipe {recipe!r}")
+    return _validate_with(_read(str(recipe)), overrides, values, f"recipe {str(recipe)!r}")
 
 
 def recorded(path: Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
@@ -100,10 +100,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    if not isinstance(recipe, str):
-        raise DIDRError(
-            f"recipe {seen[-1]!r}: `base:` is {recipe!r}; expected a recipe's name or a path ending in .yaml"
-        )
     if recipe in seen:
         raise DIDRError(f"recipe {recipe!r}: `base:` goes in a circle: {' -> '.join((*seen, recipe))}")
     path = expanded(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES / f"{recipe}.yaml"

@@ -24,6 +24,7 @@ from tests.pipelines.deploy.nodes import view_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
+SHARED = DEPLOY / "sdxl_8gpu.yaml"
 LAUNCHER, KUBERAY = ("cluster-gcp", "cluster-onprem"), ("raycluster", "rayjob")
 FILES = (*LAUNCHER, *KUBERAY, "job")
 LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
@@ -180,8 +181,25 @@ def test_its_job_is_a_command_of_ours_that_a_retry_goes_on_with(name: str) -> No
     assert words[:3] == ["python", "-m", "pipelines.align"]
     group: Any = typer.main.get_command(app)
     said = group.commands["align"].make_context("align", words[3:]).params
-    configs.load(said["recipe"], said["overrides"])
-    assert said["recipe"] in meant_for(name) and said["resume"] == "auto" and said["output"].startswith("/mnt/")
+    storage, _, recipe = said["recipe"].rpartition("/")
+    assert recipe == SHARED.name and said["output"] == f"{storage}/runs" and said["resume"] == "auto"
+    assert configs.load(SHARED).name in meant_for(name)
+
+
+def test_the_recipe_on_shared_storage_has_no_path_of_a_working_folder() -> None:
+    """Whatever of the recipe names files, beside names of ours: a job's working folder has none of them."""
+    ours, there = (configs.load(given).model_dump(mode="json") for given in ("sdxl_8gpu", SHARED))
+    paths = [text for text in _strings(ours) if text.startswith(("models/", "prompts/"))]
+    moved = [text for text in _strings(there) if "/mnt/didr/" in text]
+    assert len(paths) == 8 and moved == [f"/mnt/didr/{text}" for text in paths]
+    assert [text for text in _strings(there) if text not in moved] == [
+        text for text in _strings(ours) if text not in paths
+    ]
+
+
+def _strings(tree: Any) -> Iterator[str]:
+    for value in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from [value] if isinstance(value, str) else _strings(value)
 
 
 @pytest.mark.parametrize("name", KUBERAY)
