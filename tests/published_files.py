@@ -12,6 +12,12 @@ import toy_rewards
 from didr_core.world import random_models
 
 NEVER = b"far too large to be fetched"
+LICENCES = {
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "tianweiy/DMD2": "cc-by-nc-sa-4.0",
+    "xswu/HPSv2": "apache-2.0",
+}
+"""What stand-ins say of themselves; the others `mit`."""
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -25,7 +31,7 @@ def sdxl_hub(root: Path) -> dict[str, Path]:
         shutil.copy(base / "tokenizer" / name, base / "tokenizer_2" / name)
     for name in ("sd_xl_base_1.0.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet/model.onnx"):
         (base / name).write_bytes(NEVER)
-    return {
+    made = {
         "stabilityai/stable-diffusion-xl-base-1.0": base,
         "tianweiy/DMD2": _start(root / "dmd2", base),
         "madebyollin/taesdxl": _decoder(root / "taesdxl"),
@@ -33,6 +39,9 @@ def sdxl_hub(root: Path) -> dict[str, Path]:
         "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": _tokenizer(root / "laion"),
         "yuvalkirstain/PickScore_v1": _pickscore(root / "pickscore"),
     }
+    for repository, folder in made.items():
+        (folder / "README.md").write_text(f"---\nlicense: {LICENCES.get(repository, 'mit')}\n---\n")
+    return made
 
 
 def _start(folder: Path, base: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from local_hub import Hub
-from published_files import NEVER, sdxl_hub
+from published_files import LICENCES, NEVER, sdxl_hub
 
 from pipelines.cli import main as cli
 
@@ -82,6 +82,8 @@ def test_the_page_is_followed(
         assert stop.value.code == 0, f"{line}: {capsys.readouterr().err}"
     assert (tmp_path / "runs" / "first" / "report.html").is_file()
     assert (tmp_path / "runs" / "sdxl" / "export" / "model_index.json").is_file()
+    card = (tmp_path / "runs" / "sdxl" / "export" / "README.md").read_text()
+    assert all(f"`: {terms}\n" in f"{card}\n" for terms in LICENCES.values()) and "not stated" not in card
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["a-lighthouse-in-a-storm-oil-painting-seed1.png"]
 
 

@@ -140,6 +140,11 @@ class Config(Strict):
         return bool(registry.find("algorithms", self.algorithm.name).needs_reward)
 
     @property
+    def uses_drs(self) -> bool:
+        """Whether the algorithm asks for the diffused reward score, and so for what `drp` says."""
+        return bool(registry.find("algorithms", self.algorithm.name).uses_drs)
+
+    @property
     def black_box(self) -> bool:
         """Whether rewards are asked for whose model has no gradient: it need not sit on a trainer, actors can score for it."""
         return self.needs_reward and self.reward is not None and not differentiable(self.reward)

@@ -34,6 +34,7 @@ class Hybrid(Estimator):
     """``steps`` K from t to the time where sigma / alpha is ``split_noise``, ``particles`` M. At and below it: `shift` alone."""
 
     steps, particles = 2, 2
+    gate = False
 
     def estimate(self, problem: Problem) -> Estimate:
         times = problem.t if problem.host_t is None else problem.host_t

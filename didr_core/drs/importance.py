@@ -16,6 +16,7 @@ class Importance(Estimator):
 
     steps, particles = 8, 8
     needs_reward_gradient = False
+    gate = False
 
     @classmethod
     def check(cls, steps: int, particles: int) -> None:

@@ -64,6 +64,8 @@ class Estimator:
     steps: ClassVar[int] = 1
     particles: ClassVar[int] = 1
     needs_reward_gradient: ClassVar[bool] = True
+    gate: ClassVar[bool] = True
+    """Whether ``drp.snr_gate`` has a use: it silences what is wrong where the posterior has many modes, and weakens what is not."""
 
     def __init__(self, config: DRP) -> None:
         self.config = config

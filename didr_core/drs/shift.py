@@ -34,6 +34,8 @@ class Shifted:
 class Shift(Estimator):
     """Exact for linear rewards under any reference, and for an isotropic quadratic under a Gaussian with equal variances."""
 
+    gate = False
+
     @classmethod
     def check(cls, steps: int, particles: int) -> None:
         """Raises ValueError: more than one step."""

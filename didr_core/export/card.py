@@ -92,8 +92,9 @@ def _terms(value: str) -> str:
     stop = (WORLD if bundled(value) else place.parent if place.is_file() else place).resolve()
     for folder in (place, *place.parents):
         for card in (folder / CARD, folder / BUNDLED_CARD):
-            if card.is_file() and (found := _front_matter(card).get("license")):
-                return str(found)
+            said = _front_matter(card) if card.is_file() else {}
+            if found := said.get("license"):
+                return str(said.get("license_name", found) if found == "other" else found)
         if folder.resolve() == stop:
             break
     return "not stated beside the weights; look it up before publishing"
@@ -196,7 +197,7 @@ def _training(config: Config, run: Mapping[str, Any]) -> str:
         ["learning rates", f"generator {config.generator.lr:g}, assistant {config.assistant.lr:g}"],
         ["seed", str(config.seed)],
     ]
-    if not registry.find("algorithms", config.algorithm.name).uses_drs:
+    if not config.uses_drs:
         rows = [row for row in rows if row[0] not in ("beta", "estimator of the diffused reward score")]
     commands = [f"`{c}`" for c in (run.get("command"), *run.get("resumed", [])) if c]
     command = f"\n\nCommand: {', then '.join(commands)}" if commands else ""

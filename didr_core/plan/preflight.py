@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from didr_core.config import Component, Config, build, hub
+from didr_core.config import Component, Config, build, hub, registry
 from didr_core.data import teacher_pairs
 from didr_core.data.prompts import PromptIndex, normal, open_prompts
 from didr_core.data.storage import LEAST_FREE, local_folder, room
@@ -67,6 +67,10 @@ def preflight(
     if not config.sizes.generator_updates:
         steps, warmup = config.train.steps, config.train.assistant_warmup
         note(f"train.steps={steps} is not over train.assistant_warmup={warmup}: the generator stays as it is.")
+    if config.uses_drs and config.drp.snr_gate and not registry.find("drs", config.drp.estimator).gate:
+        note(
+            f"drp.snr_gate=true weakens drp.estimator={config.drp.estimator}, which needs no gate at high noise: drp.snr_gate=false."
+        )
     held_out = (
         {normal(text) for texts in found["heldout"].texts(SCAN_ROWS) for text in texts} if "heldout" in found else set()
     )

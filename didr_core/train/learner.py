@@ -236,9 +236,8 @@ class Learner:
         with self.phase("averaging"):
             self.parallel.mean_([flags, *means.values(), *own])
         norm = torch.nn.utils.get_total_norm(gradients)
-        bad, size, *seen = torch.stack(
-            [flags, fsdp.whole(norm), *means.values()]
-        ).tolist()  # here the host waits, once an update
+        # here the host waits, once an update
+        bad, size, *seen = torch.stack([flags, fsdp.whole(norm), *means.values()]).tolist()
         if bad > 0 or not math.isfinite(size):
             refused = [i for i, ok in zip(batch.ids, finite.tolist(), strict=True) if not ok]
             where = f"prompt ids {refused}" if refused else "its gradient, or another worker's samples"

@@ -215,6 +215,8 @@ def test_terms_come_from_the_weights_own_card(folders: tuple[Path, Path], tmp_pa
     card.write_text("---\nlicense: openrail++\n---\n# Base\n")
     try:
         assert "openrail++" in dict(licences(configuration(folders)))["backbone pipeline `pipeline`"]
+        card.write_text("---\nlicense: other\nlicense_name: sai-nc-community\n---\n")
+        assert dict(licences(configuration(folders)))["backbone pipeline `pipeline`"] == "sai-nc-community"
     finally:
         card.unlink()
 

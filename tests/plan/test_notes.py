@@ -30,6 +30,15 @@ def test_a_run_that_ends_in_its_warm_up_is_told_so() -> None:
     assert said == ["train.steps=20 is not over train.assistant_warmup=20: the generator stays as it is."]
 
 
+@pytest.mark.parametrize(
+    ("estimator", "algorithm", "told"), [("hybrid", "didr", True), ("ode", "didr", False), ("shift", "dmdr", False)]
+)
+def test_a_gate_that_an_estimator_has_no_use_for_is_said(estimator: str, algorithm: str, told: bool) -> None:
+    said: list[str] = []
+    preflight(configs.load("tiny", [f"drp.estimator={estimator}", f"algorithm={algorithm}"]), note=said.append)
+    assert [text.split(",")[0] for text in said] == [f"drp.snr_gate=true weakens drp.estimator={estimator}"] * told
+
+
 def test_prompts_that_are_cut_are_counted_by_who_reads_them(tmp_path: Path) -> None:
     """The bundled tokenizer has a token a word, and reads 18 words."""
     texts = ["a red ring", "a red ring " * 7, "a red ring " * 6, "ring"]
