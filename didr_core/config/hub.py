@@ -14,6 +14,7 @@ NAME = re.compile(
     r"(?!.*\.(?:safetensors|bin|pt|pth|ckpt|json|py|yaml|parquet)$)([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@([\w./-]+))?"
 )
 WEIGHTS = "*.safetensors"
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 FILES = ("*.json", "*.txt", "*.md", "*.jinja", "*.model", WEIGHTS)
 
 
@@ -40,6 +41,11 @@ def cached(path: str) -> Path | None:
     reference = folder / "refs" / revision
     snapshot = folder / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
     return snapshot if snapshot.is_dir() else None
+
+
+def is_place(value: str) -> bool:
+    """Whether a text of a component's options names weights: a path, or a model of the hub."""
+    return "/" in value or value.endswith(SUFFIXES)
 
 
 def fetch(key: str, options: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from didr_core.config import WORLD, Config, bundled, locate, registry
+from didr_core.config import WORLD, Config, bundled, hub, locate, registry
 from didr_core.config.files import expanded
 from didr_core.config.provenance import commit, versions
 from didr_core.config.schema import leaves
@@ -75,12 +75,8 @@ def licences(config: Config) -> Iterator[tuple[str, str]]:
     rewards = leaves("reward", config.reward) if config.reward and config.needs_reward else {}
     for part, component in {"backbone": config.backbone, **rewards}.items():
         for key, value in sorted(component.model_dump().items()):
-            if key != "name" and isinstance(value, str) and _is_weights(value):
+            if key != "name" and isinstance(value, str) and hub.is_place(value):
                 yield f"{part} {key} `{public_path(value)}`", _terms(value)
-
-
-def _is_weights(value: str) -> bool:
-    return "/" in value or value.endswith((".safetensors", ".bin"))
 
 
 def _terms(value: str) -> str:

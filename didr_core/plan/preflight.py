@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from didr_core.config import Component, Config, build, hub, registry
+from didr_core.config import Component, Config, build, hub, locate, registry
 from didr_core.data import teacher_pairs
 from didr_core.data.prompts import PromptIndex, normal, open_prompts
 from didr_core.data.storage import LEAST_FREE, local_folder, room
@@ -119,7 +119,18 @@ def opened(config: Config, fetch: bool = True) -> tuple[dict[str, Any], list[str
         except DIDRError as error:  # rewards know themselves as `reward`
             told = str(error)
             wrong.append(re.sub(r"\breward\.(?=[a-z]+[=:\[])", "judge.", told) if name == "judge" else told)
+            key = "backbone" if name == "encoder" else name
+            wrong += [
+                text for text in _absent(key, getattr(config, key, None)) if text.partition(":")[0] not in wrong[-1]
+            ]
     return found, wrong
+
+
+def _absent(key: str, component: object) -> Iterator[str]:
+    """Of a component, whose own look ends at the first mistake: each of its places where nothing is."""
+    for at, value in hub.texts(key, component.model_dump() if isinstance(component, Component) else {}):
+        if hub.is_place(value) and "://" not in value and not locate(value).exists():
+            yield f"{at}={value!r}: no such file or folder here."
 
 
 def readers_of(config: Config) -> dict[str, Any]:

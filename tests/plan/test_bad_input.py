@@ -19,7 +19,7 @@ from toy import toy_recipe
 
 from didr_core import config as configs
 from didr_core.data.prompts import PromptIndex
-from didr_core.plan.preflight import preflight
+from didr_core.plan.preflight import opened, preflight
 from didr_core.train import checkpoint
 from didr_core.train.run_folder import RunFolder
 from pipelines.cli import main as cli
@@ -90,6 +90,11 @@ def test_all_that_is_missing_is_said_at_once(
     monkeypatch.chdir(tmp_path)
     said = didr("align", "--recipe", "tiny_sdxl", "--local")
     assert "`python -m didr_core.world.random_models` makes it" in said
+    _, wrong = opened(configs.load("sdxl_1gpu"), fetch=False)
+    assert [line.partition("=")[0] for line in wrong] == [
+        *("data.prompts", "data.heldout", "backbone.pipeline", "backbone.generator", "backbone.decoder"),
+        *("reward.path", "reward.tokenizer", "judge.path"),
+    ]
 
 
 def test_prompts_at_an_address_that_does_not_answer(didr: Didr, toy: Path, tmp_path: Path) -> None:
