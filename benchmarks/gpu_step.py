@@ -114,6 +114,7 @@ def measured(row: Mapping[str, Any], size: str, folder: Path, seconds: float) ->
     try:
         said = child.communicate(timeout=seconds)[1]
         error = (said.strip().splitlines() or ["no message"])[-1][:500] if child.returncode else None
+        print(said[-3000:] if error else "", end="", file=sys.stderr, flush=True)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
