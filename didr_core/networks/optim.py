@@ -9,7 +9,7 @@ moment (betas[0] = 0) stochastic needs 8.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -90,8 +90,9 @@ class Weights:
     @torch.no_grad()
     def publish(self) -> None:
         """Masters to the network."""
-        for p, master in self._rounded:
-            p.copy_(master)
+        if self._rounded:
+            rounded, masters = map(own_parts, zip(*self._rounded, strict=True))
+            torch._foreach_copy_(rounded, masters)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The network's, with masters in place of what is rounded from them."""
@@ -167,18 +168,22 @@ def below_eps(optimizer: torch.optim.Optimizer) -> float:
         for weight in group["params"]:
             state = optimizer.state.get(weight, {})
             if "exp_avg_sq" in state:
-                moment = getattr(state["exp_avg_sq"], "_local_tensor", state["exp_avg_sq"])
+                (moment,) = own_parts([state["exp_avg_sq"]])
                 seen = 1 - group["betas"][1] ** float(state.get("step", group.get("updates", 1)))
                 few += float((moment.float() < seen * group["eps"] ** 2).sum())
                 many += moment.numel()
     return few / many if many else 0.0
 
 
+AT_ONCE = 2**25
+"""Weights that :class:`StochasticAdamW` has in float32 at a time: enough for a GPU not to wait for its host, three copies of 0.13 GB."""
+
+
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW whose arithmetic and moments are float32 and whose bfloat16 weights are rounded stochastically: right on average, no master.
 
     Random bits depend on ``seed`` and the number of updates alone, so that every rank and every resumed run rounds alike. ``betas[0] = 0``
-    keeps no first moment. One parameter is in float32 at a time.
+    keeps no first moment. About :data:`AT_ONCE` weights are in float32 at a time.
     """
 
     def __init__(
@@ -198,28 +203,40 @@ class StochasticAdamW(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             group["updates"] += 1
-            bits: torch.Generator | None = None
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if bits is None:
-                    device = "cpu" if p.is_meta else p.device
-                    bits = torch.Generator(device).manual_seed(group["seed"] * 1_000_003 + group["updates"])
-                value = self._updated(p, group)
-                p.copy_(stochastic_round(value, bits) if p.dtype == torch.bfloat16 else value)
+            moved = [p for p in group["params"] if p.grad is not None]
+            if not moved:
+                continue
+            device = "cpu" if moved[0].is_meta else moved[0].device
+            bits = torch.Generator(device).manual_seed(group["seed"] * 1_000_003 + group["updates"])
+            for part in in_parts(moved, AT_ONCE):
+                values = self._updated(part, group)
+                if part[0].dtype == torch.bfloat16:
+                    values = stochastic_round(values, bits)
+                torch._foreach_copy_(part, _laid_out(values, part))
 
-    def _updated(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """The float32 value after the update."""
-        (beta1, beta2), n, state = group["betas"], group["updates"], self.state[p]
-        gradient = p.grad.float()  # type: ignore[union-attr]
-        if not state:
-            state["exp_avg_sq"] = torch.zeros_like(gradient)
-            if beta1 > 0:
-                state["exp_avg"] = torch.zeros_like(gradient)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        mean = state["exp_avg"].lerp_(gradient, 1 - beta1) / (1 - beta1**n) if beta1 > 0 else gradient
-        size = (square / (1 - beta2**n)).sqrt_().add_(group["eps"])
-        return p.float().mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(mean, size, value=-group["lr"])
+    def _updated(self, part: list[Tensor], group: dict[str, Any]) -> Tensor:
+        """The float32 values of parameters after the update, one after the other ``[elements]``: a call for all."""
+        (beta1, beta2), n = group["betas"], group["updates"]
+        gradient, size, value = torch.empty(3, sum(p.numel() for p in part), device=part[0].device)
+        gradients, values = _laid_out(gradient, part), _laid_out(value, part)
+        for p in part:
+            if not self.state[p]:
+                self.state[p] = {
+                    name: torch.zeros_like(p, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")[beta1 == 0 :]
+                }
+        torch._foreach_copy_(gradients, [p.grad for p in part if p.grad is not None])
+        squares = [self.state[p]["exp_avg_sq"] for p in part]
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        torch._foreach_copy_(_laid_out(size, part), squares)
+        size.div_(1 - beta2**n).sqrt_().add_(group["eps"])
+        if beta1 > 0:
+            means = [self.state[p]["exp_avg"] for p in part]
+            torch._foreach_lerp_(means, gradients, 1 - beta1)
+            torch._foreach_copy_(gradients, means)
+            gradient.div_(1 - beta1**n)
+        torch._foreach_copy_(values, part)
+        return value.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(gradient, size, value=-group["lr"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which would cast moments to the type of their bfloat16 weight."""
@@ -227,7 +244,36 @@ class StochasticAdamW(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [p for group in self.param_groups for p in group["params"]]
         for i, values in moments.items():
-            self.state[parameters[i]] = {k: v.to(parameters[i].device).clone() for k, v in values.items()}
+            as_laid_out = torch.empty_like(parameters[i], dtype=torch.float32)
+            self.state[parameters[i]] = {k: as_laid_out.clone().copy_(v) for k, v in values.items()}
+
+
+def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Of tensors that are split over workers what this process holds; others as they are."""
+    return [getattr(t, "_local_tensor", t) for t in tensors]
+
+
+def in_parts(tensors: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """In order, of one dtype each and about ``most`` elements: a part ends with the tensor that reaches it."""
+    part: list[Tensor] = []
+    size = 0
+    for t in tensors:
+        if part and t.dtype != part[0].dtype:
+            yield part
+            part, size = [], 0
+        part.append(t)
+        size += t.numel()
+        if size >= most:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _laid_out(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of ``flat`` with the shapes and strides of ``like``, which have no gaps: so calls on lists of both are one launch."""
+    parts = flat.split([t.numel() for t in like])
+    return [part.as_strided(t.size(), t.stride(), part.storage_offset()) for part, t in zip(parts, like, strict=True)]
 
 
 def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

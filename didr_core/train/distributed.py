@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from didr_core.networks.optim import in_parts
 
 BUCKET = 2**25
 """Elements a collective call: 128 MiB of float32."""
@@ -37,7 +39,7 @@ class ProcessGroup:
         """Average in place over ranks. Tensors of one dtype travel together, :data:`BUCKET` elements at a time; bfloat16 as float32."""
         for dtype in sorted({t.dtype for t in tensors}, key=str):
             wide = torch.float32 if dtype == torch.bfloat16 else dtype
-            for bucket in _buckets([t for t in tensors if t.dtype == dtype]):
+            for bucket in in_parts((t for t in tensors if t.dtype == dtype), BUCKET):
                 flat = torch.cat([t.reshape(-1).to(wide) for t in bucket])
                 dist.all_reduce(flat)
                 flat /= self.world_size
@@ -45,18 +47,6 @@ class ProcessGroup:
                 for t in bucket:
                     t.copy_(flat[offset : offset + t.numel()].view_as(t))
                     offset += t.numel()
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """In order, closed when :data:`BUCKET` elements are reached: a copy of all gradients at once would not fit beside a large network."""
-    bucket: list[Tensor] = []
-    for t in tensors:
-        bucket.append(t)
-        if sum(b.numel() for b in bucket) >= BUCKET:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
 
 
 def current() -> Single | ProcessGroup:

@@ -228,7 +228,8 @@ class Learner:
         means: dict[str, Tensor],
         finite: Tensor,
     ) -> dict[str, float]:
-        """Average gradients and ``means`` over ranks, refuse what is not finite, clip, set the rate, update. Returns the means."""
+        """Average gradients and ``means`` over ranks, refuse what is not finite, clip, set the rate, update. Returns the means.
+        Here, once an update, the host waits for the device."""
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in weights]
         flags = (~finite).sum().float()
@@ -236,7 +237,6 @@ class Learner:
         with self.phase("averaging"):
             self.parallel.mean_([flags, *means.values(), *own])
         norm = torch.nn.utils.get_total_norm(gradients)
-        # here the host waits, once an update
         bad, size, *seen = torch.stack([flags, fsdp.whole(norm), *means.values()]).tolist()
         if bad > 0 or not math.isfinite(size):
             refused = [i for i, ok in zip(batch.ids, finite.tolist(), strict=True) if not ok]
@@ -257,8 +257,8 @@ class Learner:
         if self.ema_net is self.generator_net:
             return
         decay = min(self.config.train.ema_decay, (1 + self.step_count) / (10 + self.step_count))
-        for mean, value in zip(self.ema_net.parameters(), self.generator_weights.values.values(), strict=True):
-            mean.lerp_(value.to(mean.dtype), 1 - decay)
+        means, values = map(optim.own_parts, (self.ema_net.parameters(), self.generator_weights.values.values()))
+        torch._foreach_lerp_(means, [v.to(m.dtype) for m, v in zip(means, values, strict=True)], 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs."""

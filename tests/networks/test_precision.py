@@ -10,6 +10,7 @@ import torch
 from random_models import sdxl_folder
 from small_learner import batch, learner
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from didr_core import config
 from didr_core.config import Optim
@@ -23,6 +24,18 @@ LR, STEPS = 5e-7, 200
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sdxl_folder(tmp_path_factory.mktemp("precision") / "pipeline")
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 def matrix(dtype: torch.dtype) -> nn.Linear:
@@ -110,6 +123,47 @@ def test_stochastic_adamw_is_torchs_adamw_in_float32(betas: tuple[float, float])
             optimizer.step()
     assert (one.weight - two.weight).abs().max() < 1e-6
     assert ("exp_avg" in b.state[two.weight]) is (betas[0] > 0)
+
+
+def test_stochastic_adamw_makes_a_few_calls_for_many_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU waits for its host at each. In parts, in any memory format and after a resume the numbers are those of one weight at a time."""
+
+    def made(dtype: torch.dtype) -> tuple[list[torch.Tensor], StochasticAdamW]:
+        random = torch.Generator().manual_seed(0)
+        shapes = [(3, 5, 2, 2), (7,), (4, 6)] * 30
+        weights = [torch.randn(shape, generator=random).to(dtype) for shape in shapes]
+        weights = [w.to(memory_format=torch.channels_last) if w.dim() == 4 else w for w in weights]
+        return weights, StochasticAdamW(weights, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, seed=3)
+
+    def updated(dtype: torch.dtype, at_once: int, again: bool = False) -> list[torch.Tensor]:
+        monkeypatch.setattr(optim, "AT_ONCE", at_once)
+        weights, optimizer = made(dtype)
+        for step in range(3):
+            for w in weights:
+                w.grad = torch.sin(w.float() * 9 + step).to(dtype)
+            if again and step == 2:
+                state = {
+                    i: {k: v.contiguous() for k, v in s.items()} for i, s in optimizer.state_dict()["state"].items()
+                }
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer = StochasticAdamW(weights, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, seed=3)
+                optimizer.load_state_dict({"state": state, "param_groups": groups})
+                assert all(optimizer.state[w]["exp_avg"].stride() == w.stride() for w in weights)
+            optimizer.step()
+        return weights
+
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = updated(dtype, 2**25)
+        assert all(map(torch.equal, whole, updated(dtype, 2**25, again=True)))
+        if dtype == torch.float32:
+            assert all(map(torch.equal, whole, updated(dtype, 1)))
+    weights, optimizer = made(torch.bfloat16)
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    with Calls() as calls:
+        optimizer.step()
+    assert len([name for name in calls.names if "as_strided" not in name]) < 40
 
 
 @pytest.mark.parametrize("update", ["master", "stochastic"])
