@@ -37,7 +37,7 @@ class Hybrid(Estimator):
     gate = False
 
     def estimate(self, problem: Problem) -> Estimate:
-        times = problem.t if problem.host_t is None else problem.host_t
+        times = (problem.t if problem.host_t is None else problem.host_t).cpu()
         above = times > time_at(problem.schedule, self.config.split_noise)
         if above.all():
             return self._with_rest(problem)

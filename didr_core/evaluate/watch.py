@@ -52,7 +52,9 @@ def against(start: Measured, now: Measured) -> dict[str, float]:
     found["saturation"] = float(now["saturation"].mean() - start["saturation"].mean())
     boot = Bootstrap(now["diversity"].shape[2], resamples=0)
     before = dict(entropies(boot, start))
-    found |= {f"{what}_bits": float(bits[0]) - float(before[what][0]) for what, bits in entropies(boot, now)}
+    for what, bits in entropies(boot, now):
+        if np.isfinite(before[what][0]):  # else no prompt leaves it free
+            found[f"{what}_bits"] = float(bits[0]) - float(before[what][0])
     return {f"heldout/{name}": value for name, value in found.items()}
 
 

@@ -43,5 +43,9 @@ class _Recomputed(torch.autograd.Function):
                 v if v is None else v.detach().requires_grad_(n) for v, n in zip(ctx.saved_tensors, needed, strict=True)
             ]
             out = ctx.run(*(v if v is not None else p for v, p in zip(leaves, ctx.plain, strict=True)))
-        torch.autograd.backward(out, gradients)
+        made = zip(out if isinstance(out, tuple) else (out,), gradients, strict=True)
+        if learns := [
+            (o, g) for o, g in made if o.requires_grad
+        ]:  # of a block whose weights are other roles', nothing may
+            torch.autograd.backward([o for o, _ in learns], [g for _, g in learns])
         return None, None, *(v.grad if v is not None else None for v in leaves)

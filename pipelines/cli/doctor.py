@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from didr_core import config as configs
 from didr_core.config import Config, registry
@@ -37,7 +38,7 @@ def doctor(
     Returns:
         Whether the recipe fits (True without one).
     """
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     out.print(_installed())
     cards = _gpus()
     out.print(_gpu_table(cards))
@@ -118,7 +119,7 @@ def _report(out: Console, config: Config, gigabytes: float, measured: bool) -> b
     names, used = made.gpu_bytes()
     if names:
         verdict = "fits" if used <= gigabytes * 1e9 else "does not fit"
-        out.print(f"[bold]{verdict}[/bold]: {used / 1e9:.1f} GB on {where} of {gigabytes:.0f} GB ({names})")
+        out.print(Text(verdict, "bold"), f": {used / 1e9:.1f} GB on {where} of {gigabytes:.0f} GB ({names})", sep="")
     else:
         out.print("no process asks for a GPU (workers.train_gpus=0): nothing to fit")
     if made.fits(gigabytes):
@@ -175,7 +176,7 @@ def _cluster(out: Console, address: str | None, config: Config | None) -> bool:
                 room = check(demands_of(config, cluster), cluster)
                 out.print(room.table())
                 held = taken(room.demands, cluster)
-                out.print(f"[bold]{config.name} fits the cluster[/bold]" + (f", but {held}" if held else ""))
+                out.print(Text(f"{config.name} fits the cluster", "bold"), f", but {held}" if held else "", sep="")
     except DIDRError as error:
         out.print(f"cluster at {address}: {error}")
         return False

@@ -56,7 +56,7 @@ def explain(key: str | None, recipe: str, overrides: Sequence[str]) -> None:
     Raises:
         DIDRError: no such key.
     """
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     with registry.code_unread() as unread:
         config = configs.load(recipe, overrides)
         found = [k for k in keys(config) if not key or k.path == key or k.path.startswith(f"{key}.")]

@@ -42,7 +42,7 @@ def prompts(
         long.update({who: longer_than(who[1], most, texts) for who, most in tokenizers.items()})
 
     found = convert(files, out, column, id_column, others=against, drop=drop, watch=watch)
-    say = Console(highlight=False).print
+    say = Console(highlight=False, markup=False).print
     say(f"{found.written:,} prompts in {out} (of {found.rows:,} rows)", soft_wrap=True)
     say(f"{found.empty:,} empty, left out")
     say(f"{found.duplicates:,} duplicates, {'left out' if drop else 'kept (--drop leaves them out)'}")

@@ -21,7 +21,7 @@ from pipelines.cluster.resources import ClusterView, demands_of
 
 def show(recipe: str, overrides: Sequence[str]) -> None:
     """Print the resolved plan; reads the prompts' footers, loads no weights, runs no code that the recipe names."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     with registry.code_unread() as unread:
         config = configs.load(recipe, overrides)
         text = yaml.safe_dump(configs.dump(config), sort_keys=False, allow_unicode=True)
@@ -41,7 +41,7 @@ def say_unread(out: Console, names: Sequence[str]) -> None:
 
 def show_known() -> None:
     """Print what a recipe or a `--set` may name."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False)
     table = _table("recipes", "name", "what it is")
     for path in sorted(RECIPES.glob("*.yaml")):
         lines = path.read_text().splitlines()

@@ -151,7 +151,7 @@ def clock(seconds: float) -> str:
 
 def console(stream: TextIO | None = None) -> Console:
     """A console that never wraps a log's lines at 80 characters."""
-    given: dict[str, Any] = {"file": stream or sys.stderr, "highlight": False}
+    given: dict[str, Any] = {"file": stream or sys.stderr, "highlight": False, "markup": False}
     made = Console(**given)
     return made if made.is_terminal else Console(**given, width=200, color_system=None)
 

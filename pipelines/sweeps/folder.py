@@ -230,8 +230,12 @@ class SweepFolder:
             replace_text(self.path / name, json.dumps(tree, indent=1, ensure_ascii=False, default=str) + "\n")
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        with disk("output", self.path), (self.path / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.path / name
+        before = path.read_bytes() if path.is_file() else b""
+        with disk("output", self.path), path.open("ab") as file:
+            if not before.endswith(b"\n"):  # half a line, of a machine that went down
+                file.truncate(before.rfind(b"\n") + 1)
+            file.write(json.dumps(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

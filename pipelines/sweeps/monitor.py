@@ -183,7 +183,8 @@ class SweepMonitor(tune.Callback):
         trial.tracker.tags({f"didr.{k}": result[k] for k in ("status", "reason") if result.get(k)})
         keep_files(trial.tracker, trial.run.path, "grid.png", "scores.json", "config.yaml")
         trial.end("FAILED" if result["status"] in ("failed", "lost") else "FINISHED")
-        self._note(closed=sorted({*closed, number}))
+        if result["status"] != "lost":  # a resumed sweep tries it again
+            self._note(closed=sorted({*closed, number}))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Its process died too often, or said something that no user could mend."""

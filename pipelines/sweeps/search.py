@@ -78,7 +78,7 @@ def ask(folder: SweepFolder, number: int) -> Point:
             )
         )
     asked = study.ask(fixed_distributions=kinds).params
-    return {k: d.values[asked[k]] if d.listed else float(f"{asked[k]:.4g}") for k, d in domains.items()}
+    return {k: d.values[asked[k]] if d.listed else d.rounded(asked[k]) for k, d in domains.items()}
 
 
 def _distribution(optuna: Any, domain: Domain) -> Any:

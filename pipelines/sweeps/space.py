@@ -55,8 +55,12 @@ class Domain:
             return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
         low, high = self.values
         if self.kind == "uniform":
-            return float(f"{low + share * (high - low):.4g}")
-        return float(f"{math.exp(math.log(low) + share * (math.log(high) - math.log(low))):.4g}")
+            return self.rounded(low + share * (high - low))
+        return self.rounded(math.exp(math.log(low) + share * (math.log(high) - math.log(low))))
+
+    def rounded(self, value: float) -> float:
+        """To four digits, but never out of the range, whose ends may have more."""
+        return float(min(max(float(f"{value:.4g}"), self.values[0]), self.values[1]))
 
     def grid(self) -> list[Any]:
         """All values; of a range :data:`GRID_POINTS` evenly spaced ones, both ends among them."""

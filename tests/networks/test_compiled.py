@@ -107,6 +107,19 @@ def test_the_update_is_the_eager_one_and_graphs_stay_as_many(
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_blocks_that_see_captions_alone_are_recomputed_where_a_loss_goes_through_the_assistant(
+    folders: dict[str, Path],
+) -> None:
+    """DI* differentiates the TA in its input: in Z-Image's caption blocks only weights of other roles require gradients then."""
+    changes: dict[str, Any] = {"algorithm": {"name": "diff_instruct_star"}}
+    plain, ours = (
+        made(folders, "zimage", "none", roles={**LORA, "gradient_checkpointing": again}, **changes)
+        for again in (False, True)
+    )
+    data = batch(plain)
+    assert_same(after(ours, 1, data), after(plain, 1, data))
+
+
 def test_where_compiling_fails_training_goes_on_without(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from didr_core import config as configs
 from didr_core.evaluate.finish import looker, train_and_finish
+from didr_core.evaluate.watch import against
 from didr_core.networks import optim
 from didr_core.plan.preflight import preflight
 from didr_core.train.alarms import HACKING, Alarms
@@ -136,3 +138,12 @@ def test_a_small_loss_rings_at_the_end_alone() -> None:
     """Seed 1 of it: by the table of 256 captions 0.21 bits (0.09 to 0.34) less at the end."""
     assert CURVES["unanchored-1"]["heldout/background_bits"][49] > -0.1
     assert heard("unanchored-1")[0] == {HACKING: 60, "free-choice-lost": 60}
+
+
+def test_what_no_watched_prompt_leaves_free_is_not_watched() -> None:
+    """Not a number would ring `not-finite` at every look."""
+    plain = {name: np.ones((1, 2, 3)) for name in ("diversity", "saturation")}
+    named = {**plain, "background_code": np.full((1, 2, 3), -1)}
+    free = {**plain, "background_code": np.arange(6).reshape(1, 2, 3)}
+    assert against(named, named) == {"heldout/diversity": 1.0, "heldout/saturation": 0.0}
+    assert against(free, free)["heldout/background_bits"] == 0.0

@@ -125,3 +125,10 @@ def test_summary_shows_models_wins_alarms_and_where_things_lie(tmp_path: Path) -
 
 def test_clock() -> None:
     assert [clock(s) for s in (0, 75, 4000, float("inf"))] == ["0:00", "1:15", "1:06:40", "?"]
+
+
+def test_brackets_are_not_read_as_colours() -> None:
+    """A command that is shown is copied: `tracking.also=[tensorboard]` must not lose its list."""
+    stream = io.StringIO()
+    console.console(stream).print("--set tracking.also=[tensorboard] [/mnt/x]")
+    assert stream.getvalue() == "--set tracking.also=[tensorboard] [/mnt/x]\n"

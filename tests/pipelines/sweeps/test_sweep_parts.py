@@ -26,6 +26,7 @@ from pipelines.cluster.resources import ClusterView, Node, NoRoom
 from pipelines.sweeps import bench, budget, search, work
 from pipelines.sweeps.folder import SweepFolder, SweepOptions
 from pipelines.sweeps.monitor import SweepMonitor
+from pipelines.sweeps.space import Domain
 
 pytestmark = pytest.mark.slow
 
@@ -240,6 +241,26 @@ def test_optuna_learns_from_what_has_ended_and_asks_the_same_after_a_resume(toy:
     assert np.mean(near[-10:]) < 0.5 * np.mean(near[:10])
 
 
+def test_a_range_with_ends_of_many_digits_is_never_left(toy: Path, tmp_path: Path) -> None:
+    """Optuna refuses the next trial otherwise, and that of every resume."""
+    domain = Domain("uniform", (0.123447, 0.123449))
+    assert [domain.at(share) for share in (0.0, 0.5, 1.0)] == [0.123447] * 3 and domain.rounded(1) == 0.123449
+    folder = new(toy, {"drp.beta": {"uniform": [0.123447, 0.123449]}}, tmp_path, search="optuna", trials=5)
+    points = search.Points(folder, range(5))
+    for number in range(5):
+        points.suggest(str(number))
+        folder.end(number, status="finished", gain=1.0, distance=1.0, score=1.0, step=4)
+    assert len(folder.points()) == 5
+
+
+def test_half_a_line_of_a_machine_that_went_down_is_cut_off(swept: SweepFolder, tmp_path: Path) -> None:
+    folder = SweepFolder(Path(shutil.copytree(swept.path, tmp_path / "s")))
+    before = (folder.path / "glances.jsonl").read_text() if (folder.path / "glances.jsonl").is_file() else ""
+    (folder.path / "glances.jsonl").write_text(before + '{"numb')
+    folder._append("glances.jsonl", {"number": 4})
+    assert (folder.path / "glances.jsonl").read_text() == before + '{"number": 4}\n'
+
+
 @pytest.mark.parametrize(
     ("tree", "trials"),
     [
@@ -281,6 +302,24 @@ def test_a_trial_that_an_earlier_driver_followed_gets_its_whole_curve(swept: Swe
         assert [p.step for p in points] == list(range(1, STEPS + 1)), number
         rows = read_lines(folder.trial(int(number)).metrics_path)
         assert [p.value for p in points] == [row["time/step"] for row in rows]
+
+
+def test_a_lost_trial_that_succeeds_at_last_is_finished_in_mlflow(swept: SweepFolder, tmp_path: Path) -> None:
+    from pipelines.tracking import tracker as tracking
+
+    folder = SweepFolder(Path(shutil.copytree(swept.path, tmp_path / "s")))
+    uri, result = f"sqlite:///{tmp_path / 'mlflow.db'}", folder.result(0)
+    assert result
+    folder.end(0, status="lost", reason="died too often")
+    with SweepMonitor(folder, uri) as monitor:
+        monitor.settle(0)
+    folder.forget_lost()
+    folder.end(0, **{k: v for k, v in result.items() if k not in ("number", "set")})
+    with SweepMonitor(folder, uri) as monitor:
+        monitor.settle(0)
+    run = tracking.connect(uri).get_run(folder.info()["mlflow"]["trials"]["0"])
+    assert run.info.status == "FINISHED" and run.data.tags["didr.status"] == "finished"
+    assert run.data.metrics["final/gain"] == pytest.approx(result["gain"])
 
 
 def test_a_sweep_without_news_gives_up_and_says_how_to_go_on(
