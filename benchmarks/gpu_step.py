@@ -140,7 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=["*"], help="names or patterns; in the file's order")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already, too")
     parser.add_argument("--minutes", type=float, default=28, help="no row is begun after, none runs longer")
-    parser.add_argument("--row-seconds", type=float, default=150, help="time limit of a row")
+    parser.add_argument(
+        "--row-seconds", type=float, default=150, help="time limit of a row; twice it where blocks are compiled"
+    )
     parser.add_argument(
         "--plan", action="store_true", help="FLOPs and memory of the rows on the meta device, and nothing else"
     )
@@ -178,7 +180,8 @@ def _measure_all(report: dict[str, Any], rows: Sequence[Mapping[str, Any]], give
         if before and "fits" in before and not given.again:
             print(f"{row['name']}: there already", flush=True)
             continue
-        seconds = min(given.row_seconds, until - time.monotonic())
+        compiled = row.get("compile", "none") != "none"
+        seconds = min(given.row_seconds * (1 + compiled), until - time.monotonic())
         if seconds <= 0:
             print(f"{row['name']}: not begun, {given.minutes:g} minutes are over", flush=True)
             continue
