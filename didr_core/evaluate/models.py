@@ -27,7 +27,7 @@ from didr_core.config.registry import Strict, explain_own, find
 from didr_core.diffusion.noise import Noise
 from didr_core.export.card import public_path
 from didr_core.networks.loading import class_of, quiet, read_json, reason, shapes_of, uncollected, variant
-from didr_core.types import DIDRError
+from didr_core.types import DIDRError, NonFiniteError
 
 FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "ZImagePipeline": "zimage"}
 """Pipelines whose networks alone, and runs of ours, are read by the backbones of this package."""
@@ -249,8 +249,13 @@ class Pipeline:
             z = torch.stack([torch.randn(self._shape, generator=generator) for generator in generators])
             more["latents"] = z.to(self.pipe.device, self.pipe.dtype)
         found = self.pipe(prompt=list(prompts), generator=generators, output_type="pt", **self._asked, **more)
-        latents = last.get("latents")
-        return found.images.float().cpu().clamp(0, 1), None if latents is None else latents.float().cpu()
+        latents, images = last.get("latents"), found.images.float().cpu()
+        if broken := [p for p, row in zip(prompts, images, strict=True) if not row.isfinite().all()]:
+            raise NonFiniteError(
+                f"--model {self.model.name}: NaN or infinite pictures of {', '.join(map(repr, broken[:3]))} in {self.pipe.dtype}: a "
+                "PNG would make them black. Say dtype=float32 (some VAEs overflow in float16), or look at its weights."
+            )
+        return images.clamp(0, 1), None if latents is None else latents.float().cpu()
 
 
 MANIFEST = "manifest.jsonl"

@@ -17,7 +17,7 @@ from didr_core import config as configs
 from didr_core.config import Config, build
 from didr_core.diffusion import sampling
 from didr_core.evaluate.models import Pipeline, parse
-from didr_core.types import Backbone, DIDRError
+from didr_core.types import Backbone, DIDRError, NonFiniteError
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue rings", "a green square"]
@@ -79,6 +79,15 @@ def test_the_teacher_takes_the_recipes_guidance_and_steps_are_counted(config: Co
     assert few.cost == 2 and few.sampling.timesteps == (999, 499)
     a, b = (few.load(CPU, PROMPTS, [7]).draw(PROMPTS, [4, 0, 9], 7)[0] for _ in range(2))
     assert torch.equal(a, b) and not torch.allclose(a, images, atol=1e-2), "a stochastic scheduler is repeatable"
+
+
+def test_pictures_that_are_not_finite_are_no_black_ones(config: Config) -> None:
+    loaded = parse("start", config).load(CPU, PROMPTS, [7])
+    with torch.no_grad():
+        for weight in loaded.pipe.vae.decoder.parameters():
+            weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"--model start: NaN or infinite pictures of '.*dtype=float32"):
+        loaded.draw(PROMPTS[:2], [4, 0], 7)
 
 
 def test_a_lora_is_drawn_on_its_base(config: Config, tmp_path: Path) -> None:
