@@ -17,6 +17,8 @@ READ: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("scaling.yaml").r
 MODELS: dict[str, dict[str, Any]] = READ["models"]
 SIZES = (1, 8, 64, 128, 1024)  # GPUs
 RATES = ("measured", "goal")
+MEASURED = "as first measured"
+"""End of the names of the rows of `gpu_step` that the rate "measured" is of: one H100, 2026-11-27."""
 KINDS = {"batch": "the same batch", "share": "the same share of each GPU"}
 ASSISTANT_UPDATES = 5  # of both recipes
 CHECKPOINT_EVERY = 50  # of both recipes
@@ -76,11 +78,14 @@ def checkpoint_s(model: Mapping[str, Any], workers: int, inputs: Inputs) -> tupl
 
 
 def measured_passes(rows: Sequence[Mapping[str, Any]], family: str) -> dict[int, tuple[float, float]]:
-    """Measured seconds of one micro-batch of a TA and of a generator update, by its pictures (SDXL's hardly depend on them: host bound)."""
+    """Measured seconds of one micro-batch of a TA and of a generator update, by its pictures (SDXL's hardly depend on them: host bound).
+
+    Of :data:`MEASURED` alone: rows of other days are of other code, other GPUs and larger micro-batches than a large cluster's shares.
+    """
     found = {}
     for row in rows:
         case = row["case"]
-        if row["size"] == "full" and case["family"] == family and case["loop"] == "ours" and "phases" in row:
+        if row["name"].endswith(MEASURED) and case["family"] == family and case["loop"] == "ours" and "phases" in row:
             times = case["batch"] / case["micro"]
             phases = (row["phases"][name] for name in ("TA update", "generator update"))
             one, other = (phase["s"] / phase["calls"] / times for phase in phases)

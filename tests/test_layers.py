@@ -42,7 +42,7 @@ FORBIDDEN = {  # beside the order
     "tune_spaces": {"didr_core", "pipelines"},  # spaces are plain data
 }
 # 15,978 lines when the rooms were made; evaluation, storage at addresses, submission and elastic groups are what came since.
-MAX_LINES, MAX_MODULES, MAX_PRODUCT, MAX_EXAMPLES = 400, 14, 24_200, 2_000
+MAX_LINES, MAX_MODULES, MAX_PRODUCT, MAX_EXAMPLES = 400, 14, 24_300, 2_000
 
 
 def sources(package: str) -> list[Path]:
