@@ -14,9 +14,9 @@ COLOURS = {
     "diff_instruct_pp": ORANGE,
     "diff_instruct_star": GREEN,
     "dmdr": PURPLE,
-    "reward_only": VERMILION,
+    "reward_only": GREY,
     "diff_instruct": SKY,
-    "didr_hybrid": "#111111",
+    "didr_hybrid": VERMILION,
 }
 MARKS = {"start": ("s", GREY), "teacher": ("*", INK)}
 SMALLER = {"feature_distance"}
