@@ -244,8 +244,8 @@ class StochasticAdamW(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [p for group in self.param_groups for p in group["params"]]
         for i, values in moments.items():
-            as_laid_out = torch.empty_like(parameters[i], dtype=torch.float32)
-            self.state[parameters[i]] = {k: as_laid_out.clone().copy_(v) for k, v in values.items()}
+            p = parameters[i]
+            self.state[p] = {k: torch.empty_like(p, dtype=torch.float32).copy_(v) for k, v in values.items()}
 
 
 def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:

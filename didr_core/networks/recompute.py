@@ -44,8 +44,7 @@ class _Recomputed(torch.autograd.Function):
             ]
             out = ctx.run(*(v if v is not None else p for v, p in zip(leaves, ctx.plain, strict=True)))
         made = zip(out if isinstance(out, tuple) else (out,), gradients, strict=True)
-        if learns := [
-            (o, g) for o, g in made if o.requires_grad
-        ]:  # of a block whose weights are other roles', nothing may
+        learns = [(o, g) for o, g in made if o.requires_grad]
+        if learns:  # nothing may, of a block whose weights are other roles'
             torch.autograd.backward([o for o, _ in learns], [g for _, g in learns])
         return None, None, *(v.grad if v is not None else None for v in leaves)
